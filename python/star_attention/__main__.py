@@ -1,0 +1,3 @@
+from star_attention.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""What the runtime and the engines ask of a communicator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from star_attention.errors import UserError
+
+# A contiguous array in memory that the communicator reaches: a NumPy array or a CPU tensor.
+Buffer = Any
+
+
+@dataclass
+class Traffic:
+    """Payload bytes that this rank sent and received, counted per peer."""
+
+    sent: int = 0
+    received: int = 0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        return Traffic(self.sent - earlier.sent, self.received - earlier.received)
+
+    def copy(self) -> Traffic:
+        return Traffic(self.sent, self.received)
+
+
+class Request(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None: ...
+
+
+class Communicator(Protocol):
+    """Collectives over the ranks of one job; every rank makes the same calls in the same order."""
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+        """Overwrites `buffer` on every rank with the root's."""
+
+    def all_gather(self, buffer: Buffer, gathered: Buffer) -> None:
+        """Fills `gathered` [size, *buffer.shape] with every rank's `buffer`, in rank order."""
+
+    def exchange(self, send: Buffer, dest: int, receive: Buffer, source: int) -> Request:
+        """Starts sending `send` to one rank while `receive` is filled by another."""
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's `value`, on every rank. Not counted as traffic."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank. Not counted as traffic."""
+
+
+def agree(comm: Communicator, action: Callable[[], Any]) -> Any:
+    """Runs `action` on this rank; if it raises UserError on any rank, raises that on all of them,
+    so that no rank goes on into a collective that the others never reach."""
+    value, error = None, None
+    try:
+        value = action()
+    except UserError as raised:
+        error = str(raised)
+    for other in comm.gather_objects(error):
+        if other is not None:
+            raise UserError(other)
+    return value

@@ -1,0 +1,1 @@
+"""Engines run a model's forward passes on one rank."""

@@ -1,0 +1,113 @@
+"""What a forward pass attends to, and what the runtime asks of an engine.
+
+Everything here is NumPy on the host: an engine brings it to its device in its own way. Page and
+slot numbers are those of the engine's KV pool, the same in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from star_attention.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Attention of one forward pass over pages of this rank, for S sequences of T tokens in all.
+
+    Attributes:
+        slot_mapping: int32 [T], where each token's KV goes: page * tokens_per_block + offset;
+            -1: it is not kept here.
+        cu_seqlens_q: int32 [S + 1], prefix sums of the tokens per sequence.
+        kv_lens: int32 [S], tokens that each sequence has in its pages once this pass's are stored.
+        page_table: int32 [S, P], the pages of each sequence.
+        causal: rows are bottom-right aligned with the pages' tokens; otherwise they see them all.
+        shared_pages: int32 [P']; in each layer rank 0's copy of these pages, as soon as it is
+            written, overwrites every rank's (the anchor of mode `broadcast`; each rank names its
+            own page numbers).
+        merge: the ranks hold shards of the same sequences: outputs are merged over all of them.
+    """
+
+    slot_mapping: np.ndarray
+    cu_seqlens_q: np.ndarray
+    kv_lens: np.ndarray
+    page_table: np.ndarray
+    causal: bool = True
+    shared_pages: np.ndarray | None = None
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class RingHop:
+    """What this rank's rows see of the pages that reach it in one hop of the ring.
+
+    Attributes:
+        num_pages: pages that arrive, numbered from 0 in page_table.
+        page_table, kv_lens, causal: as in `PagedStep`.
+    """
+
+    num_pages: int
+    page_table: np.ndarray
+    kv_lens: np.ndarray
+    causal: bool
+
+
+@dataclass(frozen=True)
+class RingStep:
+    """Attention of one forward pass over every rank's pages, which travel round the ring.
+
+    Attributes:
+        slot_mapping, cu_seqlens_q: as in `PagedStep`.
+        pages: int32 [P], this rank's own, which it sends to the next rank.
+        hops: one for each rank's pages: this rank's own first, then the previous rank's, and so on.
+    """
+
+    slot_mapping: np.ndarray
+    cu_seqlens_q: np.ndarray
+    pages: np.ndarray
+    hops: tuple[RingHop, ...]
+
+
+AttentionStep = PagedStep | RingStep
+
+
+class ModelEngine(Protocol):
+    """A model on one rank, with a KV pool of numbered pages."""
+
+    config: ModelConfig
+    tokens_per_block: int
+
+    def reserve_pages(self, num_pages: int) -> None:
+        """Makes pages 0 to num_pages - 1 usable; what is in earlier ones stays."""
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies one page's KV in all layers."""
+
+    def step(
+        self,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        attention: AttentionStep,
+        logit_rows: np.ndarray,
+        on_layer: Callable[[float], None] | None = None,
+    ) -> np.ndarray:
+        """One forward pass.
+
+        Every rank of the job takes part, with no tokens if need be, when the step shares pages,
+        merges, or goes round the ring.
+
+        Args:
+            token_ids: int32 [T].
+            positions: int32 [T], positions of the tokens in the whole text.
+            attention: what the tokens attend to and where their KV goes.
+            logit_rows: int32 [R], the tokens whose logits are wanted. With none, the pass ends
+                once the last layer's KV is stored.
+            on_layer: called with the share of the layers that is done, by engines that can tell.
+
+        Returns:
+            float32 [R, vocab_size].
+        """

@@ -1,0 +1,50 @@
+"""From a model's files to an engine on this rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from star_attention.distributed import Communicator
+from star_attention.engines.base import ModelEngine
+from star_attention.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+
+
+def load_engine(
+    path: Path, comm: Communicator, dtype: str, device: str, tokens_per_block: int
+) -> ModelEngine:
+    """The torch engine with the weights of `path`.
+
+    Raises:
+        UserError: the weights cannot be used, or the machine lacks the device.
+    """
+    import torch
+
+    from star_attention.engines.torch_engine import TorchEngine
+    from star_attention.models.checkpoint import open_checkpoint
+    from star_attention.models.llama import load_weights
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    if device not in DEVICES:
+        raise UserError(f"--device is {device!r}: use one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here: use --device cpu")
+    checkpoint = open_checkpoint(path)
+    weights = load_weights(checkpoint, getattr(torch, dtype), torch.device(device))
+    return TorchEngine(checkpoint.config, weights, comm, tokens_per_block)
+
+
+def share_cores(comm: Communicator) -> None:
+    """Gives torch the cores that this rank may use, divided by the ranks that have the same ones,
+    unless OMP_NUM_THREADS says otherwise. Every rank takes part."""
+    import torch
+
+    mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    sharing = comm.gather_objects(mine).count(mine)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(mine[1]) // sharing))

@@ -1,0 +1,1 @@
+"""Llama-family models: their files, weights and tokenizers."""

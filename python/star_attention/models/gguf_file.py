@@ -1,0 +1,125 @@
+"""GGUF files: metadata to `ModelConfig`, quantised tensors to float32 under Hugging Face names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from star_attention.config import ModelConfig, RopeConfig
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import Checkpoint
+
+_QKV_BIAS = {"llama": False, "qwen2": True}
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Reads the header; tensors are dequantised when asked for.
+
+    Raises:
+        UserError: the file is truncated or not GGUF, or its architecture is not supported.
+    """
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is truncated or not GGUF: {error}") from None
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(reader, tensors)
+    heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}
+    interleaved = _field(reader, "general.architecture") == "llama"
+
+    def tensor(name: str) -> torch.Tensor:
+        gguf_name = _gguf_name(name)
+        if gguf_name not in tensors:
+            raise UserError(f"{path}: the weights lack {gguf_name}")
+        stored = tensors[gguf_name]
+        weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+        num_heads = heads.get(gguf_name.split(".")[-2])
+        if interleaved and num_heads:
+            # llama.cpp stores rotary pairs side by side; Hugging Face keeps them half a head apart.
+            pairs = weight.view(num_heads, -1, 2, *weight.shape[1:])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        return weight
+
+    return Checkpoint(path, config, tensor)
+
+
+def _gguf_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
+    stem, kind = name.rsplit(".", 1)
+    if not stem.startswith("model.layers."):
+        return f"{_NAMES[stem]}.{kind}"
+    layer, part = stem.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{_NAMES[part]}.{kind}"
+
+
+def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _config(reader: GGUFReader, tensors: dict[str, Any]) -> ModelConfig:
+    architecture = _field(reader, "general.architecture", "(none)")
+    if architecture not in _QKV_BIAS:
+        raise UserError(
+            f"GGUF architecture {architecture} is not supported: use {' or '.join(_QKV_BIAS)}"
+        )
+
+    def need(key: str) -> Any:
+        value = _field(reader, f"{architecture}.{key}")
+        if value is None:
+            raise UserError(f"the GGUF file lacks {architecture}.{key}")
+        return value
+
+    def optional(key: str, default: Any) -> Any:
+        return _field(reader, f"{architecture}.{key}", default)
+
+    num_q_heads = need("attention.head_count")
+    hidden_size = need("embedding_length")
+    theta = optional("rope.freq_base", 10000.0)
+    scaling = optional("rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors:
+        stored = tensors["rope_freqs.weight"]
+        factors = dequantize(stored.data, stored.tensor_type)
+        rope = RopeConfig(theta, "factors", factors=tuple(factors.tolist()))
+    elif scaling == "none":
+        rope = RopeConfig(theta)
+    elif scaling == "linear":
+        rope = RopeConfig(theta, "linear", factor=need("rope.scaling.factor"))
+    else:
+        raise UserError(f"rope scaling {scaling!r} is not supported: use none or linear")
+    eos = _field(reader, "tokenizer.ggml.eos_token_id")
+    return ModelConfig(
+        num_layers=need("block_count"),
+        hidden_size=hidden_size,
+        intermediate_size=need("feed_forward_length"),
+        num_q_heads=num_q_heads,
+        num_kv_heads=optional("attention.head_count_kv", num_q_heads),
+        head_dim=optional("attention.key_length", hidden_size // num_q_heads),
+        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
+        max_position=need("context_length"),
+        rms_norm_eps=need("attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        qkv_bias=_QKV_BIAS[architecture],
+        tie_embeddings="output.weight" not in tensors,
+        eos_token_ids=() if eos is None else (eos,),
+    )

@@ -1,0 +1,107 @@
+"""The kernel contract: attention over pages, rotary append and the log-sum-exp merge.
+
+Calls go to the implementation for the device of their first tensor. A KV pool is one layer's
+`[num_pages, 2 (K, V), num_kv_heads, tokens_per_block, head_dim]`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_IMPLEMENTATIONS = {"cpu": "star_attention.ops.reference", "cuda": "star_attention.ops.cuda"}
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module that implements the operators on `device`."""
+    if device.type not in _IMPLEMENTATIONS:
+        raise ValueError(f"device {device} is not supported: use {' or '.join(_IMPLEMENTATIONS)}")
+    return importlib.import_module(_IMPLEMENTATIONS[device.type])
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    max_q_len: int,
+    max_kv_len: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each sequence's query rows to the pages that it lists.
+
+    With `causal`, row i of a sequence of n rows sees the first `kv_len - (n - 1 - i)` cached tokens
+    (bottom-right aligned); otherwise every row sees all `kv_len`. A row that sees nothing gets
+    o = 0, lse = -inf.
+
+    Args:
+        q: [T, Hq, D], the rows of all sequences one after the other.
+        kv_pool: [num_pages, 2, Hkv, tokens_per_block, D], Hkv divides Hq.
+        page_table: int32 [S, P], the pages of each sequence in order; what is behind
+            ceil(kv_len / tokens_per_block) is not read.
+        cu_seqlens_q: int32 [S + 1], prefix sums of the rows per sequence.
+        kv_lens: int32 [S], cached tokens of each sequence.
+        scale: factor of the scores, usually D ** -0.5.
+        max_q_len, max_kv_len: upper bounds of the lengths.
+
+    Returns:
+        o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores.
+    """
+    return implementation(q.device).paged_attention(
+        q,
+        kv_pool,
+        page_table,
+        cu_seqlens_q,
+        kv_lens,
+        causal=causal,
+        scale=scale,
+        max_q_len=max_q_len,
+        max_kv_len=max_kv_len,
+    )
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    kv_pool: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_q_heads: int,
+) -> torch.Tensor:
+    """Rotates Q and K by position, writes K and V into their pages, returns Q.
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) * D], the fused projection: Q, K, V.
+        positions: int32 [T], each token's position in the context.
+        rotary: float32 [max_position, D], cosines in the first half of a row, sines in the second;
+            element i turns with element i + D/2.
+        kv_pool: written, [num_pages, 2, Hkv, tokens_per_block, D].
+        slot_mapping: int32 [T], page * tokens_per_block + offset; -1: do not store.
+
+    Returns:
+        q [T, Hq, D], rotated.
+    """
+    return implementation(qkv.device).rope_append(
+        qkv, positions, rotary, kv_pool, slot_mapping, num_q_heads=num_q_heads
+    )
+
+
+def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of N disjoint shards of keys, from each shard's own.
+
+    Args:
+        o: [N, T, Hq, D], attention outputs per shard.
+        lse: float32 [N, T, Hq]; -inf: the shard has nothing for this row.
+
+    Returns:
+        o [T, Hq, D] and lse [T, Hq]; rows that are empty in all shards give 0 and -inf.
+
+    Source: Star Attention, arXiv 2411.17116, section 2.2 (phase 2).
+    """
+    return implementation(o.device).merge_lse(o, lse)

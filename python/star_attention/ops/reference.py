@@ -1,0 +1,142 @@
+"""The operators in torch on the CPU. Attention is torch's fused CPU kernel, which returns LSE and
+never holds a score matrix; what it cannot express (pages, bottom-right masks) is put together from
+several calls by `merge_lse`. Shapes and meaning: `star_attention.ops`."""
+
+from __future__ import annotations
+
+import torch
+
+# Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
+_MAX_ROWS_PAGE_BY_PAGE = 32
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    max_q_len: int,
+    max_kv_len: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    page = kv_pool.shape[3]
+    o = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    starts = cu_seqlens_q.tolist()
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        begin, end = starts[sequence], starts[sequence + 1]
+        if causal:
+            begin = max(begin, end - kv_len)  # earlier rows see nothing
+        if begin == end or kv_len == 0:
+            continue
+        pages = page_table[sequence, : -(-kv_len // page)].tolist()
+        o[begin:end], lse[begin:end] = _attend_pages(
+            q[begin:end], _select(kv_pool, pages), kv_len, causal and end - begin > 1, scale
+        )
+    return o, lse
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    kv_pool: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_q_heads: int,
+) -> torch.Tensor:
+    _, _, num_kv_heads, page, head_dim = kv_pool.shape
+    heads = qkv.view(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
+    rotated, v = heads.split([num_q_heads + num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = rotary[positions.long(), None].chunk(2, dim=-1)
+    first, second = rotated.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = rotated.to(qkv.dtype)
+    q, k = rotated.split([num_q_heads, num_kv_heads], dim=1)
+
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored].long()
+    pages, offsets = slots // page, slots % page
+    kv_pool[pages, 0, :, offsets] = k[stored]
+    kv_pool[pages, 1, :, offsets] = v[stored]
+    return q
+
+
+def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    merged_lse = torch.logsumexp(lse, dim=0)
+    weights = torch.exp(lse - merged_lse).nan_to_num_(nan=0.0)  # -inf - -inf: empty everywhere
+    merged = (weights[..., None] * o.float()).sum(dim=0)
+    return merged.to(o.dtype), merged_lse
+
+
+def _select(kv_pool: torch.Tensor, pages: list[int]) -> torch.Tensor:
+    """The pages [P, 2, Hkv, tokens_per_block, D] in order; a view where they are consecutive."""
+    first = pages[0]
+    if pages == list(range(first, first + len(pages))):
+        return kv_pool[first : first + len(pages)]
+    return kv_pool[torch.tensor(pages, device=kv_pool.device)]
+
+
+def _attend_pages(
+    q: torch.Tensor, pages: torch.Tensor, kv_len: int, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence: q [n, Hq, D] over the first `kv_len` tokens of pages [P, 2, Hkv, page, D]."""
+    num_rows, num_q_heads, _ = q.shape
+    _, _, num_kv_heads, page, _ = pages.shape
+    prefix = kv_len - num_rows if causal else kv_len  # what every row sees
+    parts = []
+    done = 0
+    if num_rows * (num_q_heads // num_kv_heads) <= _MAX_ROWS_PAGE_BY_PAGE:
+        whole = prefix // page
+        if whole:
+            parts.append(_attend_whole_pages(q, pages[:whole], scale))
+            pages, done = pages[whole:], whole * page
+    if done < kv_len:
+        k, v = (
+            pages[:, kind].transpose(0, 1).reshape(num_kv_heads, -1, q.shape[-1])
+            for kind in range(2)
+        )
+        if done < prefix:
+            span = prefix - done
+            parts.append(_attend(q, k[:, :span], v[:, :span], False, scale))
+        if causal:
+            span = slice(prefix - done, kv_len - done)
+            parts.append(_attend(q, k[:, span], v[:, span], True, scale))
+    if len(parts) == 1:
+        return parts[0]
+    return merge_lse(*(torch.stack(part) for part in zip(*parts, strict=True)))
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Hq, D] over contiguous k, v [Hkv, L, D]; `causal` needs L == n."""
+    num_rows, num_q_heads, head_dim = q.shape
+    groups = k.shape[0]
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.view(num_rows, groups, -1, head_dim).permute(1, 2, 0, 3),
+        k[:, None].expand(-1, num_q_heads // groups, -1, -1),
+        v[:, None].expand(-1, num_q_heads // groups, -1, -1),
+        is_causal=causal,
+        scale=scale,
+    )
+    return o.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(q.shape[:2])
+
+
+def _attend_whole_pages(
+    q: torch.Tensor, pages: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Hq, D] over full pages [P, 2, Hkv, page, D], in place: pages are the kernel's batch,
+    the query heads of a KV group its rows."""
+    num_rows, num_q_heads, head_dim = q.shape
+    num_pages, _, groups, _, _ = pages.shape
+    packed = q.view(num_rows, groups, -1, head_dim).transpose(0, 1).reshape(groups, -1, head_dim)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        packed.expand(num_pages, -1, -1, -1), pages[:, 0], pages[:, 1], scale=scale
+    )
+    o, lse = merge_lse(o, lse)
+    o = o.view(groups, num_rows, -1, head_dim).transpose(0, 1).reshape(q.shape)
+    return o, lse.view(groups, num_rows, -1).transpose(0, 1).reshape(num_rows, num_q_heads)

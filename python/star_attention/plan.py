@@ -1,0 +1,249 @@
+"""Context -> blocks -> ranks: who encodes what in phase 1, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from star_attention.config import LLAMA_3_1_8B, AnchorMode, ModelConfig, StarConfig
+from star_attention.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of phase 1: tokens through the projections and (query, key) pairs of attention."""
+
+    tokens: int = 0
+    pairs: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.tokens + other.tokens, self.pairs + other.pairs)
+
+    def flops(self, model: ModelConfig) -> int:
+        """FLOPs of this work in `model` (a multiplication and an addition are two)."""
+        return (
+            self.tokens * model.gemm_flops_per_token + self.pairs * model.attention_flops_per_pair
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Context tokens [start, end), the rank that encodes and keeps them, and its work for them.
+
+    Besides their own block its tokens see the first `prefix` tokens of the context: the anchor
+    (none for the first block, which contains it), or all that is before it in an exact method.
+    """
+
+    start: int
+    end: int
+    prefix: int
+    rank: int
+    cost: Cost
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The division of one context.
+
+    Attributes:
+        blocks: in context order; ranks own contiguous runs of them.
+        rank_costs: phase 1 work of each rank, the anchor's included where it pays for it.
+        notes: what was rounded or left unused, one line each.
+    """
+
+    context_len: int
+    block_size: int
+    anchor_size: int
+    tokens_per_block: int
+    num_ranks: int
+    anchor_mode: AnchorMode
+    blocks: tuple[Block, ...]
+    rank_costs: tuple[Cost, ...]
+    notes: tuple[str, ...]
+
+    def blocks_of(self, rank: int) -> tuple[Block, ...]:
+        return tuple(block for block in self.blocks if block.rank == rank)
+
+    def speedup_over_dense(self, model: ModelConfig) -> float:
+        """Dense FLOPs of phase 1, spread evenly over the ranks, over the busiest rank's."""
+        busiest = max(cost.flops(model) for cost in self.rank_costs)
+        dense = Cost(self.context_len, causal_pairs(self.context_len)).flops(model)
+        return dense / self.num_ranks / busiest if busiest else 1.0
+
+
+def causal_pairs(tokens: int, before: int = 0) -> int:
+    """Pairs of `tokens` causal queries that also see `before` earlier tokens."""
+    return tokens * before + tokens * (tokens + 1) // 2
+
+
+def make_plan(
+    context_len: int,
+    config: StarConfig | None = None,
+    num_ranks: int = 1,
+    model: ModelConfig = LLAMA_3_1_8B,
+) -> Plan:
+    """Cuts a context into blocks and gives them to ranks so that the busiest rank does least.
+
+    `dense` is one block; `ring` is two blocks a rank, one from each end of the context, which see
+    all that is before them.
+
+    Args:
+        context_len: tokens of the context, 0 or more.
+        config: the method, block, anchor and page sizes in tokens, and the anchor mode.
+        num_ranks: ranks to spread over; more ranks than blocks leave the last ones without any.
+        model: its shape weighs projections against attention.
+
+    Raises:
+        UserError: a size is out of range or not a multiple of the page.
+
+    Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1).
+    """
+    config = config or StarConfig()
+    if context_len < 0:
+        raise UserError(f"the context length is {context_len}: use 0 or more tokens")
+    if num_ranks < 1:
+        raise UserError(f"the number of ranks is {num_ranks}: use 1 or more")
+    page = config.tokens_per_block
+    if page < 1:
+        raise UserError(f"tokens_per_block is {page}: use 1 or more")
+    if config.attention == "dense":
+        if num_ranks > 1:
+            raise UserError(f"dense attention runs on one rank, not {num_ranks}: use --ranks 1")
+        config = replace(config, block_size=None, anchor_size=0)
+    if config.attention == "ring":
+        return _ring_plan(context_len, config, num_ranks)
+    notes: list[str] = []
+    block_size, anchor_size = _sizes(context_len, config, num_ranks, notes)
+
+    mode = config.anchor_mode
+    anchor_cost = Cost(anchor_size, causal_pairs(anchor_size))
+    spans = []
+    for start in range(0, context_len, block_size):
+        end, prefix = min(start + block_size, context_len), anchor_size if start else 0
+        cost = Cost(end - start, causal_pairs(end - start, prefix))
+        if prefix and mode == "recompute":
+            cost += anchor_cost
+        spans.append((start, end, prefix, cost))
+
+    joining = anchor_cost if mode == "local" else Cost()
+    ranks = _assign([span[-1].flops(model) for span in spans], num_ranks, joining.flops(model))
+    blocks = tuple(
+        Block(start, end, prefix, rank, cost)
+        for (start, end, prefix, cost), rank in zip(spans, ranks, strict=True)
+    )
+    if blocks and len(blocks) < num_ranks:
+        notes.append(f"{num_ranks - len(blocks)} of {num_ranks} ranks have no block")
+    return Plan(
+        context_len,
+        block_size,
+        anchor_size,
+        page,
+        num_ranks,
+        mode,
+        blocks,
+        _rank_costs(blocks, num_ranks, joining),
+        tuple(notes),
+    )
+
+
+def _ring_plan(context_len: int, config: StarConfig, num_ranks: int) -> Plan:
+    """Zig-zag: chunk r and chunk 2R - 1 - r to rank r of R, so that causal work is equal.
+
+    Source: zig-zag ring attention, as in ring-flash-attention; Ring Attention, arXiv 2310.01889.
+    """
+    page = config.tokens_per_block
+    chunk = max(1, -(-context_len // (2 * num_ranks * page))) * page
+    blocks = []
+    for index in range(2 * num_ranks):
+        start, end = (min(edge * chunk, context_len) for edge in (index, index + 1))
+        cost = Cost(end - start, causal_pairs(end - start, start))
+        blocks.append(Block(start, end, start, min(index, 2 * num_ranks - 1 - index), cost))
+    return Plan(
+        context_len,
+        chunk,
+        0,
+        page,
+        num_ranks,
+        config.anchor_mode,
+        tuple(blocks),
+        _rank_costs(blocks, num_ranks, Cost()),
+        (),
+    )
+
+
+def _rank_costs(blocks: Sequence[Block], num_ranks: int, joining: Cost) -> tuple[Cost, ...]:
+    costs = []
+    for rank in range(num_ranks):
+        own = [block for block in blocks if block.rank == rank]
+        start = joining if own and own[0].prefix else Cost()
+        costs.append(sum((block.cost for block in own), start))
+    return tuple(costs)
+
+
+def _sizes(
+    context_len: int, config: StarConfig, num_ranks: int, notes: list[str]
+) -> tuple[int, int]:
+    """Block and anchor size: the user's, checked, or the defaults, rounded up to whole pages."""
+    page = config.tokens_per_block
+    block_size = config.block_size
+    if block_size is None:
+        parts = 1 if config.attention == "dense" else max(4, num_ranks)
+        exact = max(1, -(-context_len // parts))
+        block_size = -(-exact // page) * page
+        if block_size != exact and context_len:
+            notes.append(
+                f"block size {exact} (context / {parts}) rounded up to {block_size}, "
+                f"a multiple of the page of {page} tokens"
+            )
+    elif block_size < 1:
+        raise UserError(f"the block size is {block_size}: use 1 page ({page} tokens) or more")
+    elif block_size % page:
+        raise UserError(
+            f"the block size {block_size} is not a multiple of the page of {page} tokens "
+            f"(tokens_per_block): use {-(-block_size // page) * page}"
+        )
+    anchor_size = block_size if config.anchor_size is None else config.anchor_size
+    if anchor_size < 0 or anchor_size > block_size:
+        raise UserError(
+            f"the anchor size is {anchor_size}: use 0 to {block_size} tokens (the block size)"
+        )
+    if anchor_size % page:
+        raise UserError(
+            f"the anchor size {anchor_size} is not a multiple of the page of {page} tokens "
+            f"(tokens_per_block): use {-(-anchor_size // page) * page}"
+        )
+    return block_size, anchor_size
+
+
+def _assign(costs: Sequence[int], num_ranks: int, joining: int) -> list[int]:
+    """The rank of each block: contiguous runs, the largest rank's sum least, no rank without a
+    block while there are enough. `joining` is what every rank but the first pays once."""
+
+    def fill(limit: int) -> list[int] | None:
+        ranks: list[int] = []
+        rank, load = 0, 0
+        for index, cost in enumerate(costs):
+            blocks_left, ranks_left = len(costs) - index, num_ranks - rank - 1
+            has_block = bool(ranks) and ranks[-1] == rank
+            if has_block and ranks_left and (load + cost > limit or blocks_left <= ranks_left):
+                rank, load = rank + 1, joining
+            if load + cost > limit:
+                return None
+            load += cost
+            ranks.append(rank)
+        return ranks
+
+    low, high = 0, sum(costs) + joining
+    while low < high:
+        middle = (low + high) // 2
+        if fill(middle) is None:
+            low = middle + 1
+        else:
+            high = middle
+    ranks = fill(high)
+    assert ranks is not None
+    return ranks

@@ -1,0 +1,72 @@
+"""Draws a plan: the block-sparse mask of phase 1 and 2, coloured by the rank that computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from star_attention.errors import UserError
+from star_attention.plan import Plan
+
+
+def plot_plan(plan: Plan, path: str | Path) -> None:
+    """Writes a picture of `plan` to `path` (PNG, PDF or SVG by its suffix).
+
+    Raises:
+        UserError: matplotlib is missing, the path cannot be written, or the context is empty.
+    """
+    if not plan.context_len:
+        raise UserError("a plan of 0 tokens has nothing to draw: use a context of 1 token or more")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'star-attention-trt[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch, Polygon, Rectangle
+
+    n = plan.context_len
+    query = n * 0.08
+    colors = plt.get_cmap("tab10" if plan.num_ranks <= 10 else "tab20").colors
+    fig, ax = plt.subplots(figsize=(7.5, 7))
+    for block in plan.blocks:
+        color = colors[block.rank % len(colors)]
+        start, end = block.start, block.end
+        ax.add_patch(
+            Rectangle((0, start), block.prefix, end - start, color=color, alpha=0.45, lw=0)
+        )
+        ax.add_patch(Polygon([(start, start), (start, end), (end, end)], color=color, lw=0))
+        ax.add_patch(Rectangle((start, n), end - start, query, color=color, alpha=0.7, lw=0))
+        ax.axhline(start, color="0.85", lw=0.5, zorder=0)
+    ax.add_patch(Polygon([(n, n), (n, n + query), (n + query, n + query)], color="0.3", lw=0))
+    ax.axhline(n, color="0.2", lw=1)
+    if plan.anchor_size and len(plan.blocks) > 1:
+        ax.axvline(plan.anchor_size, color="0.2", lw=0.8, ls="--")
+
+    ax.set_xlim(0, n + query)
+    ax.set_ylim(n + query, 0)
+    ax.set_aspect("equal")
+    ticks = sorted({0, plan.anchor_size, n} | {block.start for block in plan.blocks[:16]})
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=60, fontsize=8)
+    ax.set_yticks([*ticks, n + query / 2], [*(f"{tick:,}" for tick in ticks), "query"], fontsize=8)
+    ax.set_xlabel("token that is seen")
+    ax.set_ylabel("token that attends")
+    ax.set_title(
+        f"{n:,} tokens, blocks of {plan.block_size:,}, anchor {plan.anchor_size:,}", fontsize=11
+    )
+    owners = sorted({block.rank for block in plan.blocks})
+    handles = [
+        Patch(
+            color=colors[rank % len(colors)],
+            label=f"rank {rank}: {sum(b.tokens for b in plan.blocks_of(rank)):,} tokens",
+        )
+        for rank in owners[:16]
+    ]
+    handles.append(Patch(color="0.3", label="query and new tokens"))
+    ax.legend(handles=handles, loc="upper right", fontsize=8)
+    fig.tight_layout()
+    try:
+        fig.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path} cannot be written: {error}") from None
+    finally:
+        plt.close(fig)

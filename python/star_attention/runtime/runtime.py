@@ -1,0 +1,194 @@
+"""Both phases at the level of tokens: what `LLM` runs, and what tests and evaluations may."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from star_attention.config import StarConfig
+from star_attention.distributed import Communicator, Traffic
+from star_attention.engines.base import ModelEngine
+from star_attention.plan import Plan, make_plan
+from star_attention.runtime.pages import PagePool
+from star_attention.runtime.phase1 import context_passes, scratch_pages
+from star_attention.runtime.phase2 import QuestionBatch
+from star_attention.runtime.sampling import SamplingParams, sample
+
+
+@dataclass
+class PhaseStats:
+    """What a phase took on this rank: wall time, tokens of the whole job, payload bytes."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass
+class EncodedContext:
+    """A context whose KV is cached, this rank's share of it here. Ask it as often as you like.
+
+    Attributes:
+        plan: how it is divided.
+        pages: this rank's pages, `kv_len` tokens in them.
+    """
+
+    plan: Plan
+    config: StarConfig
+    pages: list[int]
+    kv_len: int
+    _pool: PagePool
+
+    def release(self) -> None:
+        """Frees its pages; it cannot be asked any more."""
+        self._pool.release(self.pages)
+        self.pages, self.kv_len = [], 0
+
+
+FinishReason = Literal["stop", "length"]
+_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One step's tokens by question index, and why the questions that end with it do."""
+
+    tokens: dict[int, int]
+    finished: dict[int, FinishReason]
+
+
+class Runtime:
+    """Runs phase 1 and phase 2 with an engine, on every rank of a job alike.
+
+    Attributes:
+        stats: time, tokens and traffic of the phases `context`, `query` and `decode` so far.
+    """
+
+    def __init__(self, engine: ModelEngine, comm: Communicator) -> None:
+        self.engine = engine
+        self.comm = comm
+        self.pool = PagePool(engine)
+        self.stats = {name: PhaseStats() for name in ("context", "query", "decode")}
+
+    def encode(
+        self,
+        token_ids: np.ndarray,
+        config: StarConfig,
+        on_progress: Callable[[float], None] = lambda done: None,
+    ) -> EncodedContext:
+        """Phase 1.
+
+        Args:
+            token_ids: int32 [n], the whole context, the same on every rank.
+            config: how it is divided.
+            on_progress: called with the share of the work that is done on this rank.
+        """
+        comm, engine = self.comm, self.engine
+        plan = make_plan(len(token_ids), config, comm.size, engine.config)
+        blocks = plan.blocks_of(comm.rank)
+        pages = self.pool.allocate(sum(-(-b.tokens // plan.tokens_per_block) for b in blocks))
+        scratch = self.pool.allocate(scratch_pages(plan, config, comm.rank))
+        with self._timed("context", len(token_ids)):
+            passes = context_passes(plan, config, comm.rank, pages, scratch)
+            for index, context_pass in enumerate(passes):
+                engine.step(
+                    token_ids[context_pass.positions],
+                    context_pass.positions,
+                    context_pass.attention,
+                    np.empty(0, np.int32),
+                    on_layer=lambda done, index=index: on_progress((index + done) / len(passes)),
+                )
+        self.pool.release(scratch)
+        return EncodedContext(plan, config, pages, sum(b.tokens for b in blocks), self.pool)
+
+    def logits(self, context: EncodedContext, question: np.ndarray) -> np.ndarray:
+        """Logits of every token of a question, int32 [n], behind the context: [n, vocab_size]."""
+        batch = self.questions(context)
+        try:
+            return batch.ask(
+                context.pages, context.kv_len, context.plan.context_len, [question], 1, True
+            )
+        finally:
+            batch.release()
+
+    def generate(
+        self,
+        context: EncodedContext,
+        questions: Sequence[np.ndarray],
+        params: SamplingParams,
+        ends: Callable[[int, int], bool],
+    ) -> Iterator[NewTokens]:
+        """Phase 2: the answers' tokens, step by step.
+
+        Rank 0 chooses the tokens and tells the others, which therefore cannot come apart.
+
+        Args:
+            questions: int32 token ids of each.
+            params: how tokens are chosen, and how many at most.
+            ends: called on rank 0 with (question index, token): whether the answer ends with it.
+        """
+        batch = self.questions(context)
+        rngs = [np.random.default_rng(params.seed) for _ in questions]
+        active = list(range(len(questions)))
+        try:
+            with self._timed("query", sum(map(len, questions))):
+                logits = batch.ask(
+                    context.pages,
+                    context.kv_len,
+                    context.plan.context_len,
+                    questions,
+                    params.max_tokens,
+                )
+            for count in range(1, params.max_tokens + 1):
+                chosen = np.empty((len(active), 2), np.int32)
+                if self.comm.rank == 0:
+                    for row, index in enumerate(active):
+                        token = sample(logits[row], params, rngs[index])
+                        out_of_room = 2 * (count == params.max_tokens)
+                        chosen[row] = token, 1 if ends(index, token) else out_of_room
+                self.comm.broadcast(chosen)
+                tokens = dict(zip(active, chosen[:, 0].tolist(), strict=True))
+                finished = {
+                    index: _REASONS[reason]
+                    for index, reason in zip(active, chosen[:, 1], strict=True)
+                    if reason
+                }
+                yield NewTokens(tokens, finished)
+                active = [index for index in active if index not in finished]
+                if not active:
+                    return
+                with self._timed("decode", len(active)):
+                    logits = batch.step(active, [tokens[index] for index in active])
+        finally:
+            batch.release()
+
+    def rank_report(self) -> list[dict[str, Any]]:
+        """Of every rank: peak memory, and `stats`; the same list on every rank."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stats = {name: asdict(phase) for name, phase in self.stats.items()}
+        return self.comm.gather_objects(
+            {"rank": self.comm.rank, "peak_memory_bytes": peak, "phases": stats}
+        )
+
+    def questions(self, context: EncodedContext) -> QuestionBatch:
+        """A batch of questions over `context`, to be stepped by hand. Release it when done."""
+        comm = self.comm
+        placement = context.config.kv_placement
+        return QuestionBatch(self.engine, self.pool, comm.rank, comm.size, placement)
+
+    @contextmanager
+    def _timed(self, phase: str, tokens: int) -> Iterator[None]:
+        start, before = time.perf_counter(), self.comm.traffic.copy()
+        yield
+        stats, sent = self.stats[phase], self.comm.traffic - before
+        stats.seconds += time.perf_counter() - start
+        stats.tokens += tokens
+        stats.traffic = Traffic(
+            stats.traffic.sent + sent.sent, stats.traffic.received + sent.received
+        )

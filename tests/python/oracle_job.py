@@ -1,0 +1,63 @@
+"""Run under mpirun: the logits of a text's last tokens through phase 1 and phase 2, for many cases.
+
+    oracle_job.py MODEL TOKENS.npy NUM_QUESTION CASES.json LOGITS.npz
+
+The text is a context, NUM_QUESTION question tokens, and generated tokens, of which there are as
+many as there are question tokens. A case is `StarConfig`'s fields, but with a list of KV
+placements, all of which ask the same encoded context.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from star_attention.config import StarConfig
+from star_attention.distributed import default_communicator
+from star_attention.engines.loader import load_engine, share_cores
+from star_attention.models.checkpoint import find_model
+from star_attention.runtime.runtime import EncodedContext, Runtime
+
+
+def forced_logits(
+    runtime: Runtime, context: EncodedContext, question: np.ndarray, answer: np.ndarray
+) -> np.ndarray:
+    """Logits of every question and answer token, as if the answer had been generated."""
+    batch = runtime.questions(context)
+    rows = [
+        batch.ask(
+            context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
+        )
+    ]
+    rows += [batch.step([0], [int(token)]) for token in answer]
+    batch.release()
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    model, tokens, num_question, cases, output = sys.argv[1:]
+    text, num_question = np.load(tokens), int(num_question)
+    context_ids, question, answer = np.split(text, [-2 * num_question, -num_question])
+    cases = json.loads(Path(cases).read_text())
+    comm = default_communicator()
+    share_cores(comm)
+    page = cases[0]["tokens_per_block"]
+    runtime = Runtime(load_engine(find_model(model), comm, "float32", "cpu", page), comm)
+    results = {}
+    for index, case in enumerate(cases):
+        placements = case.pop("kv_placement")
+        context = runtime.encode(context_ids, StarConfig(**case))
+        for placement in placements:
+            context.config = replace(context.config, kv_placement=placement)
+            logits = forced_logits(runtime, context, question, answer)
+            for other in comm.gather_objects(logits):
+                assert np.array_equal(other, logits), "ranks differ"
+            results[f"{index} {placement}"] = logits
+        context.release()
+        assert runtime.pool.pages_in_use == 0
+    if comm.rank == 0:
+        np.savez(output, **results)
+
+
+main()

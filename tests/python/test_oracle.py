@@ -1,0 +1,136 @@
+"""The runtime's logits equal Hugging Face's under the block-sparse mask, float32."""
+
+import numpy as np
+import pytest
+from conftest import block_mask, hf_logits, run_oracle_job, save_tiny_model
+
+PLACEMENTS = ["tail", "round_robin"]
+MODES = ("recompute", "local", "broadcast")
+
+
+def star_cases(page, block, anchors):
+    return [
+        {
+            "block_size": block,
+            "anchor_size": anchor,
+            "anchor_mode": mode,
+            "tokens_per_block": page,
+            "kv_placement": PLACEMENTS,
+        }
+        for anchor in anchors
+        for mode in (MODES if anchor else MODES[-1:])
+    ]
+
+
+def exact_case(method, page):
+    return {"attention": method, "tokens_per_block": page, "kv_placement": PLACEMENTS}
+
+
+def check(tmp_path, num_ranks, model, hf_model, tokens, num_question, cases, tolerance):
+    context_len = len(tokens) - 2 * num_question
+    oracles = {}
+    results = run_oracle_job(tmp_path, num_ranks, model, tokens, num_question, cases)
+    assert len(results) == len(cases) * len(PLACEMENTS)
+    for (index, placement), logits in results.items():
+        case = cases[index]
+        sizes = case.get("block_size", len(tokens)), case.get("anchor_size", 0)
+        if sizes not in oracles:
+            mask = block_mask(len(tokens), context_len, *sizes)
+            oracles[sizes] = hf_logits(hf_model, tokens, mask)[context_len:]
+        error = np.abs(logits - oracles[sizes]).max()
+        assert error <= tolerance, f"{case} {placement}: max abs error {error}"
+    return oracles
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+        ("qwen2", {}),
+    ],
+    ids=["llama", "llama3-rope", "qwen2"],
+)
+def test_tiny_model(tmp_path, num_ranks, architecture, overrides):
+    hf_model = save_tiny_model(tmp_path / "model", architecture, **overrides)
+    page, block, num_question = 8, 32, 11
+    # The last block is one partial page; answers cross page borders.
+    tokens = np.random.default_rng(1).integers(0, 97, 5 * block + 5 + 2 * num_question)
+    cases = star_cases(page, block, [0, page, block // 4, block])
+    cases.append(exact_case("ring", page))
+    if num_ranks == 1:
+        cases.append(exact_case("dense", page))
+    oracles = check(
+        tmp_path / "job",
+        num_ranks,
+        tmp_path / "model",
+        hf_model,
+        tokens.astype(np.int32),
+        num_question,
+        cases,
+        1e-4,
+    )
+    # The masks matter: the oracles of different sizes are far apart.
+    spread = [np.abs(a - b).max() for a in oracles.values() for b in oracles.values() if a is not b]
+    assert min(spread) > 1e-2
+
+
+@pytest.mark.parametrize(("context_len", "num_ranks"), [(1, 2), (3, 4), (8, 3), (33, 4), (64, 3)])
+def test_short_contexts(tmp_path, context_len, num_ranks):
+    """More ranks than blocks, and blocks of one token."""
+    hf_model = save_tiny_model(tmp_path / "model")
+    page, num_question = 8, 3
+    tokens = np.random.default_rng(2).integers(0, 97, context_len + 2 * num_question)
+    cases = [*star_cases(page, 16, [0, 8, 16]), exact_case("ring", page)]
+    check(
+        tmp_path / "job",
+        num_ranks,
+        tmp_path / "model",
+        hf_model,
+        tokens.astype(np.int32),
+        num_question,
+        cases,
+        1e-4,
+    )
+
+
+@pytest.fixture(scope="module")
+def hf_smollm2(smollm2):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_smollm2(tmp_path, num_ranks, smollm2, hf_smollm2):
+    page, block, num_question = 64, 512, 6
+    tokens = np.random.default_rng(3).integers(0, 49152, 3 * block + 40 + 2 * num_question)
+    cases = star_cases(page, block, [0, page, block // 4, block])
+    cases.append(exact_case("ring", page))
+    if num_ranks == 1:
+        cases.append(exact_case("dense", page))
+    check(
+        tmp_path,
+        num_ranks,
+        smollm2,
+        hf_smollm2,
+        tokens.astype(np.int32),
+        num_question,
+        cases,
+        1e-3,
+    )
