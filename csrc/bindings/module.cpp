@@ -1,0 +1,263 @@
+// star_attention._C: the library's entry points over TensorView. Outputs are passed in, streams are
+// integers, nothing synchronises. Errors of arguments become ValueError, those of CUDA
+// RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "bindings/tensor_view.h"
+#include "common/check.h"
+#include "star_attention/layers.h"
+#include "star_attention/merge.h"
+#include "star_attention/paged_attention.h"
+#include "star_attention/rope.h"
+
+namespace star_attention {
+namespace {
+
+namespace py = pybind11;
+
+const auto kFloat16 = ScalarType::kFloat16;
+const auto kBFloat16 = ScalarType::kBFloat16;
+const auto kFloat32 = ScalarType::kFloat32;
+const auto kInt32 = ScalarType::kInt32;
+
+DType dtype_of(const TensorView& tensor) {
+  return tensor.type() == kFloat16    ? DType::kFloat16
+         : tensor.type() == kBFloat16 ? DType::kBFloat16
+                                      : DType::kFloat32;
+}
+
+int to_int(int64_t value, const char* argument) {
+  require(value <= std::numeric_limits<int>::max(), argument, value, "less than 2^31");
+  return static_cast<int>(value);
+}
+
+// Makes the tensors' common device current for the call.
+class DeviceScope {
+ public:
+  DeviceScope(const TensorView& first, std::initializer_list<const TensorView*> others) {
+    const int device = first.device();
+    for (const TensorView* tensor : others) {
+      require(tensor->device() == device, "device", tensor->device(),
+              "every tensor on device " + std::to_string(device));
+    }
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceScope() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+AttentionKernel kernel_named(const std::string& name) {
+  if (name == "auto") return AttentionKernel::kAuto;
+  if (name == "context_sm80") return AttentionKernel::kContextSm80;
+  if (name == "context_sm90") return AttentionKernel::kContextSm90;
+  if (name == "query_sm80") return AttentionKernel::kQuerySm80;
+  if (name == "query_sm90") return AttentionKernel::kQuerySm90;
+  require(false, "kernel", name, "auto, context_sm80, context_sm90, query_sm80 or query_sm90");
+  return AttentionKernel::kAuto;
+}
+
+// Calls allocate(bytes) for the workspace once the arguments are checked.
+void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_table_,
+                        py::object cu_seqlens_q_, py::object kv_lens_, py::object o_,
+                        py::object lse_, py::function allocate, bool causal, double scale,
+                        int64_t max_q_len, int64_t max_kv_len, const std::string& kernel_name,
+                        uintptr_t stream) {
+  const TensorView q("q", q_), kv_pool("kv_pool", kv_pool_), page_table("page_table", page_table_),
+      cu_seqlens_q("cu_seqlens_q", cu_seqlens_q_), kv_lens("kv_lens", kv_lens_), o("o", o_),
+      lse("lse", lse_);
+  q.dtype({kFloat16, kBFloat16}).rank(3).contiguous(2);
+  kv_pool.dtype({q.type()}).rank(5);
+  const int64_t tokens = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
+  kv_pool.shape({-1, 2, -1, -1, head_dim}).contiguous();
+  page_table.dtype({kInt32}).rank(2).contiguous(1);
+  const int64_t seqs = page_table.size(0);
+  cu_seqlens_q.dtype({kInt32}).shape({seqs + 1}).contiguous();
+  kv_lens.dtype({kInt32}).shape({seqs}).contiguous();
+  o.dtype({q.type(), kFloat32}).shape({tokens, q_heads, head_dim}).contiguous();
+  lse.dtype({kFloat32}).shape({tokens, q_heads}).contiguous();
+  const AttentionKernel kernel = kernel_named(kernel_name);
+  require(max_q_len >= 0, "max_q_len", max_q_len, "at least 0");
+  require(max_kv_len >= 0, "max_kv_len", max_kv_len, "at least 0");
+
+  PagedAttentionParams p{};
+  p.dtype = dtype_of(q);
+  p.o_dtype = dtype_of(o);
+  p.num_q_heads = to_int(q_heads, "q.shape[1]");
+  p.num_kv_heads = to_int(kv_pool.size(2), "kv_pool.shape[2]");
+  p.head_dim = to_int(head_dim, "q.shape[2]");
+  p.tokens_per_block = to_int(kv_pool.size(3), "kv_pool.shape[3]");
+  p.causal = causal;
+  p.scale = static_cast<float>(scale);
+  p.q = q.data();
+  p.q_stride = q.stride(0, q_heads * head_dim);
+  p.kv_pool = kv_pool.data();
+  p.num_pages = kv_pool.size(0);
+  p.page_table = static_cast<const int32_t*>(page_table.data());
+  p.page_table_stride = to_int(page_table.stride(0, page_table.size(1)), "page_table.stride(0)");
+  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data());
+  p.kv_lens = static_cast<const int32_t*>(kv_lens.data());
+  p.num_seqs = to_int(seqs, "page_table.shape[0]");
+  p.num_tokens = to_int(tokens, "q.shape[0]");
+  p.max_q_len = to_int(std::min(max_q_len, tokens), "max_q_len");
+  p.max_kv_len = to_int(max_kv_len, "max_kv_len");
+  p.o = o.data();
+  p.lse = static_cast<float*>(lse.data());
+  check(p);
+  const int64_t capacity = page_table.size(1) * p.tokens_per_block;
+  require(max_kv_len <= capacity, "max_kv_len", max_kv_len,
+          "at most the " + std::to_string(capacity) + " tokens that a row of page_table lists");
+
+  const DeviceScope scope(q, {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &o, &lse});
+  const size_t bytes = paged_attention_workspace(p, kernel);
+  const TensorView workspace("workspace", allocate(bytes));
+  workspace.contiguous();
+  if (bytes > 0) {
+    require(workspace.device() == q.device(), "workspace.device", workspace.device(), q.device());
+  }
+  paged_attention(p, workspace.data(), workspace.bytes(), reinterpret_cast<cudaStream_t>(stream),
+                  kernel);
+}
+
+void py_rope_append(py::object qkv_, py::object positions_, py::object rotary_, py::object kv_pool_,
+                    py::object slot_mapping_, py::object q_, uintptr_t stream) {
+  const TensorView qkv("qkv", qkv_), positions("positions", positions_), rotary("rotary", rotary_),
+      kv_pool("kv_pool", kv_pool_), slot_mapping("slot_mapping", slot_mapping_), q("q", q_);
+  qkv.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
+  kv_pool.dtype({qkv.type()}).rank(5);
+  const int64_t tokens = qkv.size(0), kv_heads = kv_pool.size(2), head_dim = kv_pool.size(4);
+  kv_pool.shape({-1, 2, -1, -1, -1}).contiguous();
+  q.dtype({qkv.type()}).shape({tokens, -1, head_dim}).contiguous();
+  const int64_t q_heads = q.size(1);
+  qkv.shape({tokens, (q_heads + 2 * kv_heads) * head_dim});
+  positions.dtype({kInt32}).shape({tokens}).contiguous();
+  slot_mapping.dtype({kInt32}).shape({tokens}).contiguous();
+  rotary.dtype({kFloat32}).shape({-1, head_dim}).contiguous();
+
+  RopeAppendParams p{};
+  p.dtype = dtype_of(qkv);
+  p.num_q_heads = to_int(q_heads, "q.shape[1]");
+  p.num_kv_heads = to_int(kv_heads, "kv_pool.shape[2]");
+  p.head_dim = to_int(head_dim, "kv_pool.shape[4]");
+  p.tokens_per_block = to_int(kv_pool.size(3), "kv_pool.shape[3]");
+  p.qkv = qkv.data();
+  p.qkv_stride = qkv.stride(0, qkv.size(1));
+  p.positions = static_cast<const int32_t*>(positions.data());
+  p.rotary = static_cast<const float*>(rotary.data());
+  p.slot_mapping = static_cast<const int32_t*>(slot_mapping.data());
+  p.num_tokens = to_int(tokens, "qkv.shape[0]");
+  p.q = q.data();
+  p.kv_pool = kv_pool.data();
+  check(p);
+  const DeviceScope scope(qkv, {&positions, &rotary, &kv_pool, &slot_mapping, &q});
+  rope_append(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_merge_lse(py::object o_, py::object lse_, py::object out_, py::object out_lse_,
+                  uintptr_t stream) {
+  const TensorView o("o", o_), lse("lse", lse_), out("out", out_);
+  o.dtype({kFloat16, kBFloat16, kFloat32}).rank(4).contiguous(2);
+  const int64_t shards = o.size(0), tokens = o.size(1), heads = o.size(2), head_dim = o.size(3);
+  lse.dtype({kFloat32}).shape({shards, tokens, heads}).contiguous(1);
+  out.dtype({kFloat16, kBFloat16, kFloat32}).shape({tokens, heads, head_dim}).contiguous();
+
+  MergeLseParams p{};
+  p.dtype = dtype_of(o);
+  p.out_dtype = dtype_of(out);
+  p.num_shards = to_int(shards, "o.shape[0]");
+  p.num_tokens = to_int(tokens, "o.shape[1]");
+  p.num_heads = to_int(heads, "o.shape[2]");
+  p.head_dim = to_int(head_dim, "o.shape[3]");
+  p.o = o.data();
+  p.o_token_stride = o.stride(1, heads * head_dim);
+  p.o_shard_stride = o.stride(0, tokens * heads * head_dim);
+  p.lse = static_cast<const float*>(lse.data());
+  p.lse_token_stride = lse.stride(1, heads);
+  p.lse_shard_stride = lse.stride(0, tokens * heads);
+  p.out = out.data();
+  if (out_lse_.is_none()) {
+    check(p);
+    const DeviceScope scope(o, {&lse, &out});
+    merge_lse(p, reinterpret_cast<cudaStream_t>(stream));
+    return;
+  }
+  const TensorView out_lse("out_lse", out_lse_);
+  out_lse.dtype({kFloat32}).shape({tokens, heads}).contiguous();
+  p.out_lse = static_cast<float*>(out_lse.data());
+  check(p);
+  const DeviceScope scope(o, {&lse, &out, &out_lse});
+  merge_lse(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_,
+                 double eps, uintptr_t stream) {
+  const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
+  x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  weight.dtype({x.type()}).shape({hidden}).contiguous();
+  out.dtype({x.type()}).shape({tokens, hidden}).contiguous();
+  require(eps >= 0, "eps", eps, "at least 0");
+
+  RmsNormParams p{};
+  p.dtype = dtype_of(x);
+  p.num_tokens = to_int(tokens, "x.shape[0]");
+  p.hidden_size = to_int(hidden, "x.shape[1]");
+  p.eps = static_cast<float>(eps);
+  p.x = x.data();
+  p.x_stride = x.stride(0, hidden);
+  p.weight = weight.data();
+  p.out = out.data();
+  if (residual_.is_none()) {
+    check(p);
+    const DeviceScope scope(x, {&weight, &out});
+    rms_norm(p, reinterpret_cast<cudaStream_t>(stream));
+    return;
+  }
+  const TensorView residual("residual", residual_);
+  residual.dtype({x.type()}).shape({tokens, hidden}).contiguous();
+  p.residual = residual.data();
+  check(p);
+  const DeviceScope scope(x, {&weight, &out, &residual});
+  rms_norm(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_silu_mul(py::object gate_up_, py::object out_, uintptr_t stream) {
+  const TensorView gate_up("gate_up", gate_up_), out("out", out_);
+  gate_up.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
+  out.dtype({gate_up.type()}).rank(2).contiguous();
+  gate_up.shape({out.size(0), 2 * out.size(1)});
+
+  SiluMulParams p{};
+  p.dtype = dtype_of(gate_up);
+  p.num_tokens = to_int(out.size(0), "out.shape[0]");
+  p.intermediate_size = to_int(out.size(1), "out.shape[1]");
+  p.gate_up = gate_up.data();
+  p.stride = gate_up.stride(0, gate_up.size(1));
+  p.out = out.data();
+  check(p);
+  const DeviceScope scope(gate_up, {&out});
+  silu_mul(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using py::arg;
+  m.def("paged_attention", &py_paged_attention, arg("q"), arg("kv_pool"), arg("page_table"),
+        arg("cu_seqlens_q"), arg("kv_lens"), arg("o"), arg("lse"), arg("allocate"), arg("causal"),
+        arg("scale"), arg("max_q_len"), arg("max_kv_len"), arg("kernel"), arg("stream"));
+  m.def("rope_append", &py_rope_append, arg("qkv"), arg("positions"), arg("rotary"), arg("kv_pool"),
+        arg("slot_mapping"), arg("q"), arg("stream"));
+  m.def("merge_lse", &py_merge_lse, arg("o"), arg("lse"), arg("out"), arg("out_lse"),
+        arg("stream"));
+  m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("residual"), arg("out"), arg("eps"),
+        arg("stream"));
+  m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("stream"));
+}
+
+}  // namespace star_attention

@@ -1,0 +1,204 @@
+#include "bindings/tensor_view.h"
+
+#include "common/check.h"
+
+namespace star_attention {
+namespace {
+
+namespace py = pybind11;
+
+// The ABI of DLPack before version 1, which every producer still exports by default.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;  // null if contiguous
+  uint64_t byte_offset;
+};
+
+constexpr int kDLCpu = 1, kDLCuda = 2;
+constexpr int kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
+
+ScalarType scalar_type(int code, int bits) {
+  if (code == kDLFloat && bits == 16) return ScalarType::kFloat16;
+  if (code == kDLBfloat && bits == 16) return ScalarType::kBFloat16;
+  if (code == kDLFloat && bits == 32) return ScalarType::kFloat32;
+  if (code == kDLInt && bits == 32) return ScalarType::kInt32;
+  if (code == kDLUInt && bits == 8) return ScalarType::kUInt8;
+  return ScalarType::kOther;
+}
+
+std::string type_name(int code, int bits) {
+  switch (code) {
+    case kDLInt:
+      return "int" + std::to_string(bits);
+    case kDLUInt:
+      return "uint" + std::to_string(bits);
+    case kDLFloat:
+      return "float" + std::to_string(bits);
+    case kDLBfloat:
+      return "bfloat" + std::to_string(bits);
+    default:
+      return "DLPack type " + std::to_string(code) + " of " + std::to_string(bits) + " bits";
+  }
+}
+
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat16:
+      return "float16";
+    case ScalarType::kBFloat16:
+      return "bfloat16";
+    case ScalarType::kFloat32:
+      return "float32";
+    case ScalarType::kInt32:
+      return "int32";
+    case ScalarType::kUInt8:
+      return "uint8";
+    default:
+      return "another type";
+  }
+}
+
+int64_t item_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat16:
+    case ScalarType::kBFloat16:
+      return 2;
+    case ScalarType::kUInt8:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
+std::string to_string(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text += (i ? ", " : "") + (sizes[i] < 0 ? "any" : std::to_string(sizes[i]));
+  }
+  return text + "]";
+}
+
+std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int i = static_cast<int>(sizes.size()) - 2; i >= 0; --i) {
+    strides[i] = strides[i + 1] * sizes[i + 1];
+  }
+  return strides;
+}
+
+}  // namespace
+
+TensorView::TensorView(const char* name, py::handle object) : name_(name) {
+  if (py::hasattr(object, "__dlpack__")) {
+    from_dlpack(object);
+  } else if (py::hasattr(object, "__cuda_array_interface__")) {
+    from_cuda_array_interface(object);
+  } else {
+    throw py::type_error(name_ + ": got " + std::string(py::str(py::type::of(object))) +
+                         ", expected a tensor with __dlpack__ or __cuda_array_interface__");
+  }
+}
+
+void TensorView::from_dlpack(py::handle object) {
+  const auto where = object.attr("__dlpack_device__")().cast<py::tuple>();
+  const int type = where[0].cast<int>();
+  // -1: the caller has ordered the streams already.
+  const auto capsule = type == kDLCuda ? object.attr("__dlpack__")(py::arg("stream") = -1)
+                                       : object.attr("__dlpack__")();
+  const auto* tensor =
+      static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (tensor == nullptr) throw py::error_already_set();
+  owner_ = capsule;
+  data_ = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  type_ = tensor->type_lanes == 1 ? scalar_type(tensor->type_code, tensor->type_bits)
+                                  : ScalarType::kOther;
+  type_name_ = type_name(tensor->type_code, tensor->type_bits);
+  sizes_.assign(tensor->shape, tensor->shape + tensor->ndim);
+  strides_ = packed_strides(sizes_);
+  if (tensor->strides) strides_.assign(tensor->strides, tensor->strides + tensor->ndim);
+  device_ = type == kDLCuda ? tensor->device_id : -1;
+}
+
+void TensorView::from_cuda_array_interface(py::handle object) {
+  const auto interface = object.attr("__cuda_array_interface__").cast<py::dict>();
+  owner_ = py::reinterpret_borrow<py::object>(object);
+  const auto pointer = interface["data"].cast<py::tuple>()[0].cast<uintptr_t>();
+  data_ = reinterpret_cast<void*>(pointer);
+  type_name_ = interface["typestr"].cast<std::string>();
+  type_ = type_name_ == "<f2"   ? ScalarType::kFloat16
+          : type_name_ == "<f4" ? ScalarType::kFloat32
+          : type_name_ == "<i4" ? ScalarType::kInt32
+          : type_name_ == "|u1" ? ScalarType::kUInt8
+                                : ScalarType::kOther;
+  for (const auto size : interface["shape"].cast<py::tuple>())
+    sizes_.push_back(size.cast<int64_t>());
+  strides_ = packed_strides(sizes_);
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    const auto bytes = interface["strides"].cast<py::tuple>();
+    for (size_t i = 0; i < strides_.size(); ++i) {
+      strides_[i] = bytes[i].cast<int64_t>() / item_size(type_);
+    }
+  }
+  if (data_ == nullptr) return;
+  cudaPointerAttributes attributes;
+  check_cuda(cudaPointerGetAttributes(&attributes, data_), name_.c_str());
+  if (attributes.type == cudaMemoryTypeDevice) device_ = attributes.device;
+}
+
+const TensorView& TensorView::dtype(std::initializer_list<ScalarType> allowed) const {
+  std::string expected;
+  for (const ScalarType type : allowed) {
+    if (type == type_) return *this;
+    expected += (expected.empty() ? "" : " or ") + std::string(type_name(type));
+  }
+  require(false, (name_ + ".dtype").c_str(), type_name_, expected);
+  return *this;
+}
+
+const TensorView& TensorView::rank(int expected) const {
+  require(static_cast<int>(sizes_.size()) == expected, (name_ + ".shape").c_str(),
+          to_string(sizes_), std::to_string(expected) + " dimensions");
+  return *this;
+}
+
+const TensorView& TensorView::shape(std::initializer_list<int64_t> expected) const {
+  bool same = expected.size() == sizes_.size();
+  for (size_t i = 0; same && i < sizes_.size(); ++i) {
+    const int64_t size = expected.begin()[i];
+    same = size < 0 || size == sizes_[i];
+  }
+  require(same, (name_ + ".shape").c_str(), to_string(sizes_),
+          to_string(std::vector<int64_t>(expected)));
+  return *this;
+}
+
+const TensorView& TensorView::contiguous(int dims) const {
+  int64_t packed = 1;
+  const int rank = static_cast<int>(sizes_.size());
+  for (int i = rank - 1; i >= rank - dims; --i) {
+    require(sizes_[i] <= 1 || strides_[i] == packed, (name_ + ".strides").c_str(),
+            to_string(strides_),
+            dims == rank ? "a contiguous tensor"
+                         : "the last " + std::to_string(dims) + " dimensions contiguous");
+    packed *= sizes_[i];
+  }
+  return *this;
+}
+
+int TensorView::device() const {
+  require(device_ >= 0, (name_ + ".device").c_str(), "host memory", "a CUDA device");
+  return device_;
+}
+
+int64_t TensorView::bytes() const {
+  int64_t count = item_size(type_);
+  for (const int64_t size : sizes_) count *= size;
+  return count;
+}
+
+}  // namespace star_attention

@@ -1,0 +1,39 @@
+#include "common/device.h"
+
+#include <array>
+#include <mutex>
+
+#include "common/check.h"
+
+namespace star_attention {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+DeviceInfo query_device(int device) {
+  int major = 0, minor = 0, num_sms = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+             "multiprocessor count");
+  require(major >= 8, "device",
+          "compute capability " + std::to_string(major) + "." + std::to_string(minor),
+          "8.0 or newer");
+  return {10 * major + minor, num_sms};
+}
+
+}  // namespace
+
+const DeviceInfo& current_device() {
+  static std::array<DeviceInfo, kMaxDevices> devices;
+  static std::array<std::once_flag, kMaxDevices> once;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  require(device < kMaxDevices, "device", device, "an index below 64");
+  std::call_once(once[device], [&] { devices[device] = query_device(device); });
+  return devices[device];
+}
+
+}  // namespace star_attention

@@ -1,0 +1,42 @@
+// What a Llama layer needs between its GEMMs and attention, one pass over memory each.
+#pragma once
+
+#include "star_attention/attention.h"
+
+namespace star_attention {
+
+// out = x / sqrt(mean(x²) + eps) * weight. With a residual, x + residual takes the place of x and
+// is written back to `residual`.
+struct RmsNormParams {
+  DType dtype;  // kFloat16 or kBFloat16
+  int num_tokens;
+  int hidden_size;  // a multiple of 8, at most 32768
+  float eps;
+
+  const void* x;  // [num_tokens, hidden_size], rows x_stride elements apart
+  int64_t x_stride;
+  const void* weight;  // [hidden_size]
+  void* residual;      // [num_tokens, hidden_size], contiguous, or null
+  void* out;           // [num_tokens, hidden_size], contiguous; may be x
+};
+
+void rms_norm(const RmsNormParams& params, cudaStream_t stream);
+
+// out = silu(gate) * up, gate and up being the halves of each row of `gate_up`.
+struct SiluMulParams {
+  DType dtype;  // kFloat16 or kBFloat16
+  int num_tokens;
+  int intermediate_size;  // a multiple of 8
+
+  const void* gate_up;  // [num_tokens, 2 * intermediate_size], rows stride elements apart
+  int64_t stride;
+  void* out;  // [num_tokens, intermediate_size], contiguous
+};
+
+void silu_mul(const SiluMulParams& params, cudaStream_t stream);
+
+// Throws std::invalid_argument if the call would not be valid; the call itself checks too.
+void check(const RmsNormParams& params);
+void check(const SiluMulParams& params);
+
+}  // namespace star_attention

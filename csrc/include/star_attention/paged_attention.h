@@ -1,0 +1,26 @@
+// The entry point of attention: checks the arguments and picks the kernel.
+#pragma once
+
+#include "star_attention/attention.h"
+
+namespace star_attention {
+
+// kAuto: a query kernel up to kMaxQueryTokens rows a sequence, a context kernel beyond. On compute
+// capability 9.0 those of sm_90, but that of sm_80 where few rows make memory the bound; those of
+// sm_80 on any other from 8.0 on. The rest is for benchmarks and tests.
+enum class AttentionKernel { kAuto, kContextSm80, kContextSm90, kQuerySm80, kQuerySm90 };
+
+constexpr int kMaxQueryTokens = 512;
+
+// Throws std::invalid_argument if the call would not be valid; the call itself checks too.
+void check(const PagedAttentionParams& params);
+
+// Bytes of device memory that a call needs. Depends on the host-side sizes only, so a workspace
+// stays valid for graph replays; its contents do not matter before or after a call.
+size_t paged_attention_workspace(const PagedAttentionParams& params,
+                                 AttentionKernel kernel = AttentionKernel::kAuto);
+
+void paged_attention(const PagedAttentionParams& params, void* workspace, size_t workspace_bytes,
+                     cudaStream_t stream, AttentionKernel kernel = AttentionKernel::kAuto);
+
+}  // namespace star_attention

@@ -1,0 +1,89 @@
+// A thread takes 8 dimensions of one token's head through all shards: the weights first, from the
+// few lse values that the head's threads share, then the outputs, several loads in flight.
+#include "common/check.h"
+#include "common/numeric.cuh"
+#include "star_attention/merge.h"
+
+namespace star_attention {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads) merge_lse_kernel(const MergeLseParams p) {
+  const int lanes = p.head_dim / 8;  // threads a head takes
+  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t row = item / lanes;
+  if (row >= int64_t{p.num_tokens} * p.num_heads) return;
+  const int dim = item % lanes * 8;
+  const int64_t token = row / p.num_heads;
+  const int head = row % p.num_heads;
+  const float* lse = p.lse + token * p.lse_token_stride + head;
+  const In* o = static_cast<const In*>(p.o) + token * p.o_token_stride + head * p.head_dim + dim;
+
+  float max = -INFINITY;
+#pragma unroll 4
+  for (int r = 0; r < p.num_shards; ++r) max = fmaxf(max, lse[r * p.lse_shard_stride]);
+
+  float sum = 0.f;
+  float acc[8] = {};
+#pragma unroll 4
+  for (int r = 0; r < p.num_shards; ++r) {
+    const float shard_lse = lse[r * p.lse_shard_stride];
+    const Pack<In, 8> shard = load_pack<In, 8>(o + r * p.o_shard_stride);
+    if (shard_lse == -INFINITY) continue;
+    const float weight = expf(shard_lse - max);
+    sum += weight;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i] += weight * to_float(shard.v[i]);
+  }
+
+  const float scale = sum > 0.f ? 1.f / sum : 0.f;
+  Pack<Out, 8> out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out.v[i] = from_float<Out>(acc[i] * scale);
+  store_pack(static_cast<Out*>(p.out) + row * p.head_dim + dim, out);
+  if (p.out_lse != nullptr && dim == 0) p.out_lse[row] = sum > 0.f ? max + logf(sum) : -INFINITY;
+}
+
+template <typename In>
+void launch(const MergeLseParams& p, cudaStream_t stream) {
+  const int64_t items = int64_t{p.num_tokens} * p.num_heads * (p.head_dim / 8);
+  const auto blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
+  if (p.out_dtype == DType::kFloat32) {
+    merge_lse_kernel<In, float><<<blocks, kThreads, 0, stream>>>(p);
+  } else {
+    dispatch_16bit(p.out_dtype, [&](auto element) {
+      merge_lse_kernel<In, decltype(element)><<<blocks, kThreads, 0, stream>>>(p);
+    });
+  }
+}
+
+}  // namespace
+
+void check(const MergeLseParams& p) {
+  require(p.num_shards > 0, "num_shards", p.num_shards, "at least 1");
+  require(p.num_heads > 0, "num_heads", p.num_heads, "at least 1");
+  require(p.head_dim > 0 && p.head_dim % 8 == 0, "head_dim", p.head_dim, "a multiple of 8");
+  require(p.o_shard_stride % 8 == 0, "o.stride(0)", p.o_shard_stride, "a multiple of 8 elements");
+  require(p.o_token_stride % 8 == 0, "o.stride(1)", p.o_token_stride, "a multiple of 8 elements");
+  require(p.num_tokens >= 0, "num_tokens", p.num_tokens, "at least 0");
+  if (p.num_tokens == 0) return;
+  const bool wide = p.dtype == DType::kFloat32 || p.out_dtype == DType::kFloat32;
+  require_pointer(p.o, "o", p.dtype == DType::kFloat32 ? 32 : 16);
+  require_pointer(p.lse, "lse");
+  require_pointer(p.out, "out", wide ? 32 : 16);
+}
+
+void merge_lse(const MergeLseParams& p, cudaStream_t stream) {
+  check(p);
+  if (p.num_tokens == 0) return;
+  if (p.dtype == DType::kFloat32) {
+    launch<float>(p, stream);
+  } else {
+    dispatch_16bit(p.dtype, [&](auto element) { launch<decltype(element)>(p, stream); });
+  }
+  check_launch("merge_lse");
+}
+
+}  // namespace star_attention

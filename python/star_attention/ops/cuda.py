@@ -1,0 +1,154 @@
+"""The operators as CUDA kernels (star_attention._C) on torch's current stream: float16, bfloat16,
+head_dim 64 and 128, pages of 64 and 128 tokens, compute capability 8.0 and newer. Nothing here
+waits for the GPU, so all of it can be captured in a CUDA graph. Shapes and meaning:
+`star_attention.ops`.
+
+Checks that need the values of device tensors (page indices, slots, positions, lengths) cost a
+synchronisation and run only when the environment variable STAR_ATTENTION_DEBUG is set to 1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+try:
+    from star_attention import _C
+except ImportError as error:
+    raise ImportError(
+        "star_attention._C, the CUDA kernels, cannot be loaded: reinstall star-attention-trt where "
+        f"nvcc is found, or use device cpu ({error})"
+    ) from error
+
+_DEBUG = os.environ.get("STAR_ATTENTION_DEBUG") == "1"
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    max_q_len: int,
+    max_kv_len: int,
+    out_dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to 512 rows a sequence take the query kernel, more the context kernel.
+
+    Args:
+        out_dtype: of o: q's (the default) or float32, for partials that are merged later.
+        kernel: "auto", or one of "context_sm80", "context_sm90", "query_sm80", "query_sm90" for
+            benchmarks.
+
+    Raises:
+        ValueError: an argument is wrong; names it, what it is and what was expected.
+    """
+    o = torch.empty(q.shape, dtype=out_dtype or q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if _DEBUG:
+        _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
+    _C.paged_attention(
+        q,
+        kv_pool,
+        page_table,
+        cu_seqlens_q,
+        kv_lens,
+        o,
+        lse,
+        lambda size: torch.empty(size, dtype=torch.uint8, device=q.device),
+        causal,
+        scale,
+        max_q_len,
+        max_kv_len,
+        kernel,
+        _stream(q),
+    )
+    return o, lse
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    kv_pool: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_q_heads: int,
+) -> torch.Tensor:
+    q = qkv.new_empty(qkv.shape[0], num_q_heads, kv_pool.shape[-1])
+    if _DEBUG:
+        _check_range("positions", positions, 0, rotary.shape[0])
+        _check_range("slot_mapping", slot_mapping, -1, kv_pool.shape[0] * kv_pool.shape[3])
+    _C.rope_append(qkv, positions, rotary, kv_pool, slot_mapping, q, _stream(qkv))
+    return q
+
+
+def merge_lse(
+    o: torch.Tensor, lse: torch.Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out_dtype` is the merged o's, by default that of the partials."""
+    out = torch.empty(o.shape[1:], dtype=out_dtype or o.dtype, device=o.device)
+    out_lse = torch.empty(lse.shape[1:], dtype=torch.float32, device=o.device)
+    _C.merge_lse(o, lse, out, out_lse, _stream(o))
+    return out, out_lse
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RMSNorm over the last dimension of x [T, H].
+
+    With `residual` [T, H], normalises x + residual and leaves that sum in `residual`.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _C.rms_norm(x, weight, residual, out, eps, _stream(x))
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _C.silu_mul(gate_up, out, _stream(gate_up))
+    return out
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def _check_range(name: str, values: torch.Tensor, low: int, high: int) -> None:
+    if values.numel() == 0:
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < low or most >= high:
+        got = least if least < low else most
+        raise ValueError(f"{name}: got {got}, expected values from {low} to {high - 1}")
+
+
+def _check_lengths(
+    kv_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    q: torch.Tensor,
+    max_q_len: int,
+    max_kv_len: int,
+) -> None:
+    starts = cu_seqlens_q.tolist()
+    if starts[0] != 0 or starts[-1] != q.shape[0]:
+        raise ValueError(f"cu_seqlens_q: got {starts}, expected 0 first and {q.shape[0]} last")
+    _check_range("rows of a sequence", cu_seqlens_q.diff(), 0, max_q_len + 1)
+    _check_range("kv_lens", kv_lens, 0, max_kv_len + 1)
+    pages = -(-kv_lens // kv_pool.shape[3])
+    if int(pages.max()) > page_table.shape[1]:
+        raise ValueError(
+            f"kv_lens: got {int(kv_lens.max())} tokens, expected at most the "
+            f"{page_table.shape[1] * kv_pool.shape[3]} that a row of page_table lists"
+        )
+    listed = torch.arange(page_table.shape[1], device=page_table.device) < pages[:, None]
+    _check_range("page_table", page_table[listed], 0, kv_pool.shape[0])

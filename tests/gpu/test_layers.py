@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from star_attention.ops import cuda
+
+TOLERANCE = {
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [8, 576, 4096, 8192, 32768])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(dtype, hidden, with_residual):
+    x = torch.randn(33, hidden + 8, dtype=dtype, device="cuda")[:, 8:]
+    weight = torch.randn(hidden, dtype=dtype, device="cuda")
+    residual = torch.randn(33, hidden, dtype=dtype, device="cuda") if with_residual else None
+    total = x if residual is None else x + residual
+    out = cuda.rms_norm(x, weight, 1e-5, residual)
+    wide = total.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+    if residual is not None:
+        assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("intermediate", [8, 1536, 14336])
+def test_silu_mul(dtype, intermediate):
+    gate_up = 4 * torch.randn(17, 2 * intermediate, dtype=dtype, device="cuda")
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(cuda.silu_mul(gate_up).double(), expected, **TOLERANCE[dtype])
