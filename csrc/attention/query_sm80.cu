@@ -1,0 +1,88 @@
+// Phase 2 on sm_80 and newer: a grid of resident blocks, blockIdx.x naming the tile of packed rows
+// and blockIdx.y the share of the KV line (query_shares.cuh). Blocks of one share read the same
+// pages at the same time, from memory once and then from L2. Each piece of a share runs through
+// tile_sm80.cuh.
+#include <algorithm>
+
+#include "attention/kernels.h"
+#include "attention/query_shares.cuh"
+#include "attention/tile_sm80.cuh"
+#include "common/check.h"
+#include "common/device.h"
+
+namespace star_attention {
+namespace {
+
+constexpr int kBlocksPerSm = 2;
+constexpr int kTile = 64;
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
+    query_sm80_kernel(const __grid_constant__ PagedAttentionParams p,
+                      const __grid_constant__ QueryPartials partials) {
+  extern __shared__ __align__(256) char smem[];
+  start_merge();
+  const int row0 = blockIdx.x * Tile::kRows, share = blockIdx.y;
+  QueryPieces pieces(p, partials, share);
+  for (QueryPiece piece; pieces.next(piece);) {
+    const SequenceRows rows(p, piece.seq, piece.kv_head);
+    if (row0 >= rows.count()) continue;
+    const Tile tile(p, rows, piece.seq, row0, piece.tile_begin, piece.tile_end, smem);
+    write_piece<typename Tile::T>(p, partials, piece, share, rows, [&](auto store, auto store_lse) {
+      tile.write(store, store_lse);
+    });
+  }
+}
+
+int row_tile(const PagedAttentionParams& p) {
+  const int rows = p.max_q_len * (p.num_q_heads / p.num_kv_heads);
+  return rows <= 16 ? 16 : rows <= 64 ? 64 : 128;
+}
+
+// Blocks along the grid's x (tiles of rows) and y (shares).
+dim3 grid_of(const PagedAttentionParams& p) {
+  const int rows = p.max_q_len * (p.num_q_heads / p.num_kv_heads);
+  const int row_tiles = (rows + row_tile(p) - 1) / row_tile(p);
+  return dim3(row_tiles, std::max(1, kBlocksPerSm * current_device().num_sms / row_tiles));
+}
+
+template <typename Tile>
+void launch(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {
+  static_assert(Tile::kTokens == kTile);
+  const dim3 grid = grid_of(p);
+  const QueryPartials partials = query_partials(p, grid.y, kTile, workspace);
+  const auto kernel = query_sm80_kernel<Tile>;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes),
+      "query_sm80 shared memory");
+  kernel<<<grid, Tile::kThreads, Tile::kSmemBytes, stream>>>(p, partials);
+  check_launch("query_sm80");
+  merge_query_partials(p, partials, stream);
+}
+
+template <typename T, int kHeadDim>
+void launch(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {
+  switch (row_tile(p)) {
+    case 16:
+      return launch<TileSm80<T, kHeadDim, 1, 1>>(p, workspace, stream);
+    case 64:
+      return launch<TileSm80<T, kHeadDim, 4, 1>>(p, workspace, stream);
+    default:
+      return launch<TileSm80<T, kHeadDim, 4, 2>>(p, workspace, stream);
+  }
+}
+
+}  // namespace
+
+size_t query_attention_sm80_workspace(const PagedAttentionParams& p) {
+  return query_partials_bytes(p, grid_of(p).y);
+}
+
+void query_attention_sm80(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {
+  dispatch_16bit(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.head_dim == 128 ? launch<T, 128>(p, workspace, stream) : launch<T, 64>(p, workspace, stream);
+  });
+}
+
+}  // namespace star_attention

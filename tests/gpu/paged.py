@@ -1,0 +1,110 @@
+"""Random paged attention problems and their float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Largest ‖o - reference‖ / ‖reference‖.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+@dataclass
+class Problem:
+    """Sequences of `lengths` = (query rows, cached tokens). Every element of the pool that must not
+    reach an output is NaN, every page index that must not be read is out of range."""
+
+    lengths: list[tuple[int, int]]
+    num_q_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    page: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    score_scale: float = 1.0  # factor of q
+    extra_pages: int = 3
+    pages: torch.Tensor | None = None  # which pages of the pool to use, in order
+
+    def __post_init__(self) -> None:
+        counts = [-(-kv_len // self.page) for _, kv_len in self.lengths]
+        total = sum(counts)
+        pool_pages = total + self.extra_pages
+        if self.pages is None:
+            self.pages = torch.randperm(pool_pages)[:total]
+        else:
+            pool_pages = int(self.pages.max()) + 1
+        self.kv_pool = torch.full(
+            (pool_pages, 2, self.num_kv_heads, self.page, self.head_dim),
+            torch.nan,
+            dtype=self.dtype,
+            device="cuda",
+        )
+        table = torch.full((len(self.lengths), max(counts) + 2), -(2**30), dtype=torch.int32)
+        taken = 0
+        for row, ((_, kv_len), count) in enumerate(zip(self.lengths, counts, strict=True)):
+            own = self.pages[taken : taken + count]
+            taken += count
+            table[row, :count] = own
+            for i, page in enumerate(own.tolist()):
+                tokens = min(self.page, kv_len - i * self.page)
+                self.kv_pool[page, :, :, :tokens].normal_()
+        self.page_table = table.cuda()
+        rows = torch.tensor([0] + [n for n, _ in self.lengths])
+        self.cu_seqlens_q = rows.cumsum(0).int().cuda()
+        self.kv_lens = torch.tensor([kv for _, kv in self.lengths], dtype=torch.int32).cuda()
+        self.q = self.score_scale * torch.randn(
+            int(rows.sum()), self.num_q_heads, self.head_dim, dtype=self.dtype, device="cuda"
+        )
+        self.scale = self.head_dim**-0.5
+
+    def arguments(self) -> dict:
+        return {
+            "q": self.q,
+            "kv_pool": self.kv_pool,
+            "page_table": self.page_table,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "kv_lens": self.kv_lens,
+            "causal": self.causal,
+            "scale": self.scale,
+            "max_q_len": max(n for n, _ in self.lengths),
+            "max_kv_len": max(kv for _, kv in self.lengths),
+        }
+
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """o and lse in float64."""
+        o = torch.zeros(self.q.shape, dtype=torch.float64, device="cuda")
+        lse = torch.full(self.q.shape[:2], -torch.inf, dtype=torch.float64, device="cuda")
+        group = self.num_q_heads // self.num_kv_heads
+        starts = self.cu_seqlens_q.tolist()
+        for row, (n, kv_len) in enumerate(self.lengths):
+            if n == 0 or kv_len == 0:
+                continue
+            rows = slice(starts[row], starts[row + 1])
+            own = self.page_table[row, : -(-kv_len // self.page)].long()
+            kv = self.kv_pool[own].permute(1, 2, 0, 3, 4)  # [2, Hkv, pages, page, D]
+            k, v = kv.flatten(2, 3)[:, :, :kv_len].double()
+            q = self.q[rows].view(n, self.num_kv_heads, group, self.head_dim).double()
+            scores = torch.einsum("nhgd,hld->hgnl", q, k) * self.scale
+            if self.causal:
+                seen = torch.ones(n, kv_len, dtype=torch.bool, device="cuda").tril(kv_len - n)
+                scores.masked_fill_(~seen, -torch.inf)
+            row_lse = scores.logsumexp(-1)
+            weights = (scores - row_lse[..., None]).exp().nan_to_num_(nan=0.0)
+            o[rows] = torch.einsum("hgnl,hld->nhgd", weights, v).reshape(n, -1, self.head_dim)
+            lse[rows] = row_lse.permute(2, 0, 1).reshape(n, -1)
+        return o, lse
+
+
+def assert_close(
+    o: torch.Tensor, lse: torch.Tensor, problem: Problem, lse_tolerance: float = 1e-3
+) -> None:
+    expected, expected_lse = problem.reference()
+    assert not o.isnan().any(), "NaN in o"
+    empty = expected_lse == -torch.inf
+    assert (lse[empty] == -torch.inf).all(), "lse of rows that see nothing"
+    assert (o[empty] == 0).all(), "o of rows that see nothing"
+    error = float((o.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    assert error <= TOLERANCE[problem.dtype], f"o is off by {error:.2e}"
+    lse_error = float((lse.double() - expected_lse)[~empty].abs().max()) if (~empty).any() else 0.0
+    assert lse_error <= lse_tolerance, f"lse is off by {lse_error:.2e}"

@@ -1,0 +1,132 @@
+"""Attention kernels that run in several shapes: query attention on both paths and the sm_80 context
+kernel (that of sm_90: test_context_attention.py)."""
+
+import pytest
+import torch
+from paged import Problem, assert_close
+
+from star_attention.ops import cuda
+
+SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+KERNELS = ["query_sm80", "context_sm80", *(["query_sm90"] if SM90 else [])]
+
+LENGTHS = {
+    "one token": [(1, 1000)],
+    "one cached token": [(1, 1)],
+    "whole pages": [(4, 1024)],
+    "own tokens only": [(70, 70)],
+    "more rows than cached tokens": [(40, 17)],
+    "16 rows": [(16, 3000)],
+    "many rows": [(300, 5003)],
+    "512 rows": [(512, 4097)],
+    "several": [(1, 4000), (33, 33), (5, 129), (100, 2500)],
+    "empty sequence and empty cache": [(3, 200), (0, 500), (2, 0), (1, 64)],
+    "only empty caches": [(2, 0), (1, 0)],
+    "many sequences": [(1 + i % 3, 37 * i) for i in range(70)],
+}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    return request.param
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_lengths(kernel, lengths, causal):
+    problem = Problem(lengths, causal=causal)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page", [64, 128])
+def test_formats(kernel, dtype, head_dim, page):
+    problem = Problem([(1, 700), (50, 1111)], head_dim=head_dim, page=page, dtype=dtype)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_groups(kernel, group, rows):
+    problem = Problem([(rows, 1500), (rows, 300)], num_q_heads=3 * group, num_kv_heads=3)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_scores(kernel, dtype):
+    problem = Problem([(20, 2000)], score_scale=3000.0, dtype=dtype)
+    _, lse = problem.reference()
+    assert lse.abs().max() > 1e4
+    # float32 resolves 1e-3 at 1e4.
+    tolerance = 1e-6 * float(lse.abs().max())
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem, tolerance)
+
+
+def test_float32_output(kernel):
+    problem = Problem([(7, 3000), (1, 100)])
+    o, lse = cuda.paged_attention(**problem.arguments(), kernel=kernel, out_dtype=torch.float32)
+    assert o.dtype == torch.float32
+    assert_close(o, lse, problem)
+
+
+def test_strided_q(kernel):
+    problem = Problem([(9, 500)])
+    fused = torch.randn(9, 3 * problem.num_q_heads * 128, dtype=problem.dtype, device="cuda")
+    problem.q = fused[:, : problem.num_q_heads * 128].view(9, problem.num_q_heads, 128)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+def test_same_bits(kernel):
+    arguments = Problem([(20, 5000), (3, 9000)]).arguments()
+    first = cuda.paged_attention(**arguments, kernel=kernel)
+    for _ in range(5):
+        again = cuda.paged_attention(**arguments, kernel=kernel)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_shards_merge_to_the_whole(kernel):
+    whole = Problem([(5, 4000)], causal=False)
+    parts = []
+    for first, last in [(0, 10), (10, 32)]:  # pages
+        shard = whole.arguments()
+        shard["page_table"] = whole.page_table[:, first:].contiguous()
+        tokens = min(last * whole.page, 4000) - first * whole.page
+        shard["kv_lens"] = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+        shard["max_kv_len"] = tokens
+        parts.append(cuda.paged_attention(**shard, kernel=kernel, out_dtype=torch.float32))
+    o, lse = (torch.stack(x) for x in zip(*parts, strict=True))
+    assert_close(*cuda.merge_lse(o, lse, out_dtype=whole.dtype), whole)
+
+
+@pytest.mark.parametrize("rows", [1, 48])
+def test_graph_replay_with_growing_cache(rows):
+    longest = 3000
+    problem = Problem([(rows, longest)])
+    full = problem.kv_pool.clone()
+    arguments = problem.arguments()
+    cuda.paged_attention(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = cuda.paged_attention(**arguments)
+    for kv_len in (rows, 100, 777, 1024, longest):
+        problem.lengths = [(rows, kv_len)]
+        problem.kv_lens.fill_(kv_len)
+        _poison_behind(problem, full, kv_len)
+        graph.replay()
+        assert_close(o, lse, problem)
+
+
+def _poison_behind(problem: Problem, full: torch.Tensor, kv_len: int) -> None:
+    problem.kv_pool.copy_(full)
+    for i, page in enumerate(problem.pages.tolist()):
+        problem.kv_pool[page, :, :, max(0, kv_len - i * problem.page) :] = torch.nan
+
+
+def test_pool_of_more_than_2_to_the_31_elements(kernel):
+    pages = torch.tensor([70000, 3, 69999, 35001])  # 32768 elements a page and KV head
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    problem = Problem([(2, 500)], num_q_heads=2, num_kv_heads=1, pages=pages)
+    assert problem.kv_pool.numel() > 2**31
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
