@@ -138,13 +138,13 @@ __device__ inline void wgmma_wait() {
 
 // Keeps the compiler from moving accesses to registers of an asynchronous wgmma over this point.
 template <class T, int kCount>
-__device__ inline void pin_registers(T (&registers)[kCount]) {
+__device__ __forceinline__ void pin_registers(T (&registers)[kCount]) {
 #pragma unroll
-  for (T& r : registers) {
+  for (int i = 0; i < kCount; ++i) {
     if constexpr (std::is_same_v<T, float>) {
-      asm volatile("" : "+f"(r)::"memory");
+      asm volatile("" : "+f"(registers[i])::"memory");
     } else {
-      asm volatile("" : "+r"(r)::"memory");
+      asm volatile("" : "+r"(registers[i])::"memory");
     }
   }
 }
@@ -176,7 +176,7 @@ __device__ inline void pin_registers(T (&registers)[kCount]) {
       : "l"(a), "l"(b), "r"(int{accumulate}))
 
 template <class Element>
-__device__ inline void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<Element, __half>) {
     STAR_ATTENTION_WGMMA_SS_128("f16");
   } else {
@@ -199,7 +199,7 @@ __device__ inline void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool acc
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <class Element>
-__device__ inline void wgmma_rs(float (&d)[32], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint64_t b) {
   if constexpr (std::is_same_v<Element, __half>) {
     STAR_ATTENTION_WGMMA_RS_64("f16");
   } else {
@@ -208,7 +208,7 @@ __device__ inline void wgmma_rs(float (&d)[32], const uint32_t* a, uint64_t b) {
 }
 
 template <class Element>
-__device__ inline void wgmma_rs(float (&d)[64], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t* a, uint64_t b) {
   if constexpr (std::is_same_v<Element, __half>) {
     STAR_ATTENTION_WGMMA_RS_128("f16");
   } else {
