@@ -1,16 +1,17 @@
-// Phase 1 on sm_80 and newer: a block takes 128 packed rows of one KV head and walks the page list
-// from its start to the rows' diagonal (tile_sm80.cuh). Blocks that run together share a KV head,
-// so that its pages are read from L2; the rows that see most go first, so that the causal triangle
-// leaves no long tail.
+// Phase 1 on sm_80 and newer: a block takes a tile of packed rows of one KV head and walks the page
+// list from its start to the rows' diagonal (tile_sm80.cuh): 256 rows, or 128 on GPUs with less
+// shared memory. Blocks that run together share a KV head, so that its pages are read from L2; the
+// rows that see most go first, so that the causal triangle leaves no long tail.
 #include "attention/kernels.h"
 #include "attention/tile_sm80.cuh"
 #include "common/check.h"
+#include "common/device.h"
 
 namespace star_attention {
 namespace {
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     context_sm80_kernel(const __grid_constant__ PagedAttentionParams p) {
   extern __shared__ __align__(256) char smem[];
   const int group = p.num_q_heads / p.num_kv_heads;
@@ -27,9 +28,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
       [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; });
 }
 
-template <typename T, int kHeadDim>
-void launch(const PagedAttentionParams& p, cudaStream_t stream) {
-  using Tile = TileSm80<T, kHeadDim, 4, 2>;
+template <typename Tile>
+void launch_tile(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t rows = int64_t{p.num_tokens} * (p.num_q_heads / p.num_kv_heads);
   const dim3 grid(static_cast<unsigned>(rows / Tile::kRows + p.num_seqs), p.num_kv_heads);
   const auto kernel = context_sm80_kernel<Tile>;
@@ -37,6 +37,14 @@ void launch(const PagedAttentionParams& p, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes),
       "context_sm80 shared memory");
   kernel<<<grid, Tile::kThreads, Tile::kSmemBytes, stream>>>(p);
+}
+
+template <typename T, int kHeadDim>
+void launch(const PagedAttentionParams& p, cudaStream_t stream) {
+  using Large = TileSm80<T, kHeadDim, 8, 1, 2>;
+  using Small = TileSm80<T, kHeadDim, 4, 1, 2>;
+  Large::kSmemBytes <= current_device().smem_per_block ? launch_tile<Large>(p, stream)
+                                                       : launch_tile<Small>(p, stream);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace star_attention {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kInFlight = 4;  // pieces whose loads a warp issues before it needs the first
+constexpr int kInFlight = 5;  // pieces whose loads a warp issues before it needs the first
 
 // The kernel may have been started while the query kernel runs.
 __device__ inline void wait_for_query_kernel() {

@@ -27,16 +27,22 @@ __device__ inline int num_tiles_of(const PagedAttentionParams& p, int tile, int 
 struct QueryLine {
   int length;
   int num_shares;
+  int quotient, remainder;  // of length / num_shares: the first `remainder` shares have one more
 
   __device__ QueryLine(const PagedAttentionParams& p, const QueryPartials& partials) {
     length = p.num_kv_heads * sum_over_sequences(p.num_seqs, [&](int seq) {
                return num_tiles_of(p, partials.tile, seq);
              });
-    num_shares = min(partials.num_shares, length);
+    num_shares = max(1, min(partials.num_shares, length));
+    quotient = length / num_shares;
+    remainder = length % num_shares;
   }
 
-  __device__ int begin(int share) const { return int64_t{share} * length / num_shares; }
-  __device__ int share_of(int unit) const { return (int64_t{unit + 1} * num_shares - 1) / length; }
+  __device__ int begin(int share) const { return share * quotient + min(share, remainder); }
+  __device__ int share_of(int unit) const {
+    const int longer = remainder * (quotient + 1);  // units of the longer shares
+    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
+  }
 };
 
 struct QueryPiece {

@@ -48,7 +48,7 @@ dim3 grid_of(const PagedAttentionParams& p) {
 
 template <typename Tile>
 void launch(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {
-  static_assert(Tile::kTokens == kTile);
+  static_assert(Tile::kTokens == kTile && Tile::kBlocksPerSm == kBlocksPerSm);
   const dim3 grid = grid_of(p);
   const QueryPartials partials = query_partials(p, grid.y, kTile, workspace);
   const auto kernel = query_sm80_kernel<Tile>;
@@ -64,11 +64,11 @@ template <typename T, int kHeadDim>
 void launch(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {
   switch (row_tile(p)) {
     case 16:
-      return launch<TileSm80<T, kHeadDim, 1, 1>>(p, workspace, stream);
+      return launch<TileSm80<T, kHeadDim, 1, 4, 1>>(p, workspace, stream);
     case 64:
-      return launch<TileSm80<T, kHeadDim, 4, 1>>(p, workspace, stream);
+      return launch<TileSm80<T, kHeadDim, 4, 1, 1>>(p, workspace, stream);
     default:
-      return launch<TileSm80<T, kHeadDim, 4, 2>>(p, workspace, stream);
+      return launch<TileSm80<T, kHeadDim, 4, 1, 2>>(p, workspace, stream);
   }
 }
 

@@ -5,11 +5,11 @@
 // One producer warp streams K and V tiles of 128 tokens by TMA through a ring of stages and runs
 // ahead into the next piece of the share. Two consumer warpgroups take 64 rows each. A step of one:
 //
-//   tensor cores   S' = Q K'^T | O += P V
-//   registers                  | P' = softmax of S' | rescale O if the maximum moved
+//   tensor cores   S' = Q K'^T | O += P V      | (the other warpgroup's two products)
+//   other units                | maximum of S' | P' = exp2(S' - maximum), row sums
 //
-// The warpgroups take turns at the tensor cores, so that the softmax of one runs behind the
-// products of the other. The running maximum moves only when a score exceeds it by 2^8.
+// A pair of named barriers makes the warpgroups take turns at the tensor cores. The running maximum
+// moves, and O is rescaled, only when a score exceeds it by 2^8.
 #include <algorithm>
 
 #include "attention/kernels.h"
@@ -229,7 +229,8 @@ struct Consumer {
 
   __device__ void mask(const SequenceRows& rows, int tile, float (&s)[kTokens / 2]) {
     const int token = tile * kTokens;
-    if (token + kTokens <= min(rows.kv_len, rows.visible(args.p, row0))) return;
+    const int full = min(rows.kv_len, rows.visible(args.p, row0));  // what every row sees
+    if (__builtin_expect(token + kTokens <= full, true)) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int visible = min(rows.kv_len, rows.visible(args.p, row + 8 * half)) - token;
@@ -243,8 +244,8 @@ struct Consumer {
     }
   }
 
-  // Turns scores into probabilities; o is to be scaled by `correction` before they are added.
-  __device__ void softmax(float (&s)[kTokens / 2], float (&correction)[2]) {
+  // Moves the running maxima if the scores call for it; o is to be scaled by `correction` then.
+  __device__ void update_max(const float (&s)[kTokens / 2], float (&correction)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float even = s[2 * half], odd = s[2 * half + 1];
@@ -260,14 +261,14 @@ struct Consumer {
       if (tile_max > old + kSlack) max[half] = tile_max;
       correction[half] = ptx::exp2_approx(old - max[half]);
       sum[half] *= correction[half];
+    }
+  }
+
+  __device__ void exponentiate(float (&s)[kTokens / 2]) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; i += 4) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[i + e] = ptx::exp2_approx(fmaf(s[i + e], scale, -max[half]));
-          sum[half] += s[i + e];
-        }
-      }
+    for (int i = 0; i < kTokens / 2; ++i) {
+      s[i] = ptx::exp2_approx(fmaf(s[i], scale, -max[i / 2 % 2]));
+      sum[i / 2 % 2] += s[i];
     }
   }
 
@@ -277,6 +278,9 @@ struct Consumer {
   }
 
   __device__ void attend(const SequenceRows& rows, int tile_begin, int tile_end) {
+    // Lets the compiler keep stages and descriptors in uniform registers.
+    tile_begin = __shfl_sync(~0u, tile_begin, 0);
+    tile_end = __shfl_sync(~0u, tile_end, 0);
     max[0] = max[1] = kNoMax;
     sum[0] = sum[1] = 0.f;
 #pragma unroll
@@ -294,7 +298,8 @@ struct Consumer {
     release(&shared.k_empty[k.stage]);
     k.advance();
     mask(rows, tile_begin, s);
-    softmax(s, correction);
+    update_max(s, correction);
+    exponentiate(s);
     to_operand(s, probabilities);
 
     for (int tile = tile_begin + 1; tile < tile_end; ++tile) {
@@ -310,18 +315,20 @@ struct Consumer {
       release(&shared.k_empty[k.stage]);
       k.advance();
       mask(rows, tile, s);
-      softmax(s, correction);
+      update_max(s, correction);
 
       wgmma_wait<0>();
       pin_registers(o);
       pin_registers(probabilities);
       release(&shared.v_empty[v.stage]);
       v.advance();
-      to_operand(s, probabilities);
-      if (__any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) {
+      const bool moved = correction[0] != 1.f || correction[1] != 1.f;
+      if (__builtin_expect(__any_sync(~0u, moved), false)) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
       }
+      exponentiate(s);
+      to_operand(s, probabilities);
     }
 
     barrier_wait(&shared.v_full[v.stage], v.phase);

@@ -1,13 +1,14 @@
 // One tile of packed rows over a run of KV tiles, with the instructions of sm_80.
 //
-// Pipeline: KV tiles of 64 tokens in shared memory, filled by cp.async; K of the next tile loads
-// while the current one is multiplied. Tokens past the end of the cache are filled with zeros and
-// never read from memory. A tile of 128 rows is bound by the tensor cores: its warps hold 32 rows
-// each, which halves what they read from shared memory per multiplication, and leave Q and one V
-// tile there (80 KB, two blocks a multiprocessor from sm_80 on), V loading behind S = Q Kᵀ and
-// softmax. Smaller tiles are bound by memory: 16 rows a warp, Q in registers, two V tiles, so that
-// more is in flight. When the rows fill one warp only, the warps split the tokens of each tile and
-// add up at the end.
+// Pipeline: KV tiles of 64 tokens in shared memory, filled by cp.async; the next tile loads while
+// the current one is multiplied, with one barrier a tile. Tokens past the end of the cache are
+// filled with zeros and never read from memory.
+//
+// 128 rows or more are bound by the tensor cores: their warps hold 32 rows each, which halves what
+// they read from shared memory per multiplication, and leave Q there. Where two blocks of 128 rows
+// have to share a multiprocessor there is room for one V tile only (80 KB a block), and V loads
+// behind S = Q Kᵀ and softmax. Fewer rows are bound by memory: 16 rows a warp, Q in registers. When
+// the rows fill one warp only, the warps split the tokens of each tile and add up at the end.
 //
 // The running maximum moves, and O is rescaled, only when a score exceeds it by 2^8; the final
 // division makes up for it.
@@ -18,20 +19,21 @@
 
 namespace star_attention {
 
-template <typename T_, int kHeadDim_, int kRowWarps_, int kMTiles_>
+template <typename T_, int kHeadDim_, int kRowWarps_, int kTokenWarps_, int kMTiles_>
 struct TileSm80 {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowWarps = kRowWarps_;
-  static constexpr int kTokenWarps = kWarps / kRowWarps;
+  static constexpr int kTokenWarps = kTokenWarps_;
+  static constexpr int kWarps = kRowWarps * kTokenWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSm = 8 / kWarps;
   static constexpr int kMTiles = kMTiles_;  // 16-row tiles of a warp
   static constexpr int kRows = 16 * kMTiles * kRowWarps;
   static constexpr int kTokens = 64;  // of a KV tile
   static constexpr int kWarpTokens = kTokens / kTokenWarps;
   static constexpr bool kLarge = kMTiles > 1;
-  static constexpr int kVStages = kLarge ? 1 : 2;
+  static constexpr int kVStages = kLarge && kBlocksPerSm > 1 ? 1 : 2;
   static constexpr int kPlaneBytes = kTokens * kHeadDim * sizeof(T);  // K or V of a tile
   static constexpr int kVOffset = 2 * kPlaneBytes;
   static constexpr int kQOffset = kVOffset + kVStages * kPlaneBytes;
@@ -154,7 +156,7 @@ struct TileSm80 {
     if (tile_begin >= tile_end) return;
     int page = page_of(tile_begin);
     load(0, tile_begin, page, smem_);
-    if constexpr (!kLarge) load(1, tile_begin, page, smem_ + kVOffset);
+    if constexpr (kVStages > 1) load(1, tile_begin, page, smem_ + kVOffset);
     load_q();
     ptx::cp_async_commit();
     int next_page = page_of(min(tile_begin + 1, tile_end - 1));
@@ -164,16 +166,16 @@ struct TileSm80 {
 
     for (int tile = tile_begin, stage = 0; tile < tile_end; ++tile, stage ^= 1) {
       const uint32_t k = smem_ + stage * kPlaneBytes;
-      const uint32_t v = smem_ + kVOffset + (kLarge ? 0 : stage * kPlaneBytes);
+      const uint32_t v = smem_ + kVOffset + (kVStages > 1 ? stage * kPlaneBytes : 0);
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if constexpr (kLarge) {
+      if constexpr (kVStages == 1) {
         load(1, tile, page, v);
         ptx::cp_async_commit();
       }
       if (tile + 1 < tile_end) {
         load(0, tile + 1, next_page, smem_ + (stage ^ 1) * kPlaneBytes);
-        if constexpr (!kLarge) {
+        if constexpr (kVStages > 1) {
           load(1, tile + 1, next_page, smem_ + kVOffset + (stage ^ 1) * kPlaneBytes);
         }
         page = next_page;
@@ -188,7 +190,7 @@ struct TileSm80 {
         if (token + kWarpTokens > visible) mask(token, s);
         softmax(s);
       }
-      if constexpr (kLarge) {
+      if constexpr (kVStages == 1) {
         ptx::cp_async_wait<1>();
         __syncthreads();
       }

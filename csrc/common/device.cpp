@@ -11,17 +11,19 @@ namespace {
 constexpr int kMaxDevices = 64;
 
 DeviceInfo query_device(int device) {
-  int major = 0, minor = 0, num_sms = 0;
+  int major = 0, minor = 0, num_sms = 0, smem = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
              "compute capability");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
              "compute capability");
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
              "multiprocessor count");
+  check_cuda(cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory");
   require(major >= 8, "device",
           "compute capability " + std::to_string(major) + "." + std::to_string(minor),
           "8.0 or newer");
-  return {10 * major + minor, num_sms};
+  return {10 * major + minor, num_sms, smem};
 }
 
 }  // namespace
