@@ -27,7 +27,7 @@ ARCHITECTURES = {
 class StarConfig:
     """How a context is cut into blocks, what the blocks share, and where new KV goes.
 
-    Sizes are in tokens and multiples of `tokens_per_block`.
+    Sizes are in tokens and multiples of `tokens_per_block`; others raise UserError.
 
     Attributes:
         block_size: tokens a block holds; None: the context over max(4, ranks), rounded up.
@@ -61,6 +61,30 @@ class StarConfig:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}"
                 )
+        page = self.tokens_per_block
+        if page < 1:
+            raise UserError(f"tokens_per_block is {page}: use 1 or more")
+        for name, size, least in (
+            ("block size", self.block_size, page),
+            ("anchor size", self.anchor_size, 0),
+        ):
+            if size is not None and size % page:
+                raise UserError(
+                    f"the {name} {size} is not a multiple of the page of {page} tokens "
+                    f"(tokens_per_block): use {-(-size // page) * page}"
+                )
+            if size is not None and size < least:
+                raise UserError(f"the {name} is {size}: use {least} tokens or more")
+        if self.block_size is not None:
+            self.check_anchor(self.block_size)
+
+    def check_anchor(self, block_size: int) -> None:
+        """Raises UserError if the anchor does not fit into blocks of `block_size` tokens."""
+        if self.anchor_size is not None and self.anchor_size > block_size:
+            raise UserError(
+                f"the anchor size is {self.anchor_size}: use 0 to {block_size} tokens "
+                "(the block size)"
+            )
 
 
 @dataclass(frozen=True)

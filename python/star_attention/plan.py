@@ -68,11 +68,10 @@ class Plan:
     def blocks_of(self, rank: int) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.rank == rank)
 
-    def speedup_over_dense(self, model: ModelConfig) -> float:
-        """Dense FLOPs of phase 1, spread evenly over the ranks, over the busiest rank's."""
-        busiest = max(cost.flops(model) for cost in self.rank_costs)
-        dense = Cost(self.context_len, causal_pairs(self.context_len)).flops(model)
-        return dense / self.num_ranks / busiest if busiest else 1.0
+    @property
+    def dense_cost(self) -> Cost:
+        """Work of phase 1 of dense attention, for comparison with the rank costs."""
+        return Cost(self.context_len, causal_pairs(self.context_len))
 
 
 def causal_pairs(tokens: int, before: int = 0) -> int:
@@ -98,7 +97,7 @@ def make_plan(
         model: its shape weighs projections against attention.
 
     Raises:
-        UserError: a size is out of range or not a multiple of the page.
+        UserError: a number is out of range, or the anchor does not fit into the default block.
 
     Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1).
     """
@@ -108,8 +107,6 @@ def make_plan(
     if num_ranks < 1:
         raise UserError(f"the number of ranks is {num_ranks}: use 1 or more")
     page = config.tokens_per_block
-    if page < 1:
-        raise UserError(f"tokens_per_block is {page}: use 1 or more")
     if config.attention == "dense":
         if num_ranks > 1:
             raise UserError(f"dense attention runs on one rank, not {num_ranks}: use --ranks 1")
@@ -187,7 +184,7 @@ def _rank_costs(blocks: Sequence[Block], num_ranks: int, joining: Cost) -> tuple
 def _sizes(
     context_len: int, config: StarConfig, num_ranks: int, notes: list[str]
 ) -> tuple[int, int]:
-    """Block and anchor size: the user's, checked, or the defaults, rounded up to whole pages."""
+    """Block and anchor size: the user's, or the defaults, rounded up to whole pages."""
     page = config.tokens_per_block
     block_size = config.block_size
     if block_size is None:
@@ -199,24 +196,8 @@ def _sizes(
                 f"block size {exact} (context / {parts}) rounded up to {block_size}, "
                 f"a multiple of the page of {page} tokens"
             )
-    elif block_size < 1:
-        raise UserError(f"the block size is {block_size}: use 1 page ({page} tokens) or more")
-    elif block_size % page:
-        raise UserError(
-            f"the block size {block_size} is not a multiple of the page of {page} tokens "
-            f"(tokens_per_block): use {-(-block_size // page) * page}"
-        )
-    anchor_size = block_size if config.anchor_size is None else config.anchor_size
-    if anchor_size < 0 or anchor_size > block_size:
-        raise UserError(
-            f"the anchor size is {anchor_size}: use 0 to {block_size} tokens (the block size)"
-        )
-    if anchor_size % page:
-        raise UserError(
-            f"the anchor size {anchor_size} is not a multiple of the page of {page} tokens "
-            f"(tokens_per_block): use {-(-anchor_size // page) * page}"
-        )
-    return block_size, anchor_size
+    config.check_anchor(block_size)
+    return block_size, block_size if config.anchor_size is None else config.anchor_size
 
 
 def _assign(costs: Sequence[int], num_ranks: int, joining: int) -> list[int]:

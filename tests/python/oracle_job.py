@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
 from star_attention.config import StarConfig
 from star_attention.distributed import default_communicator
 from star_attention.engines.loader import load_engine, share_cores

@@ -7,17 +7,28 @@ import os
 from star_attention.distributed.base import Communicator, Traffic
 from star_attention.distributed.single import SingleProcess
 
-__all__ = ["Communicator", "SingleProcess", "Traffic", "default_communicator", "world_size"]
-
-_WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+__all__ = [
+    "Communicator",
+    "SingleProcess",
+    "Traffic",
+    "default_communicator",
+    "world_rank",
+    "world_size",
+]
 
 
 def world_size() -> int:
     """Ranks that mpirun started this program with; 1 without mpirun."""
-    for variable in _WORLD_SIZE_VARIABLES:
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 1
+    return _from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+
+
+def world_rank() -> int:
+    """This program's rank among them; 0 without mpirun."""
+    return _from_launcher("OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
+
+
+def _from_launcher(*variables: str, default: int) -> int:
+    return next((int(os.environ[name]) for name in variables if name in os.environ), default)
 
 
 def default_communicator() -> Communicator:

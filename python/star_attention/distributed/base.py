@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from star_attention.errors import UserError
 
@@ -53,6 +53,9 @@ class Communicator(Protocol):
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. Not counted as traffic."""
+
+    def abort(self) -> NoReturn:
+        """Ends all ranks at once, with exit code 1."""
 
 
 def agree(comm: Communicator, action: Callable[[], Any]) -> Any:

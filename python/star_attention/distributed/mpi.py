@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
@@ -49,6 +49,10 @@ class MpiCommunicator:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return self._world.allgather(value)
+
+    def abort(self) -> NoReturn:
+        self._world.Abort(1)
+        raise AssertionError("unreachable")
 
 
 class _Exchange:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from star_attention.distributed.base import Buffer, Traffic
 
@@ -31,6 +32,9 @@ class SingleProcess:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
+
+    def abort(self) -> NoReturn:
+        sys.exit(1)
 
 
 class _Done:

