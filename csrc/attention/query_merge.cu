@@ -1,6 +1,6 @@
 // A block takes one token's head. Its warps stride over the pieces of the head's (sequence, KV
 // head) pair, each lane holding a slice of the head dimension; then the warps' sums are added in
-// order.
+// order. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for it.
 #include "attention/query_shares.cuh"
 #include "common/check.h"
 
@@ -10,7 +10,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kInFlight = 5;  // pieces whose loads a warp issues before it needs the first
 
-// The kernel may have been started while the query kernel runs.
+// Every block has to call it, so that what follows on the stream follows the query kernel too.
 __device__ inline void wait_for_query_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -30,19 +30,21 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   const SequencePosition at =
       locate(p.num_seqs, token, [&](int seq) { return num_tokens_of(p, seq); });
-  if (at.seq == p.num_seqs) return;
   const QueryLine line(p, partials);
-  const int num_tiles = tiles(at.seq);
-  const int begin = p.num_kv_heads * sum_over_sequences(at.seq, tiles) + head / group * num_tiles;
-  const int first = line.share_of(begin);
-  const int last = line.share_of(begin + num_tiles - 1);
+  int first = 0, last = 0;  // shares that hold a piece
+  if (at.seq < p.num_seqs) {
+    const int num_tiles = tiles(at.seq);
+    const int begin = p.num_kv_heads * sum_over_sequences(at.seq, tiles) + head / group * num_tiles;
+    first = line.share_of(begin);
+    last = line.share_of(begin + num_tiles - 1);
+  }
+  wait_for_query_kernel();
   if (first == last) return;
+
   const int row = at.offset * group + head % group;
   const auto index = [&](int share) {
     return partials.index(2 * share + (share == first ? 1 : 0), row);
   };
-
-  wait_for_query_kernel();
 
   Pack<float, kSlice> slices[kInFlight];
 #pragma unroll

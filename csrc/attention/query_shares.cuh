@@ -105,16 +105,18 @@ __device__ void write_piece(const PagedAttentionParams& p, const QueryPartials& 
                             const QueryPiece& piece, int share, const SequenceRows& rows,
                             Write write) {
   if (piece.whole()) {
-    write([&](int row, int dim, float x,
-              float y) { store_output<T>(p, rows.out(p, row) * p.head_dim + dim, x, y); },
-          [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; });
+    const auto store = [&](int row, int dim, float x, float y) {
+      store_output<T>(p, rows.out(p, row) * p.head_dim + dim, x, y);
+    };
+    const auto store_lse = [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; };
+    write(store, store_lse);
   } else {
-    const int64_t slot = partials.index(piece.slot(share), 0);
-    write(
-        [&](int row, int dim, float x, float y) {
-          store_pack(partials.o + (slot + row) * p.head_dim + dim, Pack<float, 2>{x, y});
-        },
-        [&](int row, float lse) { partials.lse[slot + row] = lse; });
+    const int64_t first = partials.index(piece.slot(share), 0);
+    const auto store = [&](int row, int dim, float x, float y) {
+      store_pack(partials.o + (first + row) * p.head_dim + dim, Pack<float, 2>{x, y});
+    };
+    const auto store_lse = [&](int row, float lse) { partials.lse[first + row] = lse; };
+    write(store, store_lse);
   }
 }
 
@@ -130,8 +132,7 @@ inline QueryPartials query_partials(const PagedAttentionParams& p, int num_share
   return {o, o + int64_t{2} * num_shares * rows * p.head_dim, num_shares, rows, tile};
 }
 
-// For the query kernels: lets the blocks of the merge start while this kernel runs (sm_90); they
-// find their pieces and then wait for its end.
+// The query kernels call it: on sm_90 the blocks of the merge may start from then on.
 __device__ inline void start_merge() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

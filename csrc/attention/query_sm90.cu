@@ -32,8 +32,8 @@ constexpr int kRows = kConsumers * kConsumerRows;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kTokens = 128;  // of a KV tile
 constexpr int kStages = 3;
-constexpr int kPanel = 64;  // columns in a 128-byte row of shared memory
-constexpr float kSlack = 8.f;
+constexpr int kPanel = 64;     // columns in a 128-byte row of shared memory
+constexpr float kSlack = 8.f;  // log2 of how far scores may exceed the running maximum
 
 struct Arguments {
   PagedAttentionParams p;
@@ -66,8 +66,8 @@ struct Cursor {
   }
 };
 
-// Calls attend(rows, piece) for the pieces of this block that have rows; tile_end is clipped to the
-// tokens that exist, so a piece may have no tiles.
+// Calls attend(rows, piece, tile_end) for the pieces of this block that have rows; tile_end is
+// clipped to the tokens that exist, so a piece may have no tiles.
 template <typename Attend>
 __device__ void for_each_piece(const Arguments& args, Attend attend) {
   QueryPieces pieces(args.p, args.partials, blockIdx.y);

@@ -23,6 +23,7 @@ LENGTHS = {
     "empty sequence and empty cache": [(3, 200), (0, 500), (2, 0), (1, 64)],
     "only empty caches": [(2, 0), (1, 0)],
     "many sequences": [(1 + i % 3, 37 * i) for i in range(70)],
+    "many short sequences": [(1, 50 + i % 14) for i in range(300)],
 }
 
 
