@@ -62,10 +62,12 @@ class Timer:
 
     def median_ms(self, calls: dict[str, Call]) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in calls}
+        order = list(calls)
         for _ in range(self.rounds):
-            for name, call in calls.items():
+            for name in order:
                 time.sleep(self.pause_s)
-                times[name] += self._window(call)
+                times[name] += self._window(calls[name])
+            order = order[1:] + order[:1]  # nobody always follows the hottest
         return {name: statistics.median(values) for name, values in times.items()}
 
     def _window(self, call: Call) -> list[float]:
@@ -263,7 +265,7 @@ def main() -> None:
     )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each kernel")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
     parser.add_argument("--window", type=float, default=80.0, help="ms a kernel runs in a turn")
     parser.add_argument("--pause", type=float, default=0.15, help="s before a turn")
     options = parser.parse_args()
