@@ -15,14 +15,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-RANKS, BLOCK = 4, 1024
-NEEDLE = "One of the special magic numbers for quiet-river is: 7481523. "
-HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-QUESTION = "What is the special magic number for quiet-river mentioned in the text?"
+RANKS, BLOCK, LINES = 4, 1024, 158
+OPENING = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards."
+)
+HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic numbers for long-lantern is: 7463343."
+QUESTION = "What is the special magic number for long-lantern mentioned in the provided text?"
+NUMBER = "7463343"
 STAR = ["--ranks", str(RANKS), "--oversubscribe", "--block-size", str(BLOCK)]
 RUNS = {
-    "dense (exact), one rank": ["--attention", "dense"],
-    f"star, anchor {BLOCK:,} (the paper's)": [*STAR, "--anchor-size", str(BLOCK)],
+    "dense, one rank": ["--attention", "dense"],
+    f"star, anchor {BLOCK}": [*STAR, "--anchor-size", str(BLOCK)],
     f"star, anchor {BLOCK // 4}": [*STAR, "--anchor-size", str(BLOCK // 4)],
     "star, no anchor": [*STAR, "--anchor-size", "0"],
 }
@@ -37,9 +42,10 @@ def star_attn(*arguments: str, show: bool = True, **options) -> subprocess.Compl
 
 def main() -> None:
     haystack = Path(tempfile.mkdtemp(prefix="star-attention-demo-")) / "haystack.txt"
-    haystack.write_text(HAY * 88 + NEEDLE + HAY * 80)
-    print(f"{haystack}: {len(haystack.read_text()):,} characters, and in the middle of them:")
-    print(f"  {NEEDLE}")
+    lines = [HAY] * LINES
+    lines.insert(LINES // 3, NEEDLE)
+    haystack.write_text("\n".join([OPENING, *lines]))
+    print(f"{haystack}: {haystack.stat().st_size:,} bytes, a third down in them:\n  {NEEDLE}")
     star_attn(
         "plan", "--context", "4K", "--block-size", str(BLOCK), *STAR[:2], "--model", "smollm2"
     )
@@ -47,8 +53,8 @@ def main() -> None:
     ask = ["ask", "--model", "smollm2", "--context-file", str(haystack), "--max-tokens", "24"]
     click.secho(f"\n$ star-attn {' '.join(ask)} ...", bold=True)
     print(f"  {QUESTION}")
-    table = Table("attention", "answer", "found")
-    for title in ("phase 1", "phase 2", "with start-up"):
+    table = Table("attention", "found", "answer")
+    for title in ("phase 1", "phase 2", "in all"):
         table.add_column(title, justify="right")
     for name, options in RUNS.items():
         begin = time.perf_counter()
@@ -64,15 +70,18 @@ def main() -> None:
         answer = result["answers"][0]["text"].strip()
         table.add_row(
             name,
-            answer,
-            "[green]yes[/]" if "7481523" in answer else "[red]no[/]",
+            "[green]yes[/]" if NUMBER in answer else "[red]no[/]",
+            f"... {answer[-16:]}",
             f"{max(phase['context'] for phase in phases):.1f} s",
             f"{max(phase['query'] + phase['decode'] for phase in phases):.1f} s",
             f"{total:.1f} s",
         )
         print(f"  {name}: {answer}")
     Console().print(table)
-    print("Star Attention keeps the answer at a part of the work; the anchor is what does it.")
+    print(
+        "phase 1: reading the text; phase 2: question and answer; in all: with loading the model.\n"
+        "Star Attention keeps the answer at a part of the work, and the anchor is what does it."
+    )
 
 
 main()

@@ -16,6 +16,7 @@ from star_attention.distributed.base import agree
 from star_attention.engines.loader import load_engine, share_cores
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
+from star_attention.models.tokenizer import TextStream, Tokenizer
 from star_attention.runtime.runtime import EncodedContext, Runtime
 from star_attention.runtime.sampling import SamplingParams
 
@@ -86,13 +87,15 @@ class LLM:
         self.comm = comm or default_communicator()
         self._strict = strict
         path = self._on_rank_0(lambda: find_model(str(model)))
-        self._tokenizer = None
-        eos = self._on_rank_0(lambda: self._open_tokenizer(path, template))
         share_cores(self.comm)
-        engine = agree(
+        engine, self._tokenizer = agree(
             self.comm,
-            lambda: load_engine(path, self.comm, dtype, device, self.config.tokens_per_block),
+            lambda: (
+                load_engine(path, self.comm, dtype, device, self.config.tokens_per_block),
+                Tokenizer(path, template) if self.comm.rank == 0 else None,
+            ),
         )
+        eos = self._on_rank_0(lambda: self._tokenizer.eos_token_ids)
         self._eos = {*engine.config.eos_token_ids, *eos}
         self.runtime = Runtime(engine, self.comm)
 
@@ -161,8 +164,6 @@ class LLM:
         params: SamplingParams | None = None,
     ) -> Iterator[TextPiece]:
         """`ask`, a token at a time. Under mpirun every rank iterates to the end."""
-        from star_attention.models.tokenizer import TextStream
-
         params = params or SamplingParams()
         questions = [questions] if isinstance(questions, str) else list(questions)
         token_ids = self._on_rank_0(lambda: [self._question_tokens(text) for text in questions])
@@ -190,14 +191,6 @@ class LLM:
                     text += streams[index].finish()
                 answer.text += text
                 yield TextPiece(index, text, answer)
-
-    def _open_tokenizer(self, path: Path, template: str) -> tuple[int, ...]:
-        """Only rank 0 has text; the others learn the end tokens."""
-        from star_attention.models.tokenizer import Tokenizer
-
-        self._tokenizer = Tokenizer(path, template)
-        eos = self._tokenizer.eos_token_id
-        return () if eos is None else (eos,)
 
     def _question_tokens(self, text: str) -> np.ndarray:
         if not text.strip():

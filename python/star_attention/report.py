@@ -95,11 +95,11 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     """Time, traffic and memory of each rank (`Runtime.rank_report`), on stderr."""
     console = Console(stderr=True, force_terminal=is_interactive() or None)
     phases = {"context": "phase 1", "query": "query", "decode": "decode"}
-    table = Table("rank", box=box.SIMPLE_HEAD)
+    table = Table("rank", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for title in phases.values():
         table.add_column(title, justify="right", no_wrap=True)
         table.add_column("sent", justify="right", no_wrap=True)
-    table.add_column("peak memory", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
     for report in ranks:
         cells = []
         for phase in phases:
@@ -110,7 +110,7 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     counts = {phase: ranks[0]["phases"][phase]["tokens"] for phase in phases}
     console.print(
         f"{counts['context']:,} context tokens, {counts['query']:,} question tokens, "
-        f"{counts['decode']:,} generated in further passes",
+        f"{counts['decode']:,} generated in further passes; memory is the peak",
         highlight=False,
     )
 

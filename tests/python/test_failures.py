@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from conftest import HERE
+from helpers import HERE
 
 SECONDS = 10
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import HERE, run_job
+from helpers import HERE, run_job
 from star_attention import LLM, SamplingParams, StarConfig, UserError
 
 TEXT = (

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import hf_logits, save_tiny_model
+from helpers import hf_logits, save_tiny_model
 from star_attention.config import ModelConfig, RopeConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import load_engine

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import block_mask, hf_logits, run_oracle_job, save_tiny_model
+from helpers import block_mask, hf_logits, run_oracle_job, save_tiny_model
 
 PLACEMENTS = ["tail", "round_robin"]
 MODES = ("recompute", "local", "broadcast")

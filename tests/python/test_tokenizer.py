@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import train_tokenizer
+from helpers import train_tokenizer
 from star_attention.models.tokenizer import TextStream, Tokenizer
 
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from star_attention.config import ModelConfig
 from star_attention.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 SMOLLM2 = "smollm2"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -54,8 +54,9 @@ class Tokenizer:
             self._opening, self._closing = parts
 
     @property
-    def eos_token_id(self) -> int | None:
-        return self._tokenizer.eos_token_id
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self._tokenizer.eos_token_id
+        return () if eos is None else (eos,)
 
     def apply_template(self, content: str) -> str:
         """The chat template's text for one user turn, up to where the answer begins."""

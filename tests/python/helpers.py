@@ -1,0 +1,150 @@
+"""What several test modules use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from star_attention.distributed.launch import mpirun_command
+
+HERE = Path(__file__).parent
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{{ message['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.\n\nWhat did it do?\n",
+    "It's 12345 o'clock!\n  Indented text, and more.\n...\n",
+    "\u00fcber na\u00efve caf\u00e9s \u4f60\u597d \u4e16\u754c \U0001f600\n",
+] * 50
+
+
+def run_job(num_ranks, *command, timeout=300, check=True, **environment):
+    """Runs a Python command as ranks; the whole process group ends with it."""
+    launcher = mpirun_command(num_ranks, oversubscribe=True) if num_ranks > 1 else []
+    process = subprocess.Popen(
+        [*launcher, sys.executable, *map(str, command)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if check:
+        assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def block_mask(total, context_len, block_size, anchor_size):
+    """bool [total, total]: who sees whom, from the definition in docs/architecture.md."""
+    i, j = np.arange(total)[:, None], np.arange(total)[None]
+    same_block = i // block_size == j // block_size
+    return (j <= i) & ((i >= context_len) | same_block | (j < anchor_size))
+
+
+def hf_logits(model, tokens, mask):
+    """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]."""
+    bias = torch.zeros(mask.shape).masked_fill(~torch.from_numpy(mask), torch.finfo().min)
+    with torch.inference_mode():
+        ids = torch.from_numpy(tokens).long()[None]
+        return model(input_ids=ids, attention_mask=bias[None, None]).logits[0].float().numpy()
+
+
+def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=False, **overrides):
+    """A random model of two KV heads in a Hugging Face folder; returns the HF model."""
+    import transformers
+
+    torch.manual_seed(0)
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "attn_implementation": "eager",
+        **overrides,
+    }
+    name = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[architecture]
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        parameter.data = parameter.data.to(dtype)  # not the rotary frequencies
+    model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
+    return model
+
+
+def train_tokenizer(folder, kind):
+    """A small tokenizer of a family: Llama 3's byte-level BPE, or Llama 2's with byte fallback."""
+    from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "llama3":
+        fast = Fast(BPE())
+        fast.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        fast.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet)
+    else:
+        fast = Fast(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        fast.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        fast.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special)
+    corpus = CORPUS if kind == "llama3" else [line for text in CORPUS for line in text.split("\n")]
+    fast.train_from_iterator(corpus, trainer)
+    fast.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="<|end|>")
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def run_oracle_job(folder, num_ranks, model, tokens, num_question, cases):
+    """The logits of `oracle_job.py`: {(case index, placement): [2 * num_question, vocab]}."""
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "tokens.npy", tokens)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    output = folder / "logits.npz"
+    job = (HERE / "oracle_job.py", model, folder / "tokens.npy", num_question)
+    run_job(num_ranks, *job, folder / "cases.json", output)
+    results = np.load(output)
+    return {(int(key.split()[0]), key.split()[1]): results[key] for key in results.files}
