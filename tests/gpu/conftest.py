@@ -1,5 +1,5 @@
-"""Tests of the CUDA kernels. Their modules skip where the extension is not built; what is not marked
-`no_gpu` skips where there is no GPU."""
+"""Tests of the CUDA kernels. Their modules skip where the extension is not built, and tests without
+the mark `no_gpu` where there is no GPU."""
 
 import pytest
 import torch
