@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from star_attention.distributed import Communicator, default_communicator, world
 from star_attention.distributed.base import agree
 from star_attention.errors import UserError
 from star_attention.plan import make_plan
+
+# Names the file with the standard input of `ask --ranks`: mpirun does not pass it on reliably.
+_STDIN = "STAR_ATTENTION_STDIN"
 
 
 class _Tokens(click.ParamType):
@@ -173,12 +177,12 @@ def plan(
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
+    help="Where to compute.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
+    help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
 )
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
 @click.option(
@@ -198,7 +202,7 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
         raise UserError("--context-file - can be given once")
     if world_size() == 1 and (ranks or 1) > 1:
         _check_before_ranks(ranks, options)
-        _start_ranks(ranks, oversubscribe)
+        _start_ranks(ranks, oversubscribe, "-" in options["context_files"])
     if ranks not in (None, 1, world_size()):
         raise UserError(f"--ranks is {ranks}, but mpirun started {world_size()}: leave it away")
     _as_rank(lambda comm: _ask(comm, **options))
@@ -218,20 +222,19 @@ def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
             _read_text(name)
 
 
-def _start_ranks(ranks: int, oversubscribe: bool) -> NoReturn:
+def _start_ranks(ranks: int, oversubscribe: bool, reads_stdin: bool) -> NoReturn:
     """Runs this command line again under mpirun, and ends with its exit code."""
     from tempfile import NamedTemporaryFile
 
     from star_attention.distributed.launch import run_ranks
 
-    arguments = sys.argv[1:]
+    environment = {report.INTERACTIVE: "1"} if report.is_interactive() else {}
     with NamedTemporaryFile("wb", prefix="star-attn-", suffix=".txt") as spooled:
-        if "-" in arguments:  # mpirun does not pass standard input on reliably
+        if reads_stdin:
             spooled.write(sys.stdin.buffer.read())
             spooled.flush()
-            arguments[arguments.index("-")] = spooled.name
-        environment = {report.INTERACTIVE: "1"} if report.is_interactive() else {}
-        command = [sys.executable, "-m", "star_attention", *arguments]
+            environment[_STDIN] = spooled.name
+        command = [sys.executable, "-m", "star_attention", *sys.argv[1:]]
         sys.exit(run_ranks(command, ranks, oversubscribe, **environment))
 
 
@@ -259,7 +262,7 @@ def _ask(
     as_json: bool,
     template: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     strict: bool,
     **options: Any,
 ) -> None:
@@ -315,8 +318,11 @@ def _sampling(options: dict[str, Any]) -> Any:
 
 
 def _read_text(name: str) -> str:
+    path = os.environ.get(_STDIN) if name == "-" else name
+    if path is None and world_size() > 1:
+        raise UserError("--context-file - needs --ranks: mpirun does not pass standard input on")
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
     except OSError as error:
         raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
     try:

@@ -62,8 +62,8 @@ class LLM:
     Args:
         model: a Hugging Face folder with safetensors, a GGUF file, a hub name, or `smollm2`.
         config: how contexts are divided, unless `encode` is told otherwise.
-        dtype: what to compute in: `float32`, `bfloat16` or `float16`.
-        device: `cpu` or `cuda`.
+        dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
+        device: `cpu` or `cuda` (one rank, kernels built, head_dim 64 or 128, pages of 64 or 128).
         template: `chat`, `none` (base models), or `auto`: `chat` where the model has a template.
         strict: refuse text beyond the model's maximum position, instead of a warning.
         comm: connects the ranks; by default mpirun's, or a single process.
@@ -77,7 +77,7 @@ class LLM:
         model: str | Path,
         config: StarConfig | None = None,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str = "cpu",
         template: str = "auto",
         strict: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,6 +43,8 @@ def progress(shown: bool) -> Iterator[Callable[[float], None]]:
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("phase 1", total=1.0)
         yield lambda done: bar.update(task, completed=done)
+    if INTERACTIVE in os.environ:
+        time.sleep(0.2)  # mpirun passes stderr and stdout on apart: the bar's end must arrive first
 
 
 def plan_as_json(plan: Plan, model: ModelConfig) -> dict[str, Any]:
@@ -107,10 +110,10 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
             cells += [f"{stats['seconds']:.2f} s", _bytes(stats["traffic"]["sent"])]
         table.add_row(str(report["rank"]), *cells, _bytes(report["peak_memory_bytes"]))
     console.print(table)
-    counts = {phase: ranks[0]["phases"][phase]["tokens"] for phase in phases}
+    context, query, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
-        f"{counts['context']:,} context tokens, {counts['query']:,} question tokens, "
-        f"{counts['decode']:,} generated in further passes; memory is the peak",
+        f"{context:,} context, {query:,} question and {decode:,} generated tokens passed; "
+        "memory: peak",
         highlight=False,
     )
 

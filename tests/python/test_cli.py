@@ -63,7 +63,7 @@ def test_ask_streams_an_answer_and_reports(report):
     assert run.returncode == 0, run.stderr
     assert "Tomasz" in run.stdout
     assert "phase 1" in run.stderr
-    assert "context tokens" in run.stderr
+    assert "generated tokens" in run.stderr
 
 
 def test_ask_over_ranks_from_standard_input(smollm2_folder):
@@ -100,6 +100,7 @@ BAD_OPTIONS = {
     "--attention sparse": "'sparse' is not one of 'star', 'ring', 'dense'",
     "--kv-placement head": "'head' is not one of 'tail', 'round_robin'",
     "--dtype int8": "'int8' is not one of",
+    "--device cuda --dtype float32": "with --device cuda: use bfloat16 or float16",
     "--device cuda": "torch finds no GPU here",
     "--ranks 0": "0 is not in the range x>=1",
     "--ranks 999": "--ranks is 999, but there are",

@@ -82,6 +82,14 @@ def test_one_block_is_dense(llm):
     assert np.array_equal(llm.runtime.logits(dense, question), llm.runtime.logits(star, question))
 
 
+def test_released_context(llm):
+    context = llm.encode(TEXT)
+    context.release()
+    context.release()
+    with pytest.raises(UserError, match="the context was released"):
+        llm.ask(context, QUESTION)
+
+
 def test_progress(llm):
     shares = []
     llm.encode(TEXT, on_progress=shares.append).release()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import hf_logits, save_tiny_model
+from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
 from star_attention.config import ModelConfig, RopeConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import load_engine
@@ -72,11 +72,9 @@ def test_llama3_rope_matches_hf():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = {
-        "rope_type": "llama3",
+        **LLAMA3_ROPE,
         "rope_theta": 500000.0,
         "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
     config = LlamaConfig(head_dim=128, hidden_size=4096, rope_parameters=parameters)
@@ -127,16 +125,6 @@ def write_gguf(path, hf_model, architecture):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers import block_mask, hf_logits, run_oracle_job, save_tiny_model
+from helpers import LLAMA3_ROPE, block_mask, hf_logits, run_oracle_job, save_tiny_model
 
 PLACEMENTS = ["tail", "round_robin"]
 MODES = ("recompute", "local", "broadcast")
@@ -49,19 +49,7 @@ def check(folder, num_ranks, model, hf_model, tokens, num_question, cases, toler
     ("architecture", "overrides"),
     [
         ("llama", {"tie_word_embeddings": True}),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 10000.0,
-                    "factor": 4.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-        ),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
         ("qwen2", {}),
     ],
     ids=["llama", "llama3-rope", "qwen2"],

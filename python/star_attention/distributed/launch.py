@@ -6,9 +6,10 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -56,8 +57,9 @@ def run_ranks(
 ) -> int:
     """Runs `command` as `num_ranks` ranks and returns its exit code.
 
-    What ranks print passes through; mpirun's own messages do not, except that a rank which was
-    killed is named in a line. Raises UserError as `mpirun_command`.
+    What ranks print passes through. Of mpirun's own messages only which rank was killed is told, in
+    a line, and all of them if the job failed and no rank said why. Raises UserError as
+    `mpirun_command`.
     """
     process = subprocess.Popen(
         [*mpirun_command(num_ranks, oversubscribe), *command],
@@ -66,39 +68,56 @@ def run_ranks(
         env={**os.environ, **environment},
     )
     assert process.stderr is not None
+    explained, untold = False, []
     try:
-        for message in _pass_on(process.stderr, sys.stderr.buffer):
-            killed = _KILLED.search(" ".join(message.split()))
-            if killed:
-                rank, signal, name = killed.groups()
-                print(
-                    f"star-attn: rank {rank} was ended by signal {signal} ({name})", file=sys.stderr
-                )
-        return process.wait()
+        for is_message, text in _split_messages(process.stderr):
+            if is_message:
+                killed = _KILLED.search(b" ".join(text.split()).decode(errors="replace"))
+                untold.append(text)
+                if not killed:
+                    continue
+                text = f"star-attn: {_obituary(*killed.groups())}\n".encode()
+            sys.stderr.buffer.write(text)
+            sys.stderr.buffer.flush()
+            explained = True
+        code = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
+    if code and not explained:
+        sys.stderr.buffer.write(b"".join(untold))
+        sys.stderr.buffer.flush()
+    return code
 
 
-def _pass_on(source: IO[bytes], target: IO[bytes]):
-    """Copies `source` to `target` as it comes, and yields the framed messages instead."""
+def _obituary(rank: str, number: str, name: str) -> str:
+    line = f"rank {rank} was ended by signal {number} ({name})"
+    if int(number) == signal.SIGKILL:
+        line += "; if nobody sent it, memory ran out: try --dtype bfloat16"
+    return line
+
+
+def _split_messages(source: IO[bytes]) -> Iterator[tuple[bool, bytes]]:
+    """Reads `source` as it comes: (False, text of ranks) and (True, a framed message)."""
     line, message = b"", None
     while chunk := os.read(source.fileno(), 65536):
         for part in re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", chunk):
             line += part
-            if not line.endswith((b"\r", b"\n")) and (_FRAME.startswith(line[:40]) or message):
-                continue  # may become a frame
+            may_be_frame = message is not None or _FRAME.startswith(line[: len(_FRAME)])
+            if may_be_frame and not line.endswith((b"\r", b"\n")):
+                continue  # wait for the rest of the line
             if line.startswith(_FRAME):
                 if message is not None:
-                    yield message.decode(errors="replace")
+                    yield True, message
                 message = b"" if message is None else None
             elif message is not None:
                 message += line
             else:
-                target.write(line)
-                target.flush()
+                yield False, line
             line = b""
+    if line:
+        yield False, line
 
 
 @functools.cache

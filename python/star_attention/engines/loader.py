@@ -10,12 +10,12 @@ from star_attention.distributed import Communicator
 from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda")
+# What each device computes in; the first is the default.
+DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("bfloat16", "float16")}
 
 
 def load_engine(
-    path: Path, comm: Communicator, dtype: str, device: str, tokens_per_block: int
+    path: Path, comm: Communicator, dtype: str | None, device: str, tokens_per_block: int
 ) -> ModelEngine:
     """The torch engine with the weights of `path`.
 
@@ -28,12 +28,17 @@ def load_engine(
     from star_attention.models.checkpoint import open_checkpoint
     from star_attention.models.llama import load_weights
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
-    if device not in DEVICES:
-        raise UserError(f"--device is {device!r}: use one of {', '.join(DEVICES)}")
+    if device not in DTYPES:
+        raise UserError(f"--device is {device!r}: use one of {', '.join(DTYPES)}")
+    dtype = dtype or DTYPES[device][0]
+    if dtype not in DTYPES[device]:
+        raise UserError(
+            f"--dtype is {dtype!r} with --device {device}: use {' or '.join(DTYPES[device])}"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here: use --device cpu")
+    if device == "cuda" and comm.size > 1:
+        raise UserError(f"--device cuda runs on one rank so far, not {comm.size}")
     checkpoint = open_checkpoint(path)
     weights = load_weights(checkpoint, getattr(torch, dtype), torch.device(device))
     return TorchEngine(checkpoint.config, weights, comm, tokens_per_block)

@@ -14,6 +14,7 @@ import numpy as np
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import ModelEngine
+from star_attention.errors import UserError
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.pages import PagePool
 from star_attention.runtime.phase1 import context_passes, scratch_pages
@@ -44,11 +45,13 @@ class EncodedContext:
     pages: list[int]
     kv_len: int
     _pool: PagePool
+    released: bool = False
 
     def release(self) -> None:
         """Frees its pages; it cannot be asked any more."""
-        self._pool.release(self.pages)
-        self.pages, self.kv_len = [], 0
+        if not self.released:
+            self._pool.release(self.pages)
+        self.released = True
 
 
 FinishReason = Literal["stop", "length"]
@@ -178,6 +181,8 @@ class Runtime:
 
     def questions(self, context: EncodedContext) -> QuestionBatch:
         """A batch of questions over `context`, to be stepped by hand. Release it when done."""
+        if context.released:
+            raise UserError("the context was released: encode the text again")
         comm = self.comm
         placement = context.config.kv_placement
         return QuestionBatch(self.engine, self.pool, comm.rank, comm.size, placement)

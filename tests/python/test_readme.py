@@ -1,0 +1,30 @@
+"""What the README shows can be run."""
+
+import re
+import subprocess
+import sys
+
+from helpers import HERE
+from test_llm import TEXT
+
+README = (HERE.parent.parent / "README.md").read_text()
+
+
+def test_python_example(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "report.txt").write_text(TEXT)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout) > 20
+
+
+def test_pictures_and_pages_exist():
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert (HERE.parent.parent / target).exists(), target
