@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,11 @@ from star_attention.models.checkpoint import find_model
 from star_attention.runtime.runtime import Runtime
 
 QUESTION_TOKENS = 32
+
+
+def cpu_name() -> str:
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
 
 
 def random_tokens(count: int) -> np.ndarray:
@@ -112,11 +118,8 @@ def main() -> None:
     hf = time_hf(options.tokens, options.new_tokens)
     star = run_star(options.ranks, options.tokens, options.new_tokens, block, 2)
     ratio = star["seconds"] / hf["seconds"]
-    print(
-        f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, ",
-        end="",
-    )
-    print(f"torch {torch.__version__}; SmolLM2-135M, float32")
+    machine = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+    print(f"{machine}; SmolLM2-135M, float32")
     print(f"{options.tokens} prompt tokens, {options.new_tokens} new:")
     print(f"  Hugging Face dense ({hf['attention']}), all cores   {hf['seconds']:6.2f} s")
     print(
@@ -140,7 +143,7 @@ def main() -> None:
         )
     print(f"  fit: {slope:.3f} s per block {offset:+.3f} s, off by at most {residual:.1%}")
     if options.json:
-        result = {"hf": hf, "star": star, "ratio": ratio, "scaling": scaling}
+        result = {"machine": machine, "hf": hf, "star": star, "ratio": ratio, "scaling": scaling}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

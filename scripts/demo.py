@@ -71,7 +71,7 @@ def main() -> None:
         table.add_row(
             name,
             "[green]yes[/]" if NUMBER in answer else "[red]no[/]",
-            f"... {answer[-16:]}",
+            f"... {answer[-12:]}",
             f"{max(phase['context'] for phase in phases):.1f} s",
             f"{max(phase['query'] + phase['decode'] for phase in phases):.1f} s",
             f"{total:.1f} s",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from star_attention.config import ModelConfig, RopeConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint
 
+_LONG_ARRAY = 1024
 _QKV_BIAS = {"llama": False, "qwen2": True}
 
 _NAMES = {
@@ -39,8 +41,8 @@ def open_gguf(path: Path) -> Checkpoint:
         UserError: the file is truncated or not GGUF, or its architecture is not supported.
     """
     try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+        reader = _HeaderReader(path)
+    except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise UserError(f"{path} is truncated or not GGUF: {error}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(reader, tensors)
@@ -61,6 +63,24 @@ def open_gguf(path: Path) -> Checkpoint:
         return weight
 
     return Checkpoint(path, config, tensor)
+
+
+class _HeaderReader(GGUFReader):
+    """Skips long arrays: a vocabulary takes seconds to read, and weights do not need it."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list, list]:
+        if raw_type == GGUFValueType.ARRAY and self.byte_order != "S":
+            data = memoryview(self.data)
+            kind, count = struct.unpack_from("<IQ", data, orig_offs)
+            if count > _LONG_ARRAY:
+                end = orig_offs + struct.calcsize("<IQ")
+                if kind == GGUFValueType.STRING:
+                    for _ in range(count):
+                        end += 8 + struct.unpack_from("<Q", data, end)[0]
+                else:
+                    end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+                return end - orig_offs, [], [], [GGUFValueType.ARRAY]
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _gguf_name(name: str) -> str:
