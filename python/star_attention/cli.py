@@ -25,6 +25,7 @@ from star_attention.distributed import Communicator, default_communicator, world
 from star_attention.distributed.base import agree
 from star_attention.errors import UserError
 from star_attention.plan import make_plan
+from star_attention.runtime.sampling import SamplingParams
 
 # Names the file with the standard input of `ask --ranks`: mpirun does not pass it on reliably.
 _STDIN = "STAR_ATTENTION_STDIN"
@@ -310,9 +311,7 @@ def _star_config(options: dict[str, Any]) -> StarConfig:
     return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
 
 
-def _sampling(options: dict[str, Any]) -> Any:
-    from star_attention.runtime.sampling import SamplingParams
-
+def _sampling(options: dict[str, Any]) -> SamplingParams:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     return SamplingParams(**{name: options[name] for name in names})
 

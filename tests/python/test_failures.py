@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from helpers import HERE
+from helpers import HERE, run_job
 
 SECONDS = 10
 
@@ -40,3 +40,16 @@ def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
     assert reason[kind] in err
     assert "ORTE" not in err
     assert "prterun" not in err
+
+
+def test_uncaught_exception_in_a_script():
+    """A program of the user's own that fails on one rank, while the others wait for it."""
+    code = (
+        "from star_attention.distributed import default_communicator\n"
+        "comm = default_communicator()\n"
+        "if comm.rank == 1: raise KeyError('no such report')\n"
+        "comm.gather_objects(None)\n"
+    )
+    job = run_job(3, "-c", code, timeout=60, check=False)
+    assert job.returncode not in (0, 2)
+    assert "KeyError: 'no such report'" in job.stderr

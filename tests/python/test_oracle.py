@@ -33,6 +33,7 @@ def check(folder, num_ranks, model, hf_model, tokens, num_question, cases, toler
     oracles = {} if oracles is None else oracles
     results = run_oracle_job(folder, num_ranks, model, tokens, num_question, cases)
     assert len(results) == len(cases) * len(PLACEMENTS)
+    worst = 0.0
     for (index, placement), logits in results.items():
         case = cases[index]
         sizes = case.get("block_size", len(tokens)), case.get("anchor_size", 0)
@@ -41,6 +42,8 @@ def check(folder, num_ranks, model, hf_model, tokens, num_question, cases, toler
             oracles[sizes] = hf_logits(hf_model, tokens, mask)[context_len:]
         error = np.abs(logits - oracles[sizes]).max()
         assert error <= tolerance, f"{case} {placement}: max abs error {error}"
+        worst = max(worst, error)
+    print(f"{len(results)} cases over {num_ranks} ranks: max abs error {worst:.1e}")
     return oracles
 
 

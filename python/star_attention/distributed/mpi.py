@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any, NoReturn
 
@@ -14,13 +15,22 @@ _SLEEP_SECONDS = 50e-6
 
 
 class MpiCommunicator:
-    """MPI's world. A rank that waits yields its core, so ranks may share cores."""
+    """MPI's world. A rank that waits yields its core, so ranks may share cores. An exception that
+    nothing catches on one rank ends all of them, instead of leaving the others to wait for it."""
 
     def __init__(self) -> None:
         self._world = MPI.COMM_WORLD
         self.rank = self._world.Get_rank()
         self.size = self._world.Get_size()
         self.traffic = Traffic()
+        report_exception = sys.excepthook
+
+        def abort_on_exception(*exception: Any) -> None:
+            report_exception(*exception)
+            sys.stderr.flush()
+            self.abort()
+
+        sys.excepthook = abort_on_exception
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         _wait(self._world.Ibcast(_bytes(buffer), root=root))
