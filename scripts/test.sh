@@ -13,4 +13,5 @@ if [ "${1:-}" = --gpu ]; then
 fi
 ruff check .
 ruff format --check .
+find csrc -type f -exec clang-format --dry-run -Werror {} +
 exec python -m pytest "$@"

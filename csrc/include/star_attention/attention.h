@@ -15,26 +15,26 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 // when `causal` (bottom-right aligned), all `kv_len` of them otherwise. A row that sees nothing
 // gets o = 0, lse = -inf.
 struct PagedAttentionParams {
-  DType dtype;           // of q and kv_pool: kFloat16 or kBFloat16
-  DType o_dtype;         // dtype, or kFloat32 for partials that are merged later
+  DType dtype;    // of q and kv_pool: kFloat16 or kBFloat16
+  DType o_dtype;  // dtype, or kFloat32 for partials that are merged later
   int num_q_heads;
   int num_kv_heads;      // divides num_q_heads
   int head_dim;          // 64 or 128
   int tokens_per_block;  // tokens a page holds: 64 or 128
   bool causal;
-  float scale;           // scores are scale * q·k
+  float scale;  // scores are scale * q·k
 
-  const void* q;                // [num_tokens, num_q_heads, head_dim], rows q_stride elements apart
+  const void* q;  // [num_tokens, num_q_heads, head_dim], rows q_stride elements apart
   int64_t q_stride;
-  const void* kv_pool;          // [num_pages, 2 (K, V), num_kv_heads, tokens_per_block, head_dim]
+  const void* kv_pool;  // [num_pages, 2 (K, V), num_kv_heads, tokens_per_block, head_dim]
   int64_t num_pages;
-  const int32_t* page_table;    // [num_seqs, page_table_stride]
+  const int32_t* page_table;  // [num_seqs, page_table_stride]
   int page_table_stride;
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], prefix sums of rows per sequence
   const int32_t* kv_lens;       // [num_seqs]
   int num_seqs;
-  int num_tokens;               // rows of q, o and lse
-  int max_q_len;                // host-side bounds of the device-side lengths: they size the grid
+  int num_tokens;  // rows of q, o and lse
+  int max_q_len;   // host-side bounds of the device-side lengths: they size the grid
   int max_kv_len;
 
   void* o;     // [num_tokens, num_q_heads, head_dim], contiguous
