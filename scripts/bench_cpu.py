@@ -5,7 +5,7 @@
 Both sides run SmolLM2-135M in float32 on the same cores and generate the same number of tokens;
 loading is not counted. Hugging Face uses all cores in one process, Star Attention shares them among
 its ranks. The scaling part encodes 2K, 4K and 8K tokens in blocks of one size and fits a line
-through the times of phase 1 over the number of anchored blocks.
+through the times of phase 1 over the number of blocks.
 """
 
 import argparse

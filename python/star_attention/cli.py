@@ -23,7 +23,9 @@ from star_attention.config import (
 )
 from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
 from star_attention.distributed.base import agree
+from star_attention.engines.loader import DTYPES
 from star_attention.errors import UserError
+from star_attention.models.tokenizer import TEMPLATES
 from star_attention.plan import make_plan
 from star_attention.runtime.sampling import SamplingParams
 
@@ -168,21 +170,21 @@ def plan(
 )
 @click.option(
     "--template",
-    type=click.Choice(["auto", "chat", "none"]),
+    type=click.Choice(TEMPLATES),
     default="auto",
     show_default=True,
     help="The model's chat template; none for base models.",
 )
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(list(DTYPES)),
     default="cpu",
     show_default=True,
     help="Where to compute.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES["cpu"]),
     help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
 )
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")

@@ -19,6 +19,9 @@ class Traffic:
     sent: int = 0
     received: int = 0
 
+    def __add__(self, later: Traffic) -> Traffic:
+        return Traffic(self.sent + later.sent, self.received + later.received)
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(self.sent - earlier.sent, self.received - earlier.received)
 

@@ -191,9 +191,7 @@ class Runtime:
     def _timed(self, phase: str, tokens: int) -> Iterator[None]:
         start, before = time.perf_counter(), self.comm.traffic.copy()
         yield
-        stats, sent = self.stats[phase], self.comm.traffic - before
+        stats = self.stats[phase]
         stats.seconds += time.perf_counter() - start
         stats.tokens += tokens
-        stats.traffic = Traffic(
-            stats.traffic.sent + sent.sent, stats.traffic.received + sent.received
-        )
+        stats.traffic += self.comm.traffic - before
