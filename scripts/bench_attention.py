@@ -1,27 +1,42 @@
 #!/usr/bin/env python3
-"""Benchmark of the attention kernels against their peers and the GPU's ceilings, in one run.
+"""Benchmark of the CUDA operators against their peers and the GPU's ceilings, in one run.
 
 Prints one table a phase and saves everything as JSON:
 
     python scripts/bench_attention.py --output benchmarks/results/attention_h100.json
 
-Phase 1 rows are blocks of B tokens behind an anchor of A tokens, causal, in TFLOP/s of
-4 Hq D (A B + B² / 2) floating-point operations. Our kernels read paged K and V, the peers
-contiguous ones. cuDNN and torch's FA2 cannot align a causal mask bottom-right: they make two calls,
-whose merge is not counted. Kernels are timed in turns, each after a pause in which the clocks
-recover, and the median of all times counts.
+context: a block of B tokens behind an anchor of A tokens, causal, in TFLOP/s of
+    4 Hq D (A B + B² / 2) floating-point operations. cuDNN and torch's FA2 cannot align a causal
+    mask bottom-right: they make two calls, whose merge is not counted.
+query: n query tokens at the end of L cached ones, causal. Up to 16, in TB/s of K and V; more, in
+    TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L without a mask here.
+bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
+merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
+
+Our attention reads pages in random order, the peers contiguous K and V. "ours" in a ratio is the
+faster of our kernels. Ceilings are measured with each row: a read of K and V, a copy that moves the
+row's bytes, an 8192³ matmul (whose time is that of the row's operations at its rate).
+
+Contenders take turns in random order, each turn after a pause in which the clocks recover; the
+median of all times counts. Where one of a row takes less than 1 ms, all of the row run as CUDA
+graphs of the same number of calls, at most 50, since launches would count; what cannot be captured
+is said, and runs as that many single calls.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import itertools
 import json
+import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,196 +52,428 @@ CONTEXT_SHAPES = [  # B, A
     (8192, 0),
     (32768, 0),
 ]
-OURS, OURS_SM80 = "sm_90a (ours)", "sm_80 (ours)"
+QUERY_SHAPES = [  # L, n
+    (131072, 1),
+    (131072, 4),
+    (131072, 16),
+    (131072, 128),
+    (131072, 512),
+    (524288, 1),
+    (524288, 16),
+    (524288, 128),
+]
+TOKENS, HIDDEN, INTERMEDIATE, EPS = 32768, 4096, 14336, 1e-5
+MATMUL, MATMUL_FLOPS = 8192, 2 * 8192**3
+CEILINGS = ("matmul", "copy", "read")
+OPS = "star_attention.ops.cuda"
+GRAPH_MS, GRAPH_CALLS = 2.0, 50  # a graph of a row's fastest contender lasts about so long
 
 Call = Callable[[], object]
 
 
+# Timing
+
+
 @dataclass
-class Timing:
+class Row:
     """Median milliseconds of each contender, by name."""
 
-    shape: dict[str, int]
+    shape: Mapping[str, int | str]
     work: float  # floating-point operations or bytes
-    unit: str
-    milliseconds: dict[str, float] = field(default_factory=dict)
+    unit: str  # TFLOP/s, TB/s or µs
+    milliseconds: dict[str, float]
 
-    def rate(self, name: str) -> float | None:
-        ms = self.milliseconds.get(name)
-        return self.work / ms * 1e-9 if ms else None  # per second, in 10^12
+    def rate(self, name: str) -> float:
+        return self.work / self.milliseconds[name] * 1e-9  # per second, in 10^12
+
+    def fastest(self, who: str) -> float | None:
+        """Milliseconds of a contender, or of the best of "ours", "peers" or "ceiling"."""
+        times = (ms for name, ms in self.milliseconds.items() if who in (name, group(name)))
+        return min(times, default=None)
+
+
+def group(name: str) -> str:
+    return "ours" if "ours" in name else "ceiling" if name in CEILINGS else "peers"
 
 
 class Timer:
     def __init__(self, rounds: int, window_ms: float, pause_s: float) -> None:
         self.rounds, self.window_ms, self.pause_s = rounds, window_ms, pause_s
 
+    def row(
+        self, shape: Mapping[str, int | str], work: float, unit: str, calls: dict[str, Call]
+    ) -> Row:
+        times = self.median_ms(runnable(calls))
+        if "matmul" in times:
+            times["matmul"] *= work / MATMUL_FLOPS
+        return Row(shape, work, unit, times)
+
     def median_ms(self, calls: dict[str, Call]) -> dict[str, float]:
+        fastest = min((min(gaps_ms(call, 3)) for call in calls.values()), default=GRAPH_MS)
+        count = max(1, min(GRAPH_CALLS, int(GRAPH_MS / fastest)))
+        if count > 1:
+            calls = {name: repeated(name, call, count) for name, call in calls.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
-        order = list(calls)
         for _ in range(self.rounds):
-            for name in order:
+            for name in random.sample(list(calls), len(calls)):  # nobody always follows the hottest
                 time.sleep(self.pause_s)
                 times[name] += self._window(calls[name])
-            order = order[1:] + order[:1]  # nobody always follows the hottest
-        return {name: statistics.median(values) for name, values in times.items()}
+        return {name: statistics.median(values) / count for name, values in times.items()}
 
     def _window(self, call: Call) -> list[float]:
         call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        [once] = gaps_ms(call, 1)
+        return gaps_ms(call, max(3, min(200, round(self.window_ms / once))))
+
+
+def gaps_ms(call: Call, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls in a row."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
         call()
-        end.record()
-        end.synchronize()
-        count = max(3, min(200, round(self.window_ms / start.elapsed_time(end))))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
+        event.record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def repeated(name: str, call: Call, count: int) -> Call:
+    """`count` calls as one CUDA graph, or one after the other where capture fails."""
+
+    def calls() -> None:
+        for _ in range(count):
             call()
-            event.record()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # A failed capture leaves torch's capture stream current; the outer context restores ours.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            calls()
+    except RuntimeError as error:
+        note_missing(f"a CUDA graph of {name}", error)
+        return calls
+    return graph.replay
+
+
+def runnable(calls: dict[str, Call]) -> dict[str, Call]:
+    """The calls that work here; says why others do not, once each."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            torch.cuda.synchronize()
+        except (ImportError, AttributeError, OSError, RuntimeError, ValueError) as error:
+            note_missing(name, error)
+        else:
+            found[name] = call
+    return found
+
+
+def note_missing(what: str, error: Exception) -> None:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if what not in _missing:
+        print(f"without {what}: {reason[:150]}")
+    _missing[what] = reason
+
+
+_missing: dict[str, str] = {}
+
+
+# Ceilings
+
+READ_THREADS, READ_LOADS = 256, 8
+READ_SOURCE = f"""
+extern "C" __global__ void __launch_bounds__({READ_THREADS})
+    read_all(const uint4* in, unsigned* out) {{
+  in += blockIdx.x * {READ_LOADS * READ_THREADS}ll + threadIdx.x;
+  uint4 v[{READ_LOADS}];
+#pragma unroll
+  for (int i = 0; i < {READ_LOADS}; ++i) v[i] = __ldg(in + i * {READ_THREADS});
+  unsigned sum = 0;
+#pragma unroll
+  for (int i = 0; i < {READ_LOADS}; ++i) sum ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
+  if (sum == 0x2545f491) *out = sum;  // keeps the loads: the compiler cannot rule it out
+}}
+"""
+
+
+def device_read(data: torch.Tensor) -> Call:
+    """Reads data, a multiple of 32 KiB, and writes nothing."""
+    sink = torch.empty(1, dtype=torch.int32, device="cuda")
+    blocks, rest = divmod(data.nbytes, READ_THREADS * READ_LOADS * 16)
+    assert rest == 0
+
+    def call() -> None:
+        import cupy
+
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+            read_kernel()((blocks,), (READ_THREADS,), (data.data_ptr(), sink.data_ptr()))
+
+    return call
+
+
+@functools.cache
+def read_kernel() -> Callable[..., None]:
+    import cupy
+
+    return cupy.RawKernel(READ_SOURCE, "read_all")
+
+
+def device_copy(moved: int) -> Call:
+    """Reads and writes `moved` bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_()
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def matmul() -> Call:
+    a, b, c = (randn(MATMUL, MATMUL) for _ in range(3))
+    return partial(torch.matmul, a, b, out=c)
+
+
+def ceilings(timer: Timer) -> dict[str, float]:
+    """TFLOP/s of an 8192³ bf16 matmul, TB/s of a copy and a read of 4 GiB."""
+    size = 2**32
+    calls = {
+        "matmul": matmul(),
+        "copy": device_copy(2 * size),
+        "read": device_read(torch.empty(size, dtype=torch.uint8, device="cuda").random_()),
+    }
+    work = {"matmul": MATMUL_FLOPS, "copy": 2 * size, "read": size}
+    units = {"matmul": "tflops", "copy": "tbps", "read": "tbps"}
+    times = timer.median_ms(runnable(calls))
+    return {f"{name}_{units[name]}": work[name] / ms * 1e-9 for name, ms in times.items()}
+
+
+# Contenders
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype, device="cuda")
 
 
-def ceilings(timer: Timer) -> dict[str, float]:
-    """TFLOP/s of an 8192³ bf16 matmul, TB/s of a device copy (bytes read and written)."""
-    a, b, c = (randn(8192, 8192) for _ in range(3))
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    ms = timer.median_ms(
-        {
-            "matmul": lambda: torch.matmul(a, b, out=c),
-            "copy": lambda: target.copy_(source),
-        }
-    )
-    return {
-        "matmul_tflops": 2 * 8192**3 / ms["matmul"] * 1e-9,
-        "copy_tbps": 2 * source.numel() / ms["copy"] * 1e-9,
-    }
+def imported(module: str, function: str, *args: object, **kwargs: object) -> Call:
+    """A call of a package that may be missing."""
+    return lambda: getattr(importlib.import_module(module), function)(*args, **kwargs)
 
 
-# Phase 1
+def random_pages(count: int) -> torch.Tensor:
+    return torch.randperm(count, device="cuda").int()
 
 
-def paged(block: int, anchor: int, kernel: str) -> Call:
-    from star_attention.ops import cuda
-
-    pages = -(-(anchor + block) // PAGE)
-    arguments = {
-        "q": randn(block, Q_HEADS, HEAD_DIM),
-        "kv_pool": randn(pages, 2, KV_HEADS, PAGE, HEAD_DIM),
-        "page_table": torch.randperm(pages, device="cuda").int()[None],
-        "cu_seqlens_q": torch.tensor([0, block], dtype=torch.int32, device="cuda"),
-        "kv_lens": torch.tensor([anchor + block], dtype=torch.int32, device="cuda"),
-        "causal": True,
-        "scale": HEAD_DIM**-0.5,
-        "max_q_len": block,
-        "max_kv_len": anchor + block,
-    }
-    return lambda: cuda.paged_attention(**arguments, kernel=kernel)
-
-
-def flashinfer(block: int, anchor: int, backend: str) -> Call:
-    from flashinfer import single_prefill_with_kv_cache
-
-    q = randn(block, Q_HEADS, HEAD_DIM)
-    k, v = (randn(anchor + block, KV_HEADS, HEAD_DIM) for _ in range(2))
-    return lambda: single_prefill_with_kv_cache(
-        q, k, v, causal=True, backend=backend, return_lse=True
+def ours(q: torch.Tensor, tokens: int, kernel: str) -> Call:
+    """Attention of q, the last of `tokens` tokens, to their pages."""
+    return imported(
+        OPS,
+        "paged_attention",
+        q,
+        randn(tokens // PAGE, 2, KV_HEADS, PAGE, HEAD_DIM),
+        random_pages(tokens // PAGE)[None],
+        torch.tensor([0, len(q)], dtype=torch.int32, device="cuda"),
+        torch.tensor([tokens], dtype=torch.int32, device="cuda"),
+        causal=True,
+        scale=HEAD_DIM**-0.5,
+        max_q_len=len(q),
+        max_kv_len=tokens,
+        kernel=kernel,
     )
 
 
-def torch_sdpa(block: int, anchor: int, backend: SDPBackend) -> Call:
-    def heads(tokens: int, count: int) -> torch.Tensor:
-        return randn(1, tokens, count, HEAD_DIM).transpose(1, 2)
+def flashinfer_prefill(q: torch.Tensor, kv: torch.Tensor, backend: str) -> Call:
+    return imported(
+        "flashinfer",
+        "single_prefill_with_kv_cache",
+        q,
+        *kv,
+        causal=True,
+        backend=backend,
+        return_lse=True,
+    )
 
-    q = heads(block, Q_HEADS)
-    own = heads(block, KV_HEADS), heads(block, KV_HEADS)
-    anchors = (heads(anchor, KV_HEADS), heads(anchor, KV_HEADS)) if anchor else None
+
+def sdpa(backend: SDPBackend, q: torch.Tensor, *shards: tuple[torch.Tensor, bool]) -> Call:
+    """Attention of q to each (K and V, is_causal)."""
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x[None].transpose(1, 2)
+
+    arguments = [(heads(q), heads(k), heads(v), causal) for (k, v), causal in shards]
 
     def call() -> None:
         with sdpa_kernel(backend):
-            if anchors:
-                F.scaled_dot_product_attention(q, *anchors, enable_gqa=True)
-            F.scaled_dot_product_attention(q, *own, is_causal=True, enable_gqa=True)
+            for q, k, v, causal in arguments:
+                F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
     return call
 
 
-def context_contenders(block: int, anchor: int) -> dict[str, Callable[[], Call]]:
+def attention(
+    phase: str, q: torch.Tensor, kv: torch.Tensor, *shards: tuple[torch.Tensor, bool]
+) -> dict[str, Call]:
+    """q [n, Hq, D] over kv [2, L, Hkv, D], which SDPA takes in `shards`."""
     return {
-        OURS: lambda: paged(block, anchor, "context_sm90"),
-        OURS_SM80: lambda: paged(block, anchor, "context_sm80"),
-        "FlashInfer FA3": lambda: flashinfer(block, anchor, "fa3"),
-        "FlashInfer FA2": lambda: flashinfer(block, anchor, "fa2"),
-        "cuDNN": lambda: torch_sdpa(block, anchor, SDPBackend.CUDNN_ATTENTION),
-        "torch FA2": lambda: torch_sdpa(block, anchor, SDPBackend.FLASH_ATTENTION),
+        "sm_90a (ours)": ours(q, kv.shape[1], f"{phase}_sm90"),
+        "sm_80 (ours)": ours(q, kv.shape[1], f"{phase}_sm80"),
+        "FlashInfer FA3": flashinfer_prefill(q, kv, "fa3"),
+        "FlashInfer FA2": flashinfer_prefill(q, kv, "fa2"),
+        "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, q, *shards),
+        "torch FA2": sdpa(SDPBackend.FLASH_ATTENTION, q, *shards),
     }
 
 
-def context_rows(timer: Timer) -> Iterable[Timing]:
-    a = randn(8192, 8192)
-    b = torch.empty_like(a)
+def attention_flops(rows: int, before: int) -> float:
+    return 4 * Q_HEADS * HEAD_DIM * (before * rows + rows**2 / 2)
+
+
+def merge(shards: int, tokens: int, dtype: torch.dtype) -> tuple[int, dict[str, Call]]:
+    """Bytes and contenders of a merge to bf16."""
+    o = randn(shards, tokens, Q_HEADS, HEAD_DIM, dtype=dtype)
+    lse = randn(shards, tokens, Q_HEADS, dtype=torch.float32)
+    calls = {"ours": imported(OPS, "merge_lse", o, lse, out_dtype=torch.bfloat16)}
+    if dtype == torch.bfloat16:
+        states = [x.transpose(0, 1).contiguous() for x in (o, lse)]
+        calls["FlashInfer"] = imported("flashinfer", "merge_states", *states)
+        if shards == 2:
+            pair = (o[0], lse[0], o[1], lse[1])
+            calls["FlashInfer merge_state"] = imported("flashinfer", "merge_state", *pair)
+    return o.nbytes + lse.nbytes + 2 * o[0].numel() + lse[0].nbytes, calls
+
+
+def rope_append() -> tuple[int, dict[str, Call]]:
+    qkv = randn(TOKENS, (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    rotary = randn(TOKENS, HEAD_DIM, dtype=torch.float32)
+    pool = randn(TOKENS // PAGE, 2, KV_HEADS, PAGE, HEAD_DIM)
+    positions = torch.arange(TOKENS, dtype=torch.int32, device="cuda")
+    slots = (random_pages(TOKENS // PAGE)[:, None] * PAGE + positions[:PAGE]).flatten()
+    q = randn(TOKENS, Q_HEADS, HEAD_DIM)
+    call = imported(OPS, "rope_append", qkv, positions, rotary, pool, slots, q)
+    return 2 * qkv.nbytes + rotary.nbytes, {"ours": call}
+
+
+def rms_norm() -> tuple[int, dict[str, Call]]:
+    x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
+    return 2 * x.nbytes, {
+        "ours": imported(OPS, "rms_norm", x, weight, EPS),
+        "FlashInfer": imported("flashinfer.norm", "rmsnorm", x, weight, EPS),
+        "torch": partial(F.rms_norm, x, (HIDDEN,), weight, EPS),
+    }
+
+
+def silu_mul() -> tuple[int, dict[str, Call]]:
+    gate_up = randn(TOKENS, 2 * INTERMEDIATE)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return 3 * gate_up.nbytes // 2, {
+        "ours": imported(OPS, "silu_mul", gate_up),
+        "FlashInfer": imported("flashinfer.activation", "silu_and_mul", gate_up),
+        "torch": lambda: F.silu(gate) * up,
+    }
+
+
+# Phases
+
+
+def context_rows(timer: Timer) -> Iterator[Row]:
     for block, anchor in CONTEXT_SHAPES:
-        calls = runnable(context_contenders(block, anchor))
-        row = Timing(
-            {"B": block, "A": anchor},
-            4 * Q_HEADS * HEAD_DIM * (anchor * block + block**2 / 2),
-            "TFLOP/s",
-        )
-        # The matmul in the same turns: clocks differ from minute to minute.
-        times = timer.median_ms(calls | {"matmul": lambda: torch.matmul(a, a, out=b)})
-        times["matmul"] *= row.work / (2 * 8192**3)
-        row.milliseconds = times
-        yield row
+        q, kv = randn(block, Q_HEADS, HEAD_DIM), randn(2, anchor + block, KV_HEADS, HEAD_DIM)
+        shards = [(kv[:, anchor:], True)]
+        if anchor:
+            shards.append((kv[:, :anchor], False))
+        calls = attention("context", q, kv, *shards) | {"matmul": matmul()}
+        shape = {"B": block, "A": anchor}
+        yield timer.row(shape, attention_flops(block, anchor), "TFLOP/s", calls)
+
+
+def query_rows(timer: Timer) -> Iterator[Row]:
+    for tokens, rows in QUERY_SHAPES:
+        q, kv = randn(rows, Q_HEADS, HEAD_DIM), randn(2, tokens, KV_HEADS, HEAD_DIM)
+        calls = attention("query", q, kv, (kv, False))
+        if rows == 1:
+            calls["FlashInfer decode"] = imported(
+                "flashinfer", "single_decode_with_kv_cache", q[0], *kv, return_lse=True
+            )
+        shape = {"L": tokens, "n": rows}
+        if rows <= 16:
+            yield timer.row(shape, kv.nbytes, "TB/s", calls | {"read": device_read(kv)})
+        else:
+            work = attention_flops(rows, tokens - rows)
+            yield timer.row(shape, work, "TFLOP/s", calls | {"matmul": matmul()})
+
+
+def bytes_rows(timer: Timer) -> Iterator[Row]:
+    operators: dict[str, Callable[[], tuple[int, dict[str, Call]]]] = {"rope_append": rope_append}
+    for dtype, shards in itertools.product((torch.float32, torch.bfloat16), (2, 4, 8)):
+        name = f"merge_lse of {shards} {str(dtype).removeprefix('torch.')}"
+        operators[name] = partial(merge, shards, TOKENS, dtype)
+    operators |= {
+        "rms_norm": rms_norm,
+        "silu_mul": silu_mul,
+    }
+    for name, operator in operators.items():
+        work, calls = operator()
+        yield timer.row({"operator": name}, work, "TB/s", calls | {"copy": device_copy(work)})
+
+
+def merge_rows(timer: Timer) -> Iterator[Row]:
+    for dtype, shards in itertools.product((torch.float32, torch.bfloat16), (2, 8)):
+        work, calls = merge(shards, 1, dtype)
+        shape = {"shards": shards, "partials": str(dtype).removeprefix("torch.")}
+        yield timer.row(shape, work, "µs", calls)
+
+
+@dataclass(frozen=True)
+class Phase:
+    rows: Callable[[Timer], Iterator[Row]]
+    ratios: dict[str, tuple[str, str]]  # title: whose time is divided by whose
+
+
+PHASES = {
+    "context": Phase(
+        context_rows,
+        {
+            "ours / best peer": ("peers", "ours"),
+            "ours / matmul": ("matmul", "ours"),
+            "sm_80 / FlashInfer FA2": ("FlashInfer FA2", "sm_80 (ours)"),
+        },
+    ),
+    "query": Phase(
+        query_rows,
+        {
+            "ours / best peer": ("peers", "ours"),
+            "ours / ceiling": ("ceiling", "ours"),
+            "time / FlashInfer FA2 time": ("ours", "FlashInfer FA2"),
+        },
+    ),
+    "bytes": Phase(
+        bytes_rows,
+        {"ours / best peer": ("peers", "ours"), "ours / copy": ("copy", "ours")},
+    ),
+    "merge": Phase(merge_rows, {"ours / best peer": ("peers", "ours")}),
+}
 
 
 # Output
 
 
-def runnable(makers: dict[str, Callable[[], Call]]) -> dict[str, Call]:
-    """The calls that work here; says why others do not, once each."""
-    calls = {}
-    for name, make in makers.items():
-        try:
-            call = make()
-            call()
-            torch.cuda.synchronize()
-        except (ImportError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if name not in _missing:
-                print(f"without {name}: {reason[:150]}")
-            _missing[name] = reason
-        else:
-            calls[name] = call
-    return calls
-
-
-_missing: dict[str, str] = {}
-
-
-def print_table(rows: list[Timing]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row.milliseconds))
-    keys = list(rows[0].shape)
-    print(f"\n| {', '.join(keys)} | {' | '.join(names)} | ours / best peer | ours / matmul |")
-    print("|---" * (len(names) + 3) + "|")
+def print_table(rows: list[Row], ratios: dict[str, tuple[str, str]]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row.milliseconds)
+    names = sorted(names, key=CEILINGS.__contains__)  # ceilings last
+    header = [", ".join(rows[0].shape), "unit", *names, *ratios]
+    print(f"\n| {' | '.join(header)} |")
+    print("|---" * len(header) + "|")
     for row in rows:
-        rates = [row.rate(name) for name in names]
-        cells = ["" if rate is None else f"{rate:.0f}" for rate in rates]
-        ours = row.rate(OURS)
-        peers = [
-            rate
-            for name, rate in zip(names, rates, strict=True)
-            if rate and name not in (OURS, OURS_SM80, "matmul")
-        ]
-        ratios = [
-            f"{ours / best:.2f}" if ours and best else ""
-            for best in (max(peers, default=None), row.rate("matmul"))
-        ]
-        print(f"| {', '.join(map(str, row.shape.values()))} | {' | '.join(cells + ratios)} |")
+        cells = [", ".join(map(str, row.shape.values())), row.unit]
+        cells += [cell(row, name) if name in row.milliseconds else "" for name in names]
+        for pair in ratios.values():
+            a, b = map(row.fastest, pair)
+            cells.append(f"{a / b:.2f}" if a and b else "")
+        print(f"| {' | '.join(cells)} |")
+
+
+def cell(row: Row, name: str) -> str:
+    ms = row.milliseconds[name]
+    if row.unit == "µs":
+        return f"{ms * 1e3:.2f}"
+    digits = 0 if row.unit == "TFLOP/s" else 2
+    return f"{row.rate(name):.{digits}f} ({ms:.3f} ms)"
 
 
 def environment() -> dict[str, str]:
@@ -256,16 +503,13 @@ def environment() -> dict[str, str]:
     return found
 
 
-PHASES = {"context": context_rows}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each kernel")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each kernel")
     parser.add_argument("--window", type=float, default=80.0, help="ms a kernel runs in a turn")
     parser.add_argument("--pause", type=float, default=0.15, help="s before a turn")
     options = parser.parse_args()
@@ -273,21 +517,21 @@ def main() -> None:
         parser.error("torch sees no CUDA device")
 
     timer = Timer(options.rounds, options.window, options.pause)
-    report: dict = {"environment": environment(), "ceilings": ceilings(timer)}
-    for part in report.values():
-        texts = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in part.items()}
+    report: dict = {"environment": environment(), "ceilings": ceilings(timer), "missing": _missing}
+    for part in ("environment", "ceilings"):
+        texts = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in report[part].items()}
         print(", ".join(f"{name} {text}" for name, text in texts.items()))
-    for phase in options.phases:
-        rows = list(PHASES[phase](timer))
-        print_table(rows)
-        report[phase] = [
+    for name in options.phases:
+        phase = PHASES[name]
+        rows = list(phase.rows(timer))
+        print_table(rows, phase.ratios)
+        report[name] = [
             asdict(row) | {"tera_per_second": {name: row.rate(name) for name in row.milliseconds}}
             for row in rows
         ]
-    report["missing"] = _missing
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

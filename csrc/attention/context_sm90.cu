@@ -1,9 +1,13 @@
 // Context attention for sm_90a: persistent, warp-specialised, TMA and wgmma.
 //
-// A work tile is 128 query rows of one head. One producer warp takes work tiles from a counter,
-// heaviest first and one KV head after the other, so that the blocks in flight share K and V in
-// L2, and streams K and V pages through two rings of shared-memory stages. It runs ahead into the
-// next work tile while the consumers finish theirs.
+// A work tile is 128 query rows of one head. Two blocks form a cluster and take two heads of a KV
+// group at a time: each loads one half of every K and V tile into both, since reading L2 half as
+// often leaves power for the tensor cores. (If the group is odd, a block works alone.) Work tiles
+// come from a counter, heaviest first and one KV head after the other, so that the blocks in flight
+// share K and V in L2.
+//
+// One producer warp streams K and V pages through two rings of shared-memory stages. It runs ahead
+// into the next work tile while the consumers finish theirs.
 //
 // Two consumer warpgroups own 64 rows each. A step of a warpgroup, from the last KV tile to the
 // first, so that masked tiles come first:
@@ -15,14 +19,12 @@
 // refers to moves only when it grows by more than 2^8, so almost no step has to rescale O.
 
 #include <algorithm>
-#include <limits>
 
 #include "attention/context_sm90.h"
-#include "attention/rows.cuh"
+#include "attention/tile_sm90.cuh"
 #include "common/check.h"
 #include "common/device.h"
 #include "common/numeric.cuh"
-#include "common/sm90.cuh"
 #include "common/tensor_map.h"
 
 namespace star_attention {
@@ -30,17 +32,7 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;
-constexpr int kRowsPerConsumer = 64;
-constexpr int kRows = kConsumers * kRowsPerConsumer;
-constexpr int kTokens = 128;  // of a KV tile
-constexpr int kStages = 3;
-constexpr int kPanel = 64;  // columns in a 128-byte row of shared memory
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kConsumerWarps = kConsumers * 4;
-constexpr float kMaxGrowth = 8.f;  // log2 of the largest P
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kBox = 64;  // tokens that one TMA instruction loads; a page holds one or two
 
 struct Arguments {
   CUtensorMap q;   // [num_tokens][num_q_heads][head_dim]
@@ -86,25 +78,14 @@ struct Shared {
   uint64_t k_full[kStages], k_empty[kStages];
   uint64_t v_full[kStages], v_empty[kStages];
   uint64_t work_full[2], work_empty[2];
-  uint64_t tail_full;
+  uint64_t tail_full[kStages];
   WorkTile work[2];
+  uint64_t index_full[2], index_empty[2];
+  int index[2];
 };
 
-// Position in a ring of stages: a stage's barriers complete one phase a round.
-template <int kSize>
-struct Cursor {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance() {
-    if (++stage == kSize) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// Maps the ever growing work index of a block to work tiles, sequence after sequence.
+// Maps the ever growing work index of a cluster to work tiles, sequence after sequence.
+template <int kCluster>
 struct Scheduler {
   const Arguments& args;
   int seq = 0;
@@ -115,7 +96,7 @@ struct Scheduler {
       const int token = args.cu_seqlens_q[seq];
       const int q_len = args.cu_seqlens_q[seq + 1] - token;
       const int row_tiles = ceil_div(q_len, kRows);
-      const int count = row_tiles * args.num_q_heads;
+      const int count = row_tiles * args.num_q_heads / kCluster;
       if (index - first_index < count) {
         return locate(index - first_index, token, q_len, row_tiles);
       }
@@ -127,14 +108,14 @@ struct Scheduler {
   }
 
   __device__ WorkTile locate(int index, int token, int q_len, int row_tiles) const {
-    const int heads = args.num_q_heads / args.num_kv_heads;
-    const int kv_head = index / (row_tiles * heads);
-    index -= kv_head * row_tiles * heads;
-    const int first_row = (row_tiles - 1 - index / heads) * kRows;
+    const int shares = args.num_q_heads / args.num_kv_heads / kCluster;
+    const int kv_head = index / (row_tiles * shares);
+    index -= kv_head * row_tiles * shares;
+    const int first_row = (row_tiles - 1 - index / shares) * kRows;
 
     WorkTile work;
     work.seq = seq;
-    work.head = kv_head * heads + index % heads;
+    work.head = (kv_head * shares + index % shares) * kCluster + cluster_rank();
     work.token = token + first_row;
     work.rows = min(kRows, q_len - first_row);
     work.kv_len = min(args.kv_lens[seq], args.max_kv_len);
@@ -148,14 +129,17 @@ struct Scheduler {
 // The producer: one warp. It shares a scheduler of the SM with two consumer warps, which wait for
 // it at every product, so what it does per KV tile is kept short.
 
-template <int kHeadDim>
+template <int kHeadDim, int kCluster>
 struct Producer {
+  static constexpr int kBoxes = kTokens / kBox / kCluster;  // of a tile that this block loads
+
   const Arguments& args;
   Shared<kHeadDim>& shared;
   const int lane = threadIdx.x % 32;
+  const int rank = cluster_rank();
   Cursor<kStages> k, v;
   Cursor<1> q;
-  uint32_t tail_phase = 0;
+  uint32_t tail_phases = 0;  // a bit for each stage of V
 
   // Of the work tile.
   const int32_t* pages;
@@ -176,35 +160,39 @@ struct Producer {
     q.advance();
   }
 
-  // The lane's page of those that hold a KV tile.
+  // The page of the lane's box of a KV tile.
   __device__ int find_page(int tile) const {
-    const int part = lane << args.page_shift;
-    const int token = tile * kTokens + part;
-    return part < kTokens && token < kv_len ? pages[token >> args.page_shift] : 0;
+    const int token = tile * kTokens + (rank * kBoxes + lane) * kBox;
+    return lane < kBoxes && token < kv_len ? pages[token >> args.page_shift] : 0;
   }
 
-  // Loads the pages of a KV tile that begin before kv_len.
-  __device__ void load_pages(int tile, int page, int which, uint8_t* destination,
+  // Loads this block's boxes of a KV tile; those that begin behind kv_len are left out.
+  __device__ void load_boxes(int tile, int page, int which, uint8_t* destination,
                              uint64_t* full) const {
     const bool leader = elect_one();
     const int tokens = min(kTokens, kv_len - tile * kTokens);
-    const int count = (tokens + (1 << args.page_shift) - 1) >> args.page_shift;
-    if (leader) barrier_arrive_expect(full, (count << args.page_shift) * kHeadDim * 2);
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    if (leader) barrier_arrive_expect(full, ceil_div(tokens, kBox) * kBox * kHeadDim * 2);
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const int first = (rank * kBoxes + i) * kBox;  // of the tile's tokens
+      const int token = (tile * kTokens + first) & ((1 << args.page_shift) - 1);
       const int matrix = (__shfl_sync(~0u, page, i) * 2 + which) * args.num_kv_heads + kv_head;
-      if (!leader) continue;
+      if (!leader || first >= tokens) continue;
 #pragma unroll
       for (int d = 0; d < kHeadDim; d += kPanel) {
-        tma_load(destination + (d * kTokens + (i << args.page_shift) * kPanel) * 2, &args.kv, full,
-                 d, 0, matrix);
+        uint8_t* box = destination + (d * kTokens + first * kPanel) * 2;
+        if constexpr (kCluster > 1) {
+          tma_load_multicast(box, &args.kv, full, (1 << kCluster) - 1, d, token, matrix);
+        } else {
+          tma_load(box, &args.kv, full, d, token, matrix);
+        }
       }
     }
   }
 
   __device__ void load_k(int tile, int page) {
     barrier_wait(&shared.k_empty[k.stage], k.phase ^ 1);
-    load_pages(tile, page, 0, shared.k[k.stage], &shared.k_full[k.stage]);
+    load_boxes(tile, page, 0, shared.k[k.stage], &shared.k_full[k.stage]);
     k.advance();
   }
 
@@ -212,21 +200,12 @@ struct Producer {
     barrier_wait(&shared.v_empty[v.stage], v.phase ^ 1);
     const int tokens = kv_len - tile * kTokens;
     if (tokens >= kTokens) {
-      load_pages(tile, page, 1, shared.v[v.stage], &shared.v_full[v.stage]);
+      load_boxes(tile, page, 1, shared.v[v.stage], &shared.v_full[v.stage]);
     } else {
-      // What lies behind kv_len may be NaN, and 0 * NaN would reach O.
-      load_pages(tile, page, 1, shared.v[v.stage], &shared.tail_full);
-      barrier_wait(&shared.tail_full, tail_phase);
-      tail_phase ^= 1;
-#pragma unroll 1
-      for (int i = lane; i < (kTokens - tokens) * kHeadDim / 8; i += 32) {
-        const int row = tokens + i / (kHeadDim / 8);
-        const int column = i % (kHeadDim / 8) * 8;
-        const int offset = (column / kPanel * kTokens + row) * kPanel * 2 + column % kPanel * 2;
-        *reinterpret_cast<uint4*>(shared.v[v.stage] + offset) = uint4{};
-      }
-      fence_async_proxy();
-      __syncwarp();
+      load_boxes(tile, page, 1, shared.v[v.stage], &shared.tail_full[v.stage]);
+      barrier_wait(&shared.tail_full[v.stage], tail_phases >> v.stage & 1);
+      tail_phases ^= 1 << v.stage;
+      clear_tail<kHeadDim>(shared.v[v.stage], tokens);
       if (lane == 0) barrier_arrive(&shared.v_full[v.stage]);
     }
     v.advance();
@@ -251,10 +230,29 @@ struct Producer {
     load_v(0, page);
   }
 
+  // Gives the first block's index to the whole cluster.
+  __device__ int share_index(int index, const Cursor<2>& slot) const {
+    if constexpr (kCluster == 1) return __shfl_sync(~0u, index, 0);
+    if (lane == 0) {
+      barrier_arrive_expect(&shared.index_full[slot.stage], sizeof(int));
+      if (rank == 0) {
+        barrier_wait(&shared.index_empty[slot.stage], slot.phase ^ 1);
+        for (int r = 0; r < kCluster; ++r) {
+          store_async(&shared.index[slot.stage], &shared.index_full[slot.stage], r, index);
+        }
+      }
+    }
+    __syncwarp();
+    barrier_wait(&shared.index_full[slot.stage], slot.phase);
+    index = __shfl_sync(~0u, shared.index[slot.stage], 0);
+    if (lane == 0) barrier_arrive(&shared.index_empty[slot.stage], 0);
+    return index;
+  }
+
   __device__ void run() {
-    Scheduler scheduler{args};
+    Scheduler<kCluster> scheduler{args};
     Cursor<2> slot;
-    int index = blockIdx.x;
+    int index = blockIdx.x / kCluster;
     while (true) {
       const WorkTile work = scheduler.find(index);
       barrier_wait(&shared.work_empty[slot.stage], slot.phase ^ 1);
@@ -262,30 +260,16 @@ struct Producer {
         shared.work[slot.stage] = work;
         barrier_arrive(&shared.work_full[slot.stage]);
       }
-      slot.advance();
       if (work.kv_tiles < 0) return;
 
       int next = 0;
-      if (lane == 0) next = gridDim.x + atomicAdd(args.counter, 1);
+      if (rank == 0 && lane == 0) next = gridDim.x / kCluster + atomicAdd(args.counter, 1);
       if (work.kv_tiles > 0) load(work);
-      index = __shfl_sync(~0u, next, 0);
+      index = share_index(next, slot);
+      slot.advance();
     }
   }
 };
-
-// The consumers. A thread holds two rows of its warp's 16, `lane / 4` and 8 below it; in every 8
-// columns it has the pair 2 * (lane % 4).
-
-// Reduces over the four lanes that share rows.
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Lane t of a quad holds x[n], its pair of column block n; afterwards all four pairs of block t.
 __device__ inline void quad_transpose(uint32_t (&x)[4], int t) {
@@ -301,63 +285,8 @@ __device__ inline void quad_transpose(uint32_t (&x)[4], int t) {
   }
 }
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Softmax of a thread's two rows, tile after tile. The maximum is one of raw scores.
-struct Softmax {
-  float scale_log2;
-  float maximum[2] = {-kInfinity, -kInfinity};
-  float reference[2];
-  float sum[2] = {};  // over the thread's own columns
-
-  __device__ float exponent(float score) const {
-    return score == -kInfinity ? 0.f : score * scale_log2;
-  }
-
-  // `correction` is what earlier results have to be scaled by.
-  template <int kCount>
-  __device__ void find_reference(float (&s)[kCount], float (&correction)[2]) {
-    float even[2] = {s[0], s[2]}, odd[2] = {s[1], s[3]};
-#pragma unroll
-    for (int i = 4; i < kCount; i += 4) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        even[r] = fmaxf(even[r], s[i + 2 * r]);
-        odd[r] = fmaxf(odd[r], s[i + 2 * r + 1]);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float tile_maximum = quad_max(fmaxf(even[r], odd[r]));
-      const float old = maximum[r];
-      if ((tile_maximum - old) * scale_log2 > kMaxGrowth) maximum[r] = tile_maximum;
-      reference[r] = exponent(maximum[r]);
-      correction[r] = maximum[r] == old ? 1.f : exp2_fast(old * scale_log2 - reference[r]);
-      sum[r] *= correction[r];
-    }
-  }
-
-  // Turns scores into probabilities.
-  template <int kCount>
-  __device__ void exponentiate(float (&s)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int r = i / 2 % 2;
-      s[i] = exp2_fast(fmaf(s[i], scale_log2, -reference[r]));
-      sum[r] += s[i];
-    }
-  }
-};
-
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, int kCluster>
 struct Consumer {
-  static constexpr uint32_t kTilePanelBytes = kTokens * kPanel * 2;
-  static constexpr uint32_t kQueryPanelBytes = kRowsPerConsumer * kPanel * 2;
-
   const Arguments& args;
   Shared<kHeadDim>& shared;
   const int id;  // which of the warpgroups
@@ -367,73 +296,31 @@ struct Consumer {
   Cursor<kStages> k, v;
   Cursor<1> q;
 
-  __device__ void release(uint64_t* barrier) {
+  // Both blocks write to a stage, so that both need to know.
+  __device__ void release_stage(uint64_t* barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (lane < kCluster) barrier_arrive(barrier, lane);
   }
 
-  __device__ void await_turn() { named_barrier_sync(1 + id, kConsumers * kWarpgroup); }
-  __device__ void pass_turn() {
-    named_barrier_arrive(1 + (id + 1) % kConsumers, kConsumers * kWarpgroup);
+  __device__ int limit(const WorkTile& work, int tile_row) const {
+    return min(work.kv_len, work.limit + (args.causal ? tile_row : 0));
   }
 
-  // s = Q K^T
-  __device__ void multiply_qk(float (&s)[kTokens / 2]) {
-    const uint64_t a = wgmma_descriptor(shared.q[id], 0);
-    const uint64_t b = wgmma_descriptor(shared.k[k.stage], 0);
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < kHeadDim; d += 16) {
-      const int panel = d / kPanel, bytes = d % kPanel * 2;
-      wgmma_ss<Element>(s, wgmma_advance(a, panel * kQueryPanelBytes + bytes),
-                        wgmma_advance(b, panel * kTilePanelBytes + bytes), d != 0);
-    }
-    wgmma_commit();
-  }
-
-  // o += P V
-  __device__ void multiply_pv(float (&o)[kHeadDim / 2], const uint32_t (&p)[kTokens / 4]) {
-    const uint64_t b = wgmma_descriptor(shared.v[v.stage], kTilePanelBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int t = 0; t < kTokens; t += 16) {
-      wgmma_rs<Element>(o, p + t / 4, wgmma_advance(b, t * kPanel * 2));
-    }
-    wgmma_commit();
-  }
-
-  __device__ void mask(float (&s)[kTokens / 2], const WorkTile& work, int tile) {
-    const int first_row = row - lane / 4;
-    const int limit = min(work.kv_len, work.limit + (args.causal ? first_row : 0));
-    if (__builtin_expect((tile + 1) * kTokens <= limit, true)) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int limit = min(work.kv_len, work.limit + (args.causal ? row + 8 * r : 0)) -
-                        tile * kTokens - lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (i * 8 + e >= limit) s[i * 4 + 2 * r + e] = -kInfinity;
-        }
-      }
-    }
-  }
-
-  __device__ static void to_operand(const float (&s)[kTokens / 2], uint32_t (&p)[kTokens / 4]) {
-#pragma unroll
-    for (int i = 0; i < kTokens / 4; ++i) p[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
+  __device__ void mask(float (&s)[kTokens / 2], const WorkTile& work, int tile) const {
+    const int first = tile * kTokens;
+    if (__builtin_expect(first + kTokens <= limit(work, row - lane / 4), true)) return;
+    mask_scores(s, {limit(work, row) - first, limit(work, row + 8) - first});
   }
 
   __device__ void run() {
     Cursor<2> slot;
-    if (id == kConsumers - 1) pass_turn();
+    if (id == kConsumers - 1) pass_turn(id);
     while (true) {
       barrier_wait(&shared.work_full[slot.stage], slot.phase);
       WorkTile work = shared.work[slot.stage];
       // Lets the compiler keep stages and descriptors in uniform registers.
       work.kv_tiles = __shfl_sync(~0u, work.kv_tiles, 0);
-      release(&shared.work_empty[slot.stage]);
+      warp_arrive(&shared.work_empty[slot.stage]);
       slot.advance();
       if (work.kv_tiles < 0) return;
       attend(work);
@@ -441,7 +328,7 @@ struct Consumer {
   }
 
   __device__ void attend(const WorkTile& work) {
-    Softmax softmax{args.scale * kLog2e};
+    Softmax softmax{args.scale};
     float o[kHeadDim / 2];
 #pragma unroll
     for (float& x : o) x = 0.f;
@@ -453,30 +340,29 @@ struct Consumer {
 
       barrier_wait(&shared.q_full[id], q.phase);
       barrier_wait(&shared.k_full[k.stage], k.phase);
-      multiply_qk(s);
+      multiply_qk<Element, kHeadDim>(s, shared.q[id], shared.k[k.stage]);
       wgmma_wait<0>();
       pin_registers(s);
-      release(&shared.k_empty[k.stage]);
+      release_stage(&shared.k_empty[k.stage]);
       k.advance();
-      if (work.kv_tiles == 1) release(&shared.q_empty[id]);
+      if (work.kv_tiles == 1) warp_arrive(&shared.q_empty[id]);
       mask(s, work, work.kv_tiles - 1);
       softmax.find_reference(s, correction);
-      softmax.exponentiate(s);
-      to_operand(s, p);
+      softmax.exponentiate<Element>(s, p);
 
       for (int tile = work.kv_tiles - 2; tile >= 0; --tile) {
         barrier_wait(&shared.k_full[k.stage], k.phase);
-        await_turn();
-        multiply_qk(s);
+        await_turn(id);
+        multiply_qk<Element, kHeadDim>(s, shared.q[id], shared.k[k.stage]);
         barrier_wait(&shared.v_full[v.stage], v.phase);
-        multiply_pv(o, p);
-        pass_turn();
+        multiply_pv<Element>(o, p, shared.v[v.stage]);
+        pass_turn(id);
 
         wgmma_wait<1>();
         pin_registers(s);
-        release(&shared.k_empty[k.stage]);
+        release_stage(&shared.k_empty[k.stage]);
         k.advance();
-        if (tile == 0) release(&shared.q_empty[id]);
+        if (tile == 0) warp_arrive(&shared.q_empty[id]);
         mask(s, work, tile);
         softmax.find_reference(s, correction);
         const bool grew = correction[0] != 1.f || correction[1] != 1.f;
@@ -489,17 +375,16 @@ struct Consumer {
         wgmma_wait<0>();
         pin_registers(o);
         pin_registers(p);
-        release(&shared.v_empty[v.stage]);
+        release_stage(&shared.v_empty[v.stage]);
         v.advance();
-        softmax.exponentiate(s);
-        to_operand(s, p);
+        softmax.exponentiate<Element>(s, p);
       }
 
       barrier_wait(&shared.v_full[v.stage], v.phase);
-      multiply_pv(o, p);
+      multiply_pv<Element>(o, p, shared.v[v.stage]);
       wgmma_wait<0>();
       pin_registers(o);
-      release(&shared.v_empty[v.stage]);
+      release_stage(&shared.v_empty[v.stage]);
       v.advance();
       q.advance();
     }
@@ -520,13 +405,7 @@ struct Consumer {
         o[i * 4 + 2 * r + 1] *= inverse;
       }
 
-      if (valid && lane % 4 == 0) {
-        // The reference of the sum is the rounded product of maximum and scale.
-        const float maximum = softmax.maximum[r];
-        const float rounding = fmaf(-maximum, softmax.scale_log2, softmax.exponent(maximum));
-        args.lse[position] =
-            sum > 0.f ? fmaf(maximum, args.scale, (__log2f(sum) + rounding) * kLn2) : -kInfinity;
-      }
+      if (valid && lane % 4 == 0) args.lse[position] = softmax.lse(r, sum);
 
       const int t = lane % 4;
       if (args.float_output) {
@@ -556,8 +435,8 @@ struct Consumer {
   }
 };
 
-template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class Element, int kHeadDim, int kCluster>
+__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     context_attention_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(raw_shared);
@@ -571,35 +450,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int s = 0; s < kStages; ++s) {
       barrier_init(&shared.k_full[s], 1);
-      barrier_init(&shared.k_empty[s], kConsumerWarps);
+      barrier_init(&shared.k_empty[s], kCluster * kConsumerWarps);
       barrier_init(&shared.v_full[s], 1);
-      barrier_init(&shared.v_empty[s], kConsumerWarps);
+      barrier_init(&shared.tail_full[s], 1);
+      barrier_init(&shared.v_empty[s], kCluster * kConsumerWarps);
     }
     for (int s = 0; s < 2; ++s) {
       barrier_init(&shared.work_full[s], 1);
       barrier_init(&shared.work_empty[s], kConsumerWarps);
+      barrier_init(&shared.index_full[s], 1);
+      barrier_init(&shared.index_empty[s], kCluster);
     }
-    barrier_init(&shared.tail_full, 1);
     barrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int warpgroup = warp / 4;
   if (warpgroup == 0) {
     registers_decrease<40>();
-    if (warp == 0) Producer<kHeadDim>{args, shared}.run();
+    if (warp == 0) Producer<kHeadDim, kCluster>{args, shared}.run();
   } else {
     registers_increase<232>();
-    Consumer<Element, kHeadDim>{args, shared, warpgroup - 1}.run();
+    Consumer<Element, kHeadDim, kCluster>{args, shared, warpgroup - 1}.run();
   }
+  cluster_sync();  // the other block may still signal barriers of this one
 }
 
 // Host
 
-template <class Element, int kHeadDim>
-void launch(const Arguments& args, int blocks, cudaStream_t stream) {
-  const auto kernel = context_attention_kernel<Element, kHeadDim>;
+template <class Element, int kHeadDim, int kCluster>
+void launch(const Arguments& args, int64_t work_tiles, cudaStream_t stream) {
+  const auto kernel = context_attention_kernel<Element, kHeadDim, kCluster>;
+  const int64_t most_blocks = current_device().num_sms / kCluster * kCluster;
+  const int blocks = static_cast<int>(std::min(most_blocks, work_tiles));
   constexpr int kSharedBytes = sizeof(Shared<kHeadDim>);
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
@@ -623,8 +507,7 @@ void context_attention_sm90(const PagedAttentionParams& params, void* workspace,
       params.dtype, params.q, {head_dim, q_heads, cuuint64_t(params.num_tokens)},
       {head_dim * 2, cuuint64_t(params.q_stride) * 2}, {kPanel, 1, kRowsPerConsumer}, "q");
   args.kv = make_tensor_map(params.dtype, params.kv_pool, {head_dim, page, matrices},
-                            {head_dim * 2, page * head_dim * 2}, {kPanel, cuuint32_t(page), 1},
-                            "kv_pool");
+                            {head_dim * 2, page * head_dim * 2}, {kPanel, kBox, 1}, "kv_pool");
   args.page_table = params.page_table;
   args.cu_seqlens_q = params.cu_seqlens_q;
   args.kv_lens = params.kv_lens;
@@ -642,16 +525,15 @@ void context_attention_sm90(const PagedAttentionParams& params, void* workspace,
   args.scale = params.scale;
 
   check_cuda(cudaMemsetAsync(workspace, 0, sizeof(int), stream), "context_attention_sm90 counter");
-  const int64_t most_tiles =
+  const int64_t most_work_tiles =
       (params.num_tokens / kRows + int64_t{params.num_seqs}) * params.num_q_heads;
-  const int blocks = static_cast<int>(std::min<int64_t>(current_device().num_sms, most_tiles));
+  const bool pairs = params.num_q_heads / params.num_kv_heads % 2 == 0;
   dispatch_16bit(params.dtype, [&](auto element) {
     using Element = decltype(element);
-    if (params.head_dim == 64) {
-      launch<Element, 64>(args, blocks, stream);
-    } else {
-      launch<Element, 128>(args, blocks, stream);
-    }
+    const auto run = params.head_dim == 64
+                         ? (pairs ? launch<Element, 64, 2> : launch<Element, 64, 1>)
+                         : (pairs ? launch<Element, 128, 2> : launch<Element, 128, 1>);
+    run(args, most_work_tiles, stream);
   });
 }
 

@@ -12,9 +12,6 @@ namespace star_attention {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// A running maximum before the first score. Finite, so that differences are never NaN.
-constexpr float kNoMax = -1e30f;
-
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The sequence's length, bounded by what the host sized the launch for.

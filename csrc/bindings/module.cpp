@@ -194,8 +194,7 @@ void py_merge_lse(py::object o_, py::object lse_, py::object out_, py::object ou
   merge_lse(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void py_rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_,
-                 double eps, uintptr_t stream) {
+void py_rms_norm(py::object x_, py::object weight_, py::object out_, double eps, uintptr_t stream) {
   const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
   x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
   const int64_t tokens = x.size(0), hidden = x.size(1);
@@ -212,17 +211,8 @@ void py_rms_norm(py::object x_, py::object weight_, py::object residual_, py::ob
   p.x_stride = x.stride(0, hidden);
   p.weight = weight.data();
   p.out = out.data();
-  if (residual_.is_none()) {
-    check(p);
-    const DeviceScope scope(x, {&weight, &out});
-    rms_norm(p, reinterpret_cast<cudaStream_t>(stream));
-    return;
-  }
-  const TensorView residual("residual", residual_);
-  residual.dtype({x.type()}).shape({tokens, hidden}).contiguous();
-  p.residual = residual.data();
   check(p);
-  const DeviceScope scope(x, {&weight, &out, &residual});
+  const DeviceScope scope(x, {&weight, &out});
   rms_norm(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -255,8 +245,7 @@ PYBIND11_MODULE(_C, m) {
         arg("slot_mapping"), arg("q"), arg("stream"));
   m.def("merge_lse", &py_merge_lse, arg("o"), arg("lse"), arg("out"), arg("out_lse"),
         arg("stream"));
-  m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("residual"), arg("out"), arg("eps"),
-        arg("stream"));
+  m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("out"), arg("eps"), arg("stream"));
   m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("stream"));
 }
 

@@ -13,6 +13,9 @@ namespace star_attention {
 using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 
+// A running maximum before the first score. Finite, so that differences are never NaN.
+constexpr float kNoMax = -1e30f;
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(half_t x) { return __half2float(x); }
 __device__ inline float to_float(bfloat16_t x) { return __bfloat162float(x); }

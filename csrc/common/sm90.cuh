@@ -59,6 +59,44 @@ __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Thread block clusters. `rank` is that of a block in the own cluster; pointers are to the own
+// shared memory and name the same place in the other block's.
+
+__device__ inline int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+__device__ inline void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+__device__ inline uint32_t cluster_address(const void* pointer, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(smem_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Orders nothing that the arriving thread wrote: a wider release would flush all its writes.
+__device__ inline void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
+// Stores a value that counts as 4 bytes of the barrier's phase.
+__device__ inline void store_async(int* destination, uint64_t* barrier, int rank, int value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   cluster_address(destination, rank)),
+               "r"(value), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
 // True in one lane of a converged warp.
 __device__ inline bool elect_one() {
   uint32_t elected;
@@ -94,6 +132,17 @@ __device__ inline void tma_load(void* destination, const CUtensorMap* map, uint6
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem_address(destination)),
       "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// Loads into the blocks of the cluster whose bits `blocks` has, and signals the barrier of each.
+__device__ inline void tma_load_multicast(void* destination, const CUtensorMap* map,
+                                          uint64_t* barrier, uint16_t blocks, int32_t x, int32_t y,
+                                          int32_t z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_address(destination)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
       : "memory");
 }
 

@@ -27,7 +27,6 @@ __global__ void rms_norm_kernel(const RmsNormParams p) {
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   const T* weight = static_cast<const T*>(p.weight);
-  T* residual = static_cast<T*>(p.residual) + (p.residual ? row * p.hidden_size : 0);
   T* out = static_cast<T*>(p.out) + row * p.hidden_size;
 
   Pack<T, 8> pack[kMaxPacks];
@@ -37,14 +36,6 @@ __global__ void rms_norm_kernel(const RmsNormParams p) {
     const int i = 8 * (threadIdx.x + k * blockDim.x);
     if (i >= p.hidden_size) break;
     pack[k] = load_pack<T, 8>(x + i);
-    if (p.residual) {
-      const Pack<T, 8> r = load_pack<T, 8>(residual + i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        pack[k].v[j] = from_float<T>(to_float(pack[k].v[j]) + to_float(r.v[j]));
-      }
-      store_pack(residual + i, pack[k]);
-    }
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += to_float(pack[k].v[j]) * to_float(pack[k].v[j]);
   }
@@ -74,7 +65,6 @@ void check(const RmsNormParams& p) {
   require_pointer(p.x, "x", 16);
   require_pointer(p.weight, "weight", 16);
   require_pointer(p.out, "out", 16);
-  if (p.residual) require_pointer(p.residual, "residual", 16);
 }
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream) {

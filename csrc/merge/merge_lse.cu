@@ -1,5 +1,5 @@
-// A thread takes 8 dimensions of one token's head through all shards: the weights first, from the
-// few lse values that the head's threads share, then the outputs, several loads in flight.
+// A thread takes 8 dimensions of one token's head through all shards, kShards at a time: their
+// loads are in flight together, and the sum so far moves to the new maximum once for all of them.
 #include "common/check.h"
 #include "common/numeric.cuh"
 #include "star_attention/merge.h"
@@ -8,6 +8,7 @@ namespace star_attention {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kShards = 4;
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) merge_lse_kernel(const MergeLseParams p) {
@@ -21,21 +22,34 @@ __global__ void __launch_bounds__(kThreads) merge_lse_kernel(const MergeLseParam
   const float* lse = p.lse + token * p.lse_token_stride + head;
   const In* o = static_cast<const In*>(p.o) + token * p.o_token_stride + head * p.head_dim + dim;
 
-  float max = -INFINITY;
-#pragma unroll 4
-  for (int r = 0; r < p.num_shards; ++r) max = fmaxf(max, lse[r * p.lse_shard_stride]);
-
+  float max = kNoMax;
   float sum = 0.f;
   float acc[8] = {};
-#pragma unroll 4
-  for (int r = 0; r < p.num_shards; ++r) {
-    const float shard_lse = lse[r * p.lse_shard_stride];
-    const Pack<In, 8> shard = load_pack<In, 8>(o + r * p.o_shard_stride);
-    if (shard_lse == -INFINITY) continue;
-    const float weight = expf(shard_lse - max);
-    sum += weight;
+  for (int first = 0; first < p.num_shards; first += kShards) {
+    float shard_lse[kShards];
+    Pack<In, 8> shard[kShards];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) acc[i] += weight * to_float(shard.v[i]);
+    for (int i = 0; i < kShards; ++i) {
+      const int r = first + i;
+      shard_lse[i] = r < p.num_shards ? lse[r * p.lse_shard_stride] : -INFINITY;
+      if (r < p.num_shards) shard[i] = load_pack<In, 8>(o + r * p.o_shard_stride);
+    }
+    float new_max = max;
+#pragma unroll
+    for (int i = 0; i < kShards; ++i) new_max = fmaxf(new_max, shard_lse[i]);
+    const float correction = expf(max - new_max);
+    max = new_max;
+    sum *= correction;
+#pragma unroll
+    for (float& x : acc) x *= correction;
+#pragma unroll
+    for (int i = 0; i < kShards; ++i) {
+      if (shard_lse[i] == -INFINITY) continue;
+      const float weight = expf(shard_lse[i] - max);
+      sum += weight;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) acc[j] += weight * to_float(shard[i].v[j]);
+    }
   }
 
   const float scale = sum > 0.f ? 1.f / sum : 0.f;

@@ -23,7 +23,7 @@ from star_attention.config import (
 )
 from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
 from star_attention.distributed.base import agree
-from star_attention.engines.loader import DTYPES
+from star_attention.engines.loader import DTYPES, LOAD_FORMATS, LoadFormat
 from star_attention.errors import UserError
 from star_attention.models.tokenizer import TEMPLATES
 from star_attention.plan import make_plan
@@ -187,6 +187,13 @@ def plan(
     type=click.Choice(DTYPES["cpu"]),
     help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
 )
+@click.option(
+    "--load-format",
+    type=click.Choice(LOAD_FORMATS),
+    default="auto",
+    show_default=True,
+    help="dummy: random weights for the model's config, to try speed and memory.",
+)
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
 @click.option(
     "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
@@ -217,7 +224,7 @@ def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
 
     if options["attention"] == "dense":
         raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
-    find_model(options["model"])
+    find_model(options["model"], options["load_format"] != "dummy")
     _star_config(options)
     _sampling(options)
     for name in options["context_files"]:
@@ -266,6 +273,7 @@ def _ask(
     template: str,
     device: str,
     dtype: str | None,
+    load_format: LoadFormat,
     strict: bool,
     **options: Any,
 ) -> None:
@@ -276,7 +284,14 @@ def _ask(
     texts = agree(comm, lambda: [_read_text(name) for name in context_files] if is_leader else [])
     warnings.showwarning = lambda message, *_args, **_kwargs: report.say(f"warning: {message}")
     llm = LLM(
-        model, config, dtype=dtype, device=device, template=template, strict=strict, comm=comm
+        model,
+        config,
+        dtype=dtype,
+        device=device,
+        template=template,
+        load_format=load_format,
+        strict=strict,
+        comm=comm,
     )
     with report.progress(is_leader and not as_json) as on_progress:
         context = llm.encode("\n".join(texts), on_progress=on_progress)
@@ -358,6 +373,9 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """The program `star-attn`."""
+    from star_attention.evals.cli import register
+
+    register(cli)
     try:
         cli(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:

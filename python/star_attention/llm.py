@@ -13,7 +13,7 @@ import numpy as np
 from star_attention.config import ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.distributed.base import agree
-from star_attention.engines.loader import load_engine, share_cores
+from star_attention.engines.loader import LOAD_FORMATS, LoadFormat, load_engine, share_cores
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.tokenizer import TextStream, Tokenizer
@@ -65,6 +65,7 @@ class LLM:
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         device: `cpu` or `cuda` (one rank, kernels built, head_dim 64 or 128, pages of 64 or 128).
         template: `chat`, `none` (base models), or `auto`: `chat` where the model has a template.
+        load_format: `dummy`: random weights for the model's config, for trying speed and memory.
         strict: refuse text beyond the model's maximum position, instead of a warning.
         comm: connects the ranks; by default mpirun's, or a single process.
 
@@ -80,18 +81,23 @@ class LLM:
         dtype: str | None = None,
         device: str = "cpu",
         template: str = "auto",
+        load_format: LoadFormat = "auto",
         strict: bool = False,
         comm: Communicator | None = None,
     ) -> None:
         self.config = config or StarConfig()
         self.comm = comm or default_communicator()
         self._strict = strict
-        path = self._on_rank_0(lambda: find_model(str(model)))
+        if load_format not in LOAD_FORMATS:
+            raise UserError(f"load_format is {load_format!r}: use {' or '.join(LOAD_FORMATS)}")
+        path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
         share_cores(self.comm)
         engine, self._tokenizer = agree(
             self.comm,
             lambda: (
-                load_engine(path, self.comm, dtype, device, self.config.tokens_per_block),
+                load_engine(
+                    path, self.comm, dtype, device, self.config.tokens_per_block, load_format
+                ),
                 Tokenizer(path, template) if self.comm.rank == 0 else None,
             ),
         )

@@ -111,13 +111,20 @@ def rope_arguments(**changes):
         "rotary": torch.zeros(10, 64),
         "kv_pool": torch.zeros(1, 2, 2, 64, 64, dtype=torch.float16),
         "slot_mapping": torch.zeros(3, dtype=torch.int32),
-        "num_q_heads": 2,
+        "q": torch.zeros(3, 2, 64, dtype=torch.float16),
     }
     return arguments | changes
 
 
 BAD_ROPE = {
-    "width": ({"num_q_heads": 3}, r"qkv\.shape: got \[3, 384\], expected \[3, 448\]"),
+    "q": (
+        {"q": torch.zeros(2, 2, 64, dtype=torch.float16)},
+        r"q\.shape: got \[2, 2, 64\], expected \[3, any, 64\]",
+    ),
+    "width": (
+        {"q": torch.zeros(3, 3, 64, dtype=torch.float16)},
+        r"qkv\.shape: got \[3, 384\], expected \[3, 448\]",
+    ),
     "dtype": ({"qkv": torch.zeros(3, 384)}, r"qkv\.dtype: got float32"),
     "positions": (
         {"positions": torch.zeros(3, dtype=torch.int64)},

@@ -27,17 +27,12 @@ def test_matches_the_reference(dtype, head_dim, page, q_heads, kv_heads):
     pool = torch.randn(pages, 2, kv_heads, page, head_dim).to(dtype)
 
     device_pool = pool.cuda()
-    q = cuda.rope_append(
-        fused.cuda()[:, :-8],
-        positions.cuda(),
-        rotary.cuda(),
-        device_pool,
-        slots.cuda(),
-        num_q_heads=q_heads,
+    q = torch.full((tokens, q_heads, head_dim), torch.nan, dtype=dtype, device="cuda")
+    cuda.rope_append(
+        fused.cuda()[:, :-8], positions.cuda(), rotary.cuda(), device_pool, slots.cuda(), q
     )
-    expected = reference.rope_append(
-        qkv.contiguous(), positions, rotary, pool, slots, num_q_heads=q_heads
-    )
+    expected = torch.empty(q.shape, dtype=dtype)
+    reference.rope_append(qkv.contiguous(), positions, rotary, pool, slots, expected)
     # The compiler may fuse a product into the sum: one rounding of the 16-bit result apart.
     torch.testing.assert_close(q.cpu(), expected, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(device_pool.cpu(), pool, rtol=1e-2, atol=1e-3)
@@ -49,8 +44,8 @@ def test_no_tokens():
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
     qkv = torch.empty(0, 6 * 64, dtype=torch.float16, device="cuda")
     rotary = rotary_table(4, 64).cuda()
-    q = cuda.rope_append(qkv, empty, rotary, pool, empty, num_q_heads=2)
-    assert q.shape == (0, 2, 64)
+    cuda.rope_append(qkv, empty, rotary, pool, empty, qkv.new_empty(0, 2, 64))
+    assert not pool.any()
 
 
 def test_pool_of_more_than_2_to_the_31_elements():
@@ -60,6 +55,7 @@ def test_pool_of_more_than_2_to_the_31_elements():
     qkv = torch.randn(1, 3 * 128, dtype=torch.bfloat16, device="cuda")
     slot = torch.tensor([69999 * 128 + 5], dtype=torch.int32, device="cuda")
     position = torch.zeros(1, dtype=torch.int32, device="cuda")
-    cuda.rope_append(qkv, position, rotary_table(1, 128).cuda(), pool, slot, num_q_heads=1)
+    q = qkv.new_empty(1, 1, 128)
+    cuda.rope_append(qkv, position, rotary_table(1, 128).cuda(), pool, slot, q)
     assert torch.equal(pool[69999, :, 0, 5].flatten(), qkv[0, 128:])
     assert int(pool.count_nonzero()) == int(qkv[0, 128:].count_nonzero())

@@ -71,10 +71,24 @@ def block_mask(total, context_len, block_size, anchor_size):
 
 def hf_logits(model, tokens, mask):
     """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]."""
-    bias = torch.zeros(mask.shape).masked_fill(~torch.from_numpy(mask), torch.finfo().min)
+    bias = torch.zeros(mask.shape, dtype=model.dtype)
+    bias.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min)
     with torch.inference_mode():
         ids = torch.from_numpy(tokens).long()[None]
         return model(input_ids=ids, attention_mask=bias[None, None]).logits[0].float().numpy()
+
+
+def forced_logits(runtime, context, question, answer):
+    """Logits of every question and answer token, as if the answer had been generated."""
+    batch = runtime.questions(context)
+    rows = [
+        batch.ask(
+            context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
+        )
+    ]
+    rows += [batch.step([0], [int(token)]) for token in answer]
+    batch.release()
+    return np.concatenate(rows)
 
 
 def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=False, **overrides):

@@ -14,26 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from helpers import forced_logits
 from star_attention.config import StarConfig
 from star_attention.distributed import default_communicator
 from star_attention.engines.loader import load_engine, share_cores
 from star_attention.models.checkpoint import find_model
-from star_attention.runtime.runtime import EncodedContext, Runtime
-
-
-def forced_logits(
-    runtime: Runtime, context: EncodedContext, question: np.ndarray, answer: np.ndarray
-) -> np.ndarray:
-    """Logits of every question and answer token, as if the answer had been generated."""
-    batch = runtime.questions(context)
-    rows = [
-        batch.ask(
-            context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
-        )
-    ]
-    rows += [batch.step([0], [int(token)]) for token in answer]
-    batch.release()
-    return np.concatenate(rows)
+from star_attention.runtime.runtime import Runtime
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -177,6 +178,16 @@ def test_long_context_is_a_warning(tmp_path, tiny_chat_model):
 def test_missing_weights(tmp_path, report):
     ask = ["--context-file", report, "--question", QUESTION]
     check_refusal(star_attn("ask", "--model", tmp_path, *ask), "no *.safetensors and no .gguf file")
+
+
+def test_random_weights(tmp_path, report, tiny_chat_model):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_chat_model, folder)
+    (folder / "model.safetensors").unlink()
+    ask = [*ASK, folder, "--context-file", report, "--question", QUESTION]
+    assert "no *.safetensors" in star_attn(*ask).stderr
+    run = star_attn(*ask, "--load-format", "dummy", "--json", "--ranks", 2)
+    assert len(json.loads(run.stdout)["answers"][0]["token_ids"]) == 12, run.stderr
 
 
 def test_missing_mpirun(tmp_path, report):

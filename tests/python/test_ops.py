@@ -152,7 +152,8 @@ def test_rope_append_stores_and_rotates():
     angles = torch.arange(12.0)[:, None] * torch.rand(head_dim // 2)
     rotary = torch.cat((angles.cos(), angles.sin()), dim=-1)
     slots = torch.tensor([6, -1, 19], dtype=torch.int32)
-    q = ops.rope_append(qkv, positions, rotary, pool, slots, num_q_heads=num_q_heads)
+    q = torch.empty(3, num_q_heads, head_dim)
+    ops.rope_append(qkv, positions, rotary, pool, slots, q)
 
     heads = qkv.view(3, -1, head_dim)
     pairs = torch.view_as_complex(

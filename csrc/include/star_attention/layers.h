@@ -5,8 +5,7 @@
 
 namespace star_attention {
 
-// out = x / sqrt(mean(x²) + eps) * weight. With a residual, x + residual takes the place of x and
-// is written back to `residual`.
+// out = x / sqrt(mean(x²) + eps) * weight
 struct RmsNormParams {
   DType dtype;  // kFloat16 or kBFloat16
   int num_tokens;
@@ -16,7 +15,6 @@ struct RmsNormParams {
   const void* x;  // [num_tokens, hidden_size], rows x_stride elements apart
   int64_t x_stride;
   const void* weight;  // [hidden_size]
-  void* residual;      // [num_tokens, hidden_size], contiguous, or null
   void* out;           // [num_tokens, hidden_size], contiguous; may be x
 };
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 from star_attention.distributed import Communicator
 from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
 
+LoadFormat = Literal["auto", "dummy"]
+LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
 # What each device computes in; the first is the default.
 DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("bfloat16", "float16")}
 
 
 def load_engine(
-    path: Path, comm: Communicator, dtype: str | None, device: str, tokens_per_block: int
+    path: Path,
+    comm: Communicator,
+    dtype: str | None,
+    device: str,
+    tokens_per_block: int,
+    load_format: LoadFormat = "auto",
 ) -> ModelEngine:
-    """The torch engine with the weights of `path`.
+    """The torch engine with the weights of `path`, or random ones (load format `dummy`).
 
     Raises:
         UserError: the weights cannot be used, or the machine lacks the device.
@@ -26,7 +34,7 @@ def load_engine(
 
     from star_attention.engines.torch_engine import TorchEngine
     from star_attention.models.checkpoint import open_checkpoint
-    from star_attention.models.llama import load_weights
+    from star_attention.models.llama import load_weights, random_weights
 
     if device not in DTYPES:
         raise UserError(f"--device is {device!r}: use one of {', '.join(DTYPES)}")
@@ -40,7 +48,11 @@ def load_engine(
     if device == "cuda" and comm.size > 1:
         raise UserError(f"--device cuda runs on one rank so far, not {comm.size}")
     checkpoint = open_checkpoint(path)
-    weights = load_weights(checkpoint, getattr(torch, dtype), torch.device(device))
+    where = getattr(torch, dtype), torch.device(device)
+    if load_format == "dummy":
+        weights = random_weights(checkpoint.config, *where)
+    else:
+        weights = load_weights(checkpoint, *where)
     return TorchEngine(checkpoint.config, weights, comm, tokens_per_block)
 
 

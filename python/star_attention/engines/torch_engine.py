@@ -70,15 +70,19 @@ class TorchEngine:
         slots = to_device(attention.slot_mapping, self._device)
         row_positions = to_device(positions, self._device)
         x = F.embedding(to_device(token_ids, self._device), weights.embedding)
+        q = x.new_empty(len(x), self.config.num_q_heads, self.config.head_dim)
+        parts = [slice(i, i + self._chunk) for i in range(0, len(x), self._chunk)]
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
-            q = self._append_kv(x, layer, row_positions, slots, self._pool[index])
+            pool = self._pool[index]
+            for part in parts:
+                self._append_kv(x[part], layer, row_positions[part], slots[part], pool, q[part])
             if index == last and not len(logit_rows):
                 break
-            attended = attend(q, self._pool[index])
-            for rows, out in zip(x.split(self._chunk), attended.split(self._chunk), strict=True):
-                rows += F.linear(out.flatten(1), layer.out)
-                rows += self._mlp(rows, layer)
+            attended = attend(q, pool)
+            for part in parts:
+                x[part].addmm_(attended[part].flatten(1), layer.out.t())
+                self._add_mlp(x[part], layer)
             if on_layer:
                 on_layer((index + 1) / len(weights.layers))
         x = self._norm(x[to_device(logit_rows, self._device)], weights.norm)
@@ -91,32 +95,18 @@ class TorchEngine:
         positions: torch.Tensor,
         slots: torch.Tensor,
         pool: torch.Tensor,
-    ) -> torch.Tensor:
-        """Projects x [T, hidden_size], stores K and V; the rotated Q, [T, Hq, D]."""
-        q = [
-            ops.rope_append(
-                F.linear(self._norm(rows, layer.input_norm), layer.qkv, layer.qkv_bias),
-                row_positions,
-                self._rotary,
-                pool,
-                row_slots,
-                num_q_heads=self.config.num_q_heads,
-            )
-            for rows, row_positions, row_slots in zip(
-                x.split(self._chunk),
-                positions.split(self._chunk),
-                slots.split(self._chunk),
-                strict=True,
-            )
-        ]
-        return torch.cat(q)
+        q: torch.Tensor,
+    ) -> None:
+        """Projects x [T, hidden_size]; stores K and V in their pages, and Q, rotated, in q."""
+        qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+        ops.rope_append(qkv, positions, self._rotary, pool, slots, q)
 
-    def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        gate, up = F.linear(self._norm(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), layer.down)
+    def _add_mlp(self, x: torch.Tensor, layer: LayerWeights) -> None:
+        gate_up = F.linear(self._norm(x, layer.post_norm), layer.gate_up)
+        x.addmm_(ops.silu_mul(gate_up), layer.down.t())
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        return ops.rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _empty_pool(self, num_pages: int) -> torch.Tensor:
         config, embedding = self.config, self._weights.embedding

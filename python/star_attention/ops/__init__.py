@@ -1,4 +1,5 @@
-"""The kernel contract: attention over pages, rotary append and the log-sum-exp merge.
+"""The kernel contract: attention over pages, rotary append, the log-sum-exp merge, and what a
+decoder layer needs besides matrix products.
 
 Calls go to the implementation for the device of their first tensor. A KV pool is one layer's
 `[num_pages, 2 (K, V), num_kv_heads, tokens_per_block, head_dim]`.
@@ -71,10 +72,9 @@ def rope_append(
     rotary: torch.Tensor,
     kv_pool: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    num_q_heads: int,
-) -> torch.Tensor:
-    """Rotates Q and K by position, writes K and V into their pages, returns Q.
+    q: torch.Tensor,
+) -> None:
+    """Rotates Q and K by position, writes K and V into their pages and Q into `q`.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D], the fused projection: Q, K, V.
@@ -83,13 +83,9 @@ def rope_append(
             element i turns with element i + D/2.
         kv_pool: written, [num_pages, 2, Hkv, tokens_per_block, D].
         slot_mapping: int32 [T], page * tokens_per_block + offset; -1: do not store.
-
-    Returns:
-        q [T, Hq, D], rotated.
+        q: written, [T, Hq, D].
     """
-    return implementation(qkv.device).rope_append(
-        qkv, positions, rotary, kv_pool, slot_mapping, num_q_heads=num_q_heads
-    )
+    implementation(qkv.device).rope_append(qkv, positions, rotary, kv_pool, slot_mapping, q)
 
 
 def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,3 +101,16 @@ def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.T
     Source: Star Attention, arXiv 2411.17116, section 2.2 (phase 2).
     """
     return implementation(o.device).merge_lse(o, lse)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, H] over its rows' root mean square, times weight [H]; [T, H].
+
+    Source: arXiv 1910.07467, equation 4.
+    """
+    return implementation(x.device).rms_norm(x, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
+    return implementation(gate_up.device).silu_mul(gate_up)

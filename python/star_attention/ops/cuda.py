@@ -77,15 +77,12 @@ def rope_append(
     rotary: torch.Tensor,
     kv_pool: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    num_q_heads: int,
-) -> torch.Tensor:
-    q = qkv.new_empty(qkv.shape[0], num_q_heads, kv_pool.shape[-1])
+    q: torch.Tensor,
+) -> None:
     if _DEBUG:
         _check_range("positions", positions, 0, rotary.shape[0])
         _check_range("slot_mapping", slot_mapping, -1, kv_pool.shape[0] * kv_pool.shape[3])
     _C.rope_append(qkv, positions, rotary, kv_pool, slot_mapping, q, _stream(qkv))
-    return q
 
 
 def merge_lse(
@@ -98,20 +95,13 @@ def merge_lse(
     return out, out_lse
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """RMSNorm over the last dimension of x [T, H].
-
-    With `residual` [T, H], normalises x + residual and leaves that sum in `residual`.
-    """
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _C.rms_norm(x, weight, residual, out, eps, _stream(x))
+    _C.rms_norm(x, weight, out, eps, _stream(x))
     return out
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _C.silu_mul(gate_up, out, _stream(gate_up))
     return out

@@ -5,6 +5,7 @@ several calls by `merge_lse`. Shapes and meaning: `star_attention.ops`."""
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
@@ -45,9 +46,9 @@ def rope_append(
     rotary: torch.Tensor,
     kv_pool: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    num_q_heads: int,
-) -> torch.Tensor:
+    q: torch.Tensor,
+) -> None:
+    num_q_heads = q.shape[1]
     _, _, num_kv_heads, page, head_dim = kv_pool.shape
     heads = qkv.view(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
     rotated, v = heads.split([num_q_heads + num_kv_heads, num_kv_heads], dim=1)
@@ -55,14 +56,13 @@ def rope_append(
     first, second = rotated.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     rotated = rotated.to(qkv.dtype)
-    q, k = rotated.split([num_q_heads, num_kv_heads], dim=1)
+    q[:] = rotated[:, :num_q_heads]
 
     stored = slot_mapping >= 0
     slots = slot_mapping[stored].long()
     pages, offsets = slots // page, slots % page
-    kv_pool[pages, 0, :, offsets] = k[stored]
+    kv_pool[pages, 0, :, offsets] = rotated[stored, num_q_heads:]
     kv_pool[pages, 1, :, offsets] = v[stored]
-    return q
 
 
 def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +70,15 @@ def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.T
     weights = torch.exp(lse - merged_lse).nan_to_num_(nan=0.0)  # -inf - -inf: empty everywhere
     merged = (weights[..., None] * o.float()).sum(dim=0)
     return merged.to(o.dtype), merged_lse
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def _select(kv_pool: torch.Tensor, pages: list[int]) -> torch.Tensor:
