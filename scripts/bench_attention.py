@@ -13,9 +13,10 @@ query: n query tokens at the end of L cached ones, causal. Up to 16, in TB/s of 
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
 
-Our attention reads pages in random order, the peers contiguous K and V. "ours" in a ratio is the
-faster of our kernels. Ceilings are measured with each row: a read of K and V, a copy that moves the
-row's bytes, an 8192³ matmul (whose time is that of the row's operations at its rate).
+Our attention reads pages in random order, the peers contiguous K and V. "ours" is the kernel that
+is taken by itself, "ours, sm_80" the path for GPUs before Hopper. Ceilings are measured with each
+row: a read of K and V, a copy that moves the row's bytes, an 8192³ matmul (whose time is that of
+the row's operations at its rate).
 
 Contenders take turns in random order, each turn after a pause in which the clocks recover; the
 median of all times counts. Where one of a row takes less than 1 ms, all of the row run as CUDA
@@ -65,6 +66,7 @@ QUERY_SHAPES = [  # L, n
 TOKENS, HIDDEN, INTERMEDIATE, EPS = 32768, 4096, 14336, 1e-5
 MATMUL, MATMUL_FLOPS = 8192, 2 * 8192**3
 CEILINGS = ("matmul", "copy", "read")
+SM80 = "ours, sm_80"
 OPS = "star_attention.ops.cuda"
 GRAPH_MS, GRAPH_CALLS = 2.0, 50  # a graph of a row's fastest contender lasts about so long
 
@@ -93,7 +95,7 @@ class Row:
 
 
 def group(name: str) -> str:
-    return "ours" if "ours" in name else "ceiling" if name in CEILINGS else "peers"
+    return name if name in ("ours", SM80) else "ceiling" if name in CEILINGS else "peers"
 
 
 class Timer:
@@ -311,8 +313,8 @@ def attention(
 ) -> dict[str, Call]:
     """q [n, Hq, D] over kv [2, L, Hkv, D], which SDPA takes in `shards`."""
     return {
-        "sm_90a (ours)": ours(q, kv.shape[1], f"{phase}_sm90"),
-        "sm_80 (ours)": ours(q, kv.shape[1], f"{phase}_sm80"),
+        "ours": ours(q, kv.shape[1], "auto"),
+        SM80: ours(q, kv.shape[1], f"{phase}_sm80"),
         "FlashInfer FA3": flashinfer_prefill(q, kv, "fa3"),
         "FlashInfer FA2": flashinfer_prefill(q, kv, "fa2"),
         "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, q, *shards),
@@ -431,7 +433,7 @@ PHASES = {
         {
             "ours / best peer": ("peers", "ours"),
             "ours / matmul": ("matmul", "ours"),
-            "sm_80 / FlashInfer FA2": ("FlashInfer FA2", "sm_80 (ours)"),
+            "sm_80 / FlashInfer FA2": ("FlashInfer FA2", SM80),
         },
     ),
     "query": Phase(

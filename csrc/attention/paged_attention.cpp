@@ -12,6 +12,9 @@ namespace {
 // Up to so many rows of a KV head, loading K and V takes longer than multiplying them on either
 // path.
 constexpr int kMemoryBoundRows = 64;
+// From so many rows of all query heads for each multiprocessor on, the sm_90a context kernel has
+// work for (nearly) all of them without splitting KV, which is faster.
+constexpr int kRowsThatFillSm90 = 115;
 
 #ifdef STAR_ATTENTION_SM90
 constexpr bool kBuiltSm90 = true;
@@ -22,12 +25,13 @@ AttentionKernel resolve(const PagedAttentionParams& p, AttentionKernel kernel) {
   const int capability = current_device().compute_capability;
   const bool sm90 = kBuiltSm90 && capability == 90;
   if (kernel == AttentionKernel::kAuto) {
-    const int64_t rows = int64_t{p.max_q_len} * (p.num_q_heads / p.num_kv_heads);
-    if (p.max_q_len > kMaxQueryTokens) {
+    const int64_t rows = int64_t{p.max_q_len} * p.num_q_heads;
+    const bool fills = sm90 && rows >= int64_t{kRowsThatFillSm90} * current_device().num_sms;
+    if (p.max_q_len > kMaxQueryTokens || fills) {
       kernel = sm90 ? AttentionKernel::kContextSm90 : AttentionKernel::kContextSm80;
     } else {
-      kernel = sm90 && rows > kMemoryBoundRows ? AttentionKernel::kQuerySm90
-                                               : AttentionKernel::kQuerySm80;
+      const bool few = rows / p.num_kv_heads <= kMemoryBoundRows;
+      kernel = sm90 && !few ? AttentionKernel::kQuerySm90 : AttentionKernel::kQuerySm80;
     }
   }
   require(
@@ -52,7 +56,6 @@ void check(const PagedAttentionParams& p) {
   require(std::isfinite(p.scale) && p.scale > 0.f, "scale", p.scale, "a positive number");
   require(p.q_stride % 8 == 0, "q.stride(0)", p.q_stride, "a multiple of 8 elements");
   require(p.num_tokens >= 0, "num_tokens", p.num_tokens, "at least 0");
-  require(p.num_seqs > 0, "num_seqs", p.num_seqs, "at least 1");
   require(int64_t{p.max_q_len} * p.num_seqs >= p.num_tokens, "max_q_len", p.max_q_len,
           "a bound of the longest of " + std::to_string(p.num_seqs) + " sequences with " +
               std::to_string(p.num_tokens) + " tokens in all");
@@ -62,6 +65,7 @@ void check(const PagedAttentionParams& p) {
   require(p.num_pages > 0 && p.num_pages * 2 * p.num_kv_heads <= INT32_MAX, "kv_pool.shape[0]",
           p.num_pages, "at least 1 and at most 2^31 / (2 num_kv_heads) pages");
   if (p.num_tokens == 0) return;
+  require(p.num_seqs > 0, "num_seqs", p.num_seqs, "at least 1");
   require_pointer(p.q, "q", 16);
   require_pointer(p.kv_pool, "kv_pool", 16);
   if (p.page_table_stride > 0) require_pointer(p.page_table, "page_table");

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "bindings/comm.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
 #include "star_attention/layers.h"
@@ -247,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
         arg("stream"));
   m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("out"), arg("eps"), arg("stream"));
   m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("stream"));
+  bind_comm(m);
 }
 
 }  // namespace star_attention

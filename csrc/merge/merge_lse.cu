@@ -7,7 +7,7 @@
 namespace star_attention {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kShards = 4;
 
 template <typename In, typename Out>

@@ -19,11 +19,12 @@ from star_attention.config import (
     ATTENTION_METHODS,
     KV_PLACEMENTS,
     LLAMA_3_1_8B,
+    MERGE_PATHS,
     StarConfig,
 )
 from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
 from star_attention.distributed.base import agree
-from star_attention.engines.loader import DTYPES, LOAD_FORMATS, LoadFormat
+from star_attention.engines.loader import DTYPES, LOAD_FORMATS, EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.tokenizer import TEMPLATES
 from star_attention.plan import make_plan
@@ -194,6 +195,25 @@ def plan(
     show_default=True,
     help="dummy: random weights for the model's config, to try speed and memory.",
 )
+@click.option(
+    "--kv-cache-gib",
+    type=float,
+    help="Memory of a rank's KV cache on a GPU.  [default: 0.8 of what the weights leave free]",
+)
+@click.option(
+    "--merge",
+    type=click.Choice(MERGE_PATHS),
+    default="auto",
+    show_default=True,
+    help="How GPUs merge attention: over peer memory (NVLink) or NCCL.",
+)
+@click.option(
+    "--tp",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes (GPUs) that share a rank's model: tensor parallelism.",
+)
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
 @click.option(
     "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
@@ -210,11 +230,15 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     """Read a long text once and answer questions about it."""
     if options["context_files"].count("-") > 1:
         raise UserError("--context-file - can be given once")
-    if world_size() == 1 and (ranks or 1) > 1:
-        _check_before_ranks(ranks, options)
-        _start_ranks(ranks, oversubscribe, "-" in options["context_files"])
-    if ranks not in (None, 1, world_size()):
-        raise UserError(f"--ranks is {ranks}, but mpirun started {world_size()}: leave it away")
+    processes = (ranks or 1) * options["tp"]
+    if world_size() == 1 and processes > 1:
+        _check_before_ranks(ranks or 1, options)
+        _start_ranks(processes, oversubscribe, "-" in options["context_files"])
+    if ranks is not None and processes not in (1, world_size()):
+        raise UserError(
+            f"--ranks {ranks} with --tp {options['tp']} takes {processes} processes, but mpirun "
+            f"started {world_size()}: leave --ranks away"
+        )
     _as_rank(lambda comm: _ask(comm, **options))
 
 
@@ -222,10 +246,11 @@ def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
     """What can be said without starting anything."""
     from star_attention.models.checkpoint import find_model
 
-    if options["attention"] == "dense":
+    if options["attention"] == "dense" and ranks > 1:
         raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
     find_model(options["model"], options["load_format"] != "dummy")
     _star_config(options)
+    _engine_options(options)
     _sampling(options)
     for name in options["context_files"]:
         if name != "-":
@@ -271,28 +296,17 @@ def _ask(
     questions: tuple[str, ...],
     as_json: bool,
     template: str,
-    device: str,
-    dtype: str | None,
-    load_format: LoadFormat,
     strict: bool,
     **options: Any,
 ) -> None:
     from star_attention.llm import LLM
 
     params, config = _sampling(options), _star_config(options)
+    engine = asdict(_engine_options(options))
     is_leader = comm.rank == 0
     texts = agree(comm, lambda: [_read_text(name) for name in context_files] if is_leader else [])
     warnings.showwarning = lambda message, *_args, **_kwargs: report.say(f"warning: {message}")
-    llm = LLM(
-        model,
-        config,
-        dtype=dtype,
-        device=device,
-        template=template,
-        load_format=load_format,
-        strict=strict,
-        comm=comm,
-    )
+    llm = LLM(model, config, template=template, strict=strict, comm=comm, **engine)
     with report.progress(is_leader and not as_json) as on_progress:
         context = llm.encode("\n".join(texts), on_progress=on_progress)
 
@@ -326,6 +340,10 @@ def _ask(
 
 def _star_config(options: dict[str, Any]) -> StarConfig:
     return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
+
+
+def _engine_options(options: dict[str, Any]) -> EngineOptions:
+    return EngineOptions(**{field.name: options[field.name] for field in fields(EngineOptions)})
 
 
 def _sampling(options: dict[str, Any]) -> SamplingParams:
@@ -373,9 +391,6 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """The program `star-attn`."""
-    from star_attention.evals.cli import register
-
-    register(cli)
     try:
         cli(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:

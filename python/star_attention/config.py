@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from star_attention.errors import UserError
@@ -10,9 +10,11 @@ from star_attention.errors import UserError
 AnchorMode = Literal["recompute", "local", "broadcast"]
 KvPlacement = Literal["tail", "round_robin"]
 AttentionMethod = Literal["star", "ring", "dense"]
+MergePath = Literal["auto", "peer", "nccl"]
 
 ANCHOR_MODES: tuple[AnchorMode, ...] = ("recompute", "local", "broadcast")
 KV_PLACEMENTS: tuple[KvPlacement, ...] = ("tail", "round_robin")
+MERGE_PATHS: tuple[MergePath, ...] = ("auto", "peer", "nccl")
 ATTENTION_METHODS: tuple[AttentionMethod, ...] = ("star", "ring", "dense")
 
 # Hugging Face architecture -> whether its QKV projection has a bias.
@@ -129,6 +131,25 @@ class ModelConfig:
                 f"which its {self.num_kv_heads} KV heads do not divide"
             )
 
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the KV of `tokens` tokens in all layers, in elements of `itemsize` bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * tokens * itemsize
+
+    def shard(self, parts: int) -> ModelConfig:
+        """What one of `parts` GPUs computes of every layer: its heads and its part of the MLP.
+
+        Raises:
+            UserError: the heads, the MLP or the vocabulary cannot be divided so.
+        """
+        divided = ("num_kv_heads", "num_q_heads", "intermediate_size", "vocab_size")
+        for name in divided:
+            if getattr(self, name) % parts:
+                raise UserError(
+                    f"--tp is {parts}, which does not divide the model's {name}, "
+                    f"{getattr(self, name)}"
+                )
+        return replace(self, **{name: getattr(self, name) // parts for name in divided})
+
     @property
     def gemm_flops_per_token(self) -> int:
         """FLOPs of all projections of one token, without embedding and lm_head."""
@@ -219,4 +240,7 @@ LLAMA_3_1_8B = ModelConfig(
     rms_norm_eps=1e-5,
     rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
     eos_token_ids=(128001, 128008, 128009),
+)
+LLAMA_3_1_70B = replace(
+    LLAMA_3_1_8B, num_layers=80, hidden_size=8192, intermediate_size=28672, num_q_heads=64
 )

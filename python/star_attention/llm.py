@@ -10,10 +10,16 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from star_attention.config import ModelConfig, StarConfig
+from star_attention.config import MergePath, ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.distributed.base import agree
-from star_attention.engines.loader import LOAD_FORMATS, LoadFormat, load_engine, share_cores
+from star_attention.engines.loader import (
+    EngineOptions,
+    LoadFormat,
+    load_engine,
+    share_cores,
+    star_ranks,
+)
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.tokenizer import TextStream, Tokenizer
@@ -63,9 +69,13 @@ class LLM:
         model: a Hugging Face folder with safetensors, a GGUF file, a hub name, or `smollm2`.
         config: how contexts are divided, unless `encode` is told otherwise.
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
-        device: `cpu` or `cuda` (one rank, kernels built, head_dim 64 or 128, pages of 64 or 128).
+        device: `cpu` or `cuda` (kernels built, head_dim 64 or 128, pages of 64 or 128); ranks of a
+            machine take its GPUs in turn.
         template: `chat`, `none` (base models), or `auto`: `chat` where the model has a template.
-        load_format: `dummy`: random weights for the model's config, for trying speed and memory.
+        load_format: `dummy`: random weights for the model's config, to try speed and memory.
+        kv_cache_gib: memory of the KV cache on a GPU; by default 0.8 of what the weights leave.
+        merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
+        tp: processes that share one model (tensor parallelism); a rank is that many of them.
         strict: refuse text beyond the model's maximum position, instead of a warning.
         comm: connects the ranks; by default mpirun's, or a single process.
 
@@ -82,28 +92,29 @@ class LLM:
         device: str = "cpu",
         template: str = "auto",
         load_format: LoadFormat = "auto",
+        kv_cache_gib: float | None = None,
+        merge: MergePath = "auto",
+        tp: int = 1,
         strict: bool = False,
         comm: Communicator | None = None,
     ) -> None:
         self.config = config or StarConfig()
         self.comm = comm or default_communicator()
         self._strict = strict
-        if load_format not in LOAD_FORMATS:
-            raise UserError(f"load_format is {load_format!r}: use {' or '.join(LOAD_FORMATS)}")
+        options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
+        ranks = star_ranks(self.comm, tp)
         path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
         share_cores(self.comm)
         engine, self._tokenizer = agree(
             self.comm,
             lambda: (
-                load_engine(
-                    path, self.comm, dtype, device, self.config.tokens_per_block, load_format
-                ),
-                Tokenizer(path, template) if self.comm.rank == 0 else None,
+                load_engine(path, ranks, self.config.tokens_per_block, options),
+                Tokenizer(path, template) if ranks.rank == 0 else None,
             ),
         )
         eos = self._on_rank_0(lambda: self._tokenizer.eos_token_ids)
         self._eos = {*engine.config.eos_token_ids, *eos}
-        self.runtime = Runtime(engine, self.comm)
+        self.runtime = Runtime(engine, ranks)
 
     @property
     def model_config(self) -> ModelConfig:

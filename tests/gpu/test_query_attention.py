@@ -3,7 +3,7 @@ kernel (that of sm_90: test_context_attention.py)."""
 
 import pytest
 import torch
-from paged import Problem, assert_close
+from paged import Problem, assert_close, float32_out
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
 
@@ -66,7 +66,7 @@ def test_large_scores(kernel, dtype):
 
 def test_float32_output(kernel):
     problem = Problem([(7, 3000), (1, 100)])
-    o, lse = cuda.paged_attention(**problem.arguments(), kernel=kernel, out_dtype=torch.float32)
+    o, lse = cuda.paged_attention(**problem.arguments(), kernel=kernel, out=float32_out(problem))
     assert o.dtype == torch.float32
     assert_close(o, lse, problem)
 
@@ -95,7 +95,8 @@ def test_shards_merge_to_the_whole(kernel):
         tokens = min(last * whole.page, 4000) - first * whole.page
         shard["kv_lens"] = torch.tensor([tokens], dtype=torch.int32, device="cuda")
         shard["max_kv_len"] = tokens
-        parts.append(cuda.paged_attention(**shard, kernel=kernel, out_dtype=torch.float32))
+        out = float32_out(whole)
+        parts.append(cuda.paged_attention(**shard, kernel=kernel, out=out))
     o, lse = (torch.stack(x) for x in zip(*parts, strict=True))
     assert_close(*cuda.merge_lse(o, lse, out_dtype=whole.dtype), whole)
 

@@ -1,5 +1,5 @@
 """Runs `star-attn ask` over three ranks of which one fails: KIND (raise or kill), MOMENT (context
-or decode), RANK, MODEL."""
+or decode), RANK, MODEL, and options of `ask`."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def fail(kind):
 
 
 def main():
-    kind, moment, rank, model = sys.argv[1:]
+    kind, moment, rank, model, *more = sys.argv[1:]
     if world_size() == 1:
         sys.exit(run_ranks([sys.executable, __file__, *sys.argv[1:]], 3, oversubscribe=True))
     step, steps = TorchEngine.step, []
@@ -38,7 +38,7 @@ def main():
         text.write(TEXT)
         text.flush()
         options = ["--context-file", text.name, "--question", QUESTION, "--block-size", "128"]
-        sys.argv[1:] = ["ask", "--model", model, *options]
+        sys.argv[1:] = ["ask", "--model", model, *options, *more]
         cli.main()
 
 

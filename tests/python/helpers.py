@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from star_attention.distributed.launch import mpirun_command
+from star_attention.runtime.sampling import to_numpy
 
 HERE = Path(__file__).parent
 
@@ -81,12 +82,11 @@ def hf_logits(model, tokens, mask):
 def forced_logits(runtime, context, question, answer):
     """Logits of every question and answer token, as if the answer had been generated."""
     batch = runtime.questions(context)
-    rows = [
-        batch.ask(
-            context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
-        )
-    ]
-    rows += [batch.step([0], [int(token)]) for token in answer]
+    logits = batch.ask(
+        context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
+    )
+    rows = [to_numpy(logits).copy()]
+    rows += [to_numpy(batch.step([0], [int(token)])).copy() for token in answer]
     batch.release()
     return np.concatenate(rows)
 
@@ -161,13 +161,13 @@ def train_tokenizer(folder, kind):
     return folder
 
 
-def run_oracle_job(folder, num_ranks, model, tokens, num_question, cases):
+def run_oracle_job(folder, num_ranks, model, tokens, num_question, cases, **engine_options):
     """The logits of `oracle_job.py`: {(case index, placement): [2 * num_question, vocab]}."""
     folder.mkdir(exist_ok=True)
     np.save(folder / "tokens.npy", tokens)
     (folder / "cases.json").write_text(json.dumps(cases))
     output = folder / "logits.npz"
     job = (HERE / "oracle_job.py", model, folder / "tokens.npy", num_question)
-    run_job(num_ranks, *job, folder / "cases.json", output)
+    run_job(num_ranks, *job, folder / "cases.json", output, json.dumps(engine_options))
     results = np.load(output)
     return {(int(key.split()[0]), key.split()[1]): results[key] for key in results.files}

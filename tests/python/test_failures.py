@@ -13,13 +13,10 @@ from helpers import HERE, run_job
 SECONDS = 10
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("moment", ["context", "decode"])
-@pytest.mark.parametrize("kind", ["raise", "kill"])
-def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
+def check_job_ends(kind, moment, rank, model, *options):
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, HERE / "failing_job.py", kind, moment, str(rank), tiny_chat_model],
+        [sys.executable, HERE / "failing_job.py", kind, moment, str(rank), model, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -40,6 +37,13 @@ def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
     assert reason[kind] in err
     assert "ORTE" not in err
     assert "prterun" not in err
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("moment", ["context", "decode"])
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
+    check_job_ends(kind, moment, rank, tiny_chat_model)
 
 
 def test_uncaught_exception_in_a_script():

@@ -8,7 +8,7 @@ import torch
 from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
 from star_attention.config import ModelConfig, RopeConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import load_engine
+from star_attention.engines.loader import EngineOptions, load_engine
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.llama import load_weights, rotary_frequencies
@@ -21,7 +21,9 @@ def logits_of(folder, dtype="float32"):
     """The last ten tokens' logits, the others being one block of context."""
     from star_attention import StarConfig
 
-    runtime = Runtime(load_engine(folder, SingleProcess(), dtype, "cpu", 16), SingleProcess())
+    runtime = Runtime(
+        load_engine(folder, SingleProcess(), 16, EngineOptions(dtype=dtype)), SingleProcess()
+    )
     context = runtime.encode(TOKENS[:40], StarConfig(attention="dense", tokens_per_block=16))
     return runtime.logits(context, TOKENS[40:])
 

@@ -27,11 +27,13 @@ def exact_case(method, page):
     return {"attention": method, "tokens_per_block": page, "kv_placement": PLACEMENTS}
 
 
-def check(folder, num_ranks, model, hf_model, tokens, num_question, cases, tolerance, oracles=None):
+def check(
+    folder, num_ranks, model, hf_model, tokens, num_question, cases, tolerance, oracles=None, tp=1
+):
     """Runs the cases and compares; `oracles` keeps Hugging Face's logits by (block, anchor)."""
     context_len = len(tokens) - 2 * num_question
     oracles = {} if oracles is None else oracles
-    results = run_oracle_job(folder, num_ranks, model, tokens, num_question, cases)
+    results = run_oracle_job(folder, num_ranks, model, tokens, num_question, cases, tp=tp)
     assert len(results) == len(cases) * len(PLACEMENTS)
     worst = 0.0
     for (index, placement), logits in results.items():
@@ -79,6 +81,17 @@ def test_tiny_model(tmp_path, num_ranks, architecture, overrides):
     # The masks matter: the oracles of different sizes are far apart.
     spread = [np.abs(a - b).max() for a in oracles.values() for b in oracles.values() if a is not b]
     assert min(spread) > 1e-2
+
+
+@pytest.mark.parametrize(("architecture", "processes"), [("llama", 2), ("qwen2", 4)])
+def test_tensor_parallel(tmp_path, architecture, processes):
+    """Two processes a rank."""
+    hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98)
+    page, num_question = 8, 9
+    tokens = np.random.default_rng(4).integers(0, 98, 100 + 2 * num_question).astype(np.int32)
+    cases = [*star_cases(page, 32, [0, 16]), exact_case("ring", page)]
+    model = tmp_path / "model"
+    check(tmp_path / "job", processes, model, hf_model, tokens, num_question, cases, 1e-4, tp=2)
 
 
 @pytest.mark.parametrize(("context_len", "num_ranks"), [(1, 2), (3, 4), (8, 3), (33, 4), (64, 3)])

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from star_attention.errors import UserError
 from star_attention.runtime.sampling import SamplingParams, sample
@@ -8,8 +9,12 @@ LOGITS = np.log(np.array([0.1, 0.4, 0.3, 0.2], np.float32))
 
 
 def draw(count=4000, **params):
-    rng = np.random.default_rng(0)
-    drawn = [sample(LOGITS, SamplingParams(**params), rng) for _ in range(count)]
+    uniforms = np.random.default_rng(0).random(count)
+    logits = np.tile(LOGITS, (count, 1))
+    drawn = sample(logits, SamplingParams(**params), uniforms)
+    np.testing.assert_array_equal(
+        sample(torch.from_numpy(logits), SamplingParams(**params), uniforms), drawn
+    )
     return np.bincount(drawn, minlength=4) / count
 
 

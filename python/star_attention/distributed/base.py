@@ -8,7 +8,9 @@ from typing import Any, NoReturn, Protocol
 
 from star_attention.errors import UserError
 
-# A contiguous array in memory that the communicator reaches: a NumPy array or a CPU tensor.
+# A contiguous array in memory that the communicator reaches: a NumPy array or a tensor. What is
+# done with one on a GPU follows the work of a CUDA stream, given by its handle; for host memory
+# `stream` means nothing.
 Buffer = Any
 
 
@@ -25,6 +27,10 @@ class Traffic:
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(self.sent - earlier.sent, self.received - earlier.received)
 
+    def add(self, more: Traffic) -> None:
+        self.sent += more.sent
+        self.received += more.received
+
     def copy(self) -> Traffic:
         return Traffic(self.sent, self.received)
 
@@ -32,7 +38,8 @@ class Traffic:
 class Request(Protocol):
     """A transfer under way."""
 
-    def wait(self) -> None: ...
+    def wait(self, stream: int = 0) -> None:
+        """The host waits, or, for buffers on a GPU, the stream."""
 
 
 class Communicator(Protocol):
@@ -41,14 +48,21 @@ class Communicator(Protocol):
     rank: int
     size: int
     traffic: Traffic
+    world: Communicator  # of the whole job, if this one is for some of its ranks
+    capturable: bool  # what is done with buffers on a GPU can be captured in CUDA graphs
 
-    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
         """Overwrites `buffer` on every rank with the root's."""
 
-    def all_gather(self, buffer: Buffer, gathered: Buffer) -> None:
+    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> Request:
+        """Starts a `broadcast`."""
+
+    def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         """Fills `gathered` [size, *buffer.shape] with every rank's `buffer`, in rank order."""
 
-    def exchange(self, send: Buffer, dest: int, receive: Buffer, source: int) -> Request:
+    def exchange(
+        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
+    ) -> Request:
         """Starts sending `send` to one rank while `receive` is filled by another."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
@@ -56,6 +70,19 @@ class Communicator(Protocol):
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. Not counted as traffic."""
+
+    def all_reduce(self, buffer: Buffer, stream: int = 0) -> None:
+        """Overwrites `buffer`, float32 in host memory, any on a GPU, with its sum over ranks."""
+
+    def split(self, color: int) -> Communicator:
+        """One for the ranks that give the same color, in their order. For host memory only."""
+
+    def merge(self, o: Buffer, lse: Buffer, out: Buffer, stream: int = 0) -> None:
+        """Attention over all ranks' keys from each rank's own, o [T, Hq, D] and lse [T, Hq], into
+        out [T, Hq, D]; only for buffers on a GPU."""
+
+    def check(self) -> None:
+        """Raises UserError if a rank was lost in what a GPU has done so far."""
 
     def abort(self) -> NoReturn:
         """Ends all ranks at once, with exit code 1."""

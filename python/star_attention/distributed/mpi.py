@@ -15,14 +15,22 @@ _SLEEP_SECONDS = 50e-6
 
 
 class MpiCommunicator:
-    """MPI's world. A rank that waits yields its core, so ranks may share cores. An exception that
-    nothing catches on one rank ends all of them, instead of leaving the others to wait for it."""
+    """MPI's world, or some of its ranks. A rank that waits yields its core, so ranks may share
+    cores. An exception that nothing catches on one rank ends all of them, instead of leaving the
+    others to wait for it."""
 
-    def __init__(self) -> None:
-        self._world = MPI.COMM_WORLD
-        self.rank = self._world.Get_rank()
-        self.size = self._world.Get_size()
+    capturable = False
+
+    def __init__(
+        self, ranks: MPI.Comm = MPI.COMM_WORLD, world: MpiCommunicator | None = None
+    ) -> None:
+        self._ranks = ranks
+        self.rank = ranks.Get_rank()
+        self.size = ranks.Get_size()
         self.traffic = Traffic()
+        self.world = world or self
+        if world:
+            return
         report_exception = sys.excepthook
 
         def abort_on_exception(*exception: Any) -> None:
@@ -32,45 +40,66 @@ class MpiCommunicator:
 
         sys.excepthook = abort_on_exception
 
-    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
-        _wait(self._world.Ibcast(_bytes(buffer), root=root))
+    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
+        self.start_broadcast(buffer, root).wait()
+
+    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> _Transfer:
         if self.rank == root:
             self.traffic.sent += buffer.nbytes * (self.size - 1)
         else:
             self.traffic.received += buffer.nbytes
+        return _Transfer([self._ranks.Ibcast(_bytes(buffer), root=root)], (buffer,))
 
-    def all_gather(self, buffer: Buffer, gathered: Buffer) -> None:
+    def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         # The receive count of an all-gather is what one rank contributes.
         receive = [gathered, buffer.nbytes, MPI.BYTE]
-        _wait(self._world.Iallgather(_bytes(buffer), receive))
+        _wait(self._ranks.Iallgather(_bytes(buffer), receive))
         self.traffic.sent += buffer.nbytes * (self.size - 1)
         self.traffic.received += buffer.nbytes * (self.size - 1)
 
-    def exchange(self, send: Buffer, dest: int, receive: Buffer, source: int) -> _Exchange:
+    def exchange(
+        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
+    ) -> _Transfer:
         self.traffic.sent += send.nbytes
         self.traffic.received += receive.nbytes
-        return _Exchange(
-            [self._world.Irecv(_bytes(receive), source), self._world.Isend(_bytes(send), dest)],
+        return _Transfer(
+            [self._ranks.Irecv(_bytes(receive), source), self._ranks.Isend(_bytes(send), dest)],
             (send, receive),
         )
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self._world.bcast(value, root)
+        return self._ranks.bcast(value, root)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self._world.allgather(value)
+        return self._ranks.allgather(value)
+
+    def all_reduce(self, buffer: Buffer, stream: int = 0) -> None:
+        # MPI knows no 16-bit floating-point numbers.
+        self._ranks.Allreduce(MPI.IN_PLACE, [buffer, buffer.nbytes // 4, MPI.FLOAT])
+        moved = 2 * buffer.nbytes * (self.size - 1) // self.size
+        self.traffic.sent += moved
+        self.traffic.received += moved
+
+    def split(self, color: int) -> MpiCommunicator:
+        return MpiCommunicator(self._ranks.Split(color), self.world)
+
+    def merge(self, o: Buffer, lse: Buffer, out: Buffer, stream: int = 0) -> None:
+        raise TypeError("MPI reaches host memory only")
+
+    def check(self) -> None:
+        pass
 
     def abort(self) -> NoReturn:
-        self._world.Abort(1)
+        MPI.COMM_WORLD.Abort(1)
         raise AssertionError("unreachable")
 
 
-class _Exchange:
-    def __init__(self, requests: list[MPI.Request], buffers: tuple[Buffer, Buffer]) -> None:
+class _Transfer:
+    def __init__(self, requests: list[MPI.Request], buffers: tuple[Buffer, ...]) -> None:
         self._requests = requests
         self._buffers = buffers  # MPI needs them until the transfer is done
 
-    def wait(self) -> None:
+    def wait(self, stream: int = 0) -> None:
         for request in self._requests:
             _wait(request)
 

@@ -13,17 +13,24 @@ class SingleProcess:
 
     rank = 0
     size = 1
+    capturable = True
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self.world = self
 
-    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
         pass
 
-    def all_gather(self, buffer: Buffer, gathered: Buffer) -> None:
+    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> _Done:
+        return _Done()
+
+    def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         gathered[0] = buffer
 
-    def exchange(self, send: Buffer, dest: int, receive: Buffer, source: int) -> _Done:
+    def exchange(
+        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
+    ) -> _Done:
         receive[...] = send
         return _Done()
 
@@ -33,10 +40,22 @@ class SingleProcess:
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
+    def all_reduce(self, buffer: Buffer, stream: int = 0) -> None:
+        pass
+
+    def split(self, color: int) -> SingleProcess:
+        return self
+
+    def merge(self, o: Buffer, lse: Buffer, out: Buffer, stream: int = 0) -> None:
+        out[...] = o
+
+    def check(self) -> None:
+        pass
+
     def abort(self) -> NoReturn:
         sys.exit(1)
 
 
 class _Done:
-    def wait(self) -> None:
+    def wait(self, stream: int = 0) -> None:
         pass

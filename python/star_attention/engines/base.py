@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -75,14 +75,29 @@ class RingStep:
 AttentionStep = PagedStep | RingStep
 
 
+# float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
+Logits = Any
+
+
 class ModelEngine(Protocol):
-    """A model on one rank, with a KV pool of numbered pages."""
+    """A model on one rank, with a KV pool of numbered pages.
+
+    Attributes:
+        max_pages: pages that the pool can hold; None: as many as memory allows.
+        wait_seconds: how long steps have stood still so far for what other ranks send.
+        peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
+    """
 
     config: ModelConfig
     tokens_per_block: int
+    max_pages: int | None
+    wait_seconds: float
+
+    @property
+    def peak_memory_bytes(self) -> int: ...
 
     def reserve_pages(self, num_pages: int) -> None:
-        """Makes pages 0 to num_pages - 1 usable; what is in earlier ones stays."""
+        """Makes pages below num_pages, at most max_pages, usable; earlier ones stay as they are."""
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies one page's KV in all layers."""
@@ -94,8 +109,8 @@ class ModelEngine(Protocol):
         attention: AttentionStep,
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
-    ) -> np.ndarray:
-        """One forward pass.
+    ) -> Logits:
+        """One forward pass; it is done when this returns.
 
         Every rank of the job takes part, with no tokens if need be, when the step shares pages,
         merges, or goes round the ring.
@@ -109,5 +124,8 @@ class ModelEngine(Protocol):
             on_layer: called with the share of the layers that is done, by engines that can tell.
 
         Returns:
-            float32 [R, vocab_size].
+            float32 [R, vocab_size], valid until the next step.
+
+        Raises:
+            UserError: a rank is lost.
         """

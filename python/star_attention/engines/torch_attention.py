@@ -2,40 +2,137 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
 from star_attention import ops
 from star_attention.distributed import Communicator
-from star_attention.engines.base import AttentionStep, PagedStep, RingStep
+from star_attention.engines.base import AttentionStep, RingStep
+
+
+@dataclass(frozen=True)
+class PagedTables:
+    """What `ops.paged_attention` needs besides q and the pool, on the device."""
+
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    kv_lens: torch.Tensor
+    causal: bool
+    max_q_len: int
+    max_kv_len: int
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        page_table: np.ndarray,
+        cu_seqlens_q: np.ndarray,
+        kv_lens: np.ndarray,
+        causal: bool,
+    ) -> PagedTables:
+        return cls(
+            to_device(page_table, device),
+            to_device(cu_seqlens_q, device),
+            to_device(kv_lens, device),
+            causal,
+            int(np.diff(cu_seqlens_q).max(initial=0)),
+            int(kv_lens.max(initial=0)),
+        )
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        pool: torch.Tensor,
+        scale: float,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.paged_attention(
+            q,
+            pool,
+            self.page_table,
+            self.cu_seqlens_q,
+            self.kv_lens,
+            causal=self.causal,
+            scale=scale,
+            max_q_len=self.max_q_len,
+            max_kv_len=self.max_kv_len,
+            out=out,
+        )
 
 
 class PagedAttention:
-    """A `PagedStep` on a device: called once a layer, with the layer's pool already written."""
+    """Attention of a pass over this rank's pages, layer by layer.
+
+    A layer's pool is announced by `begin`, then written, `stored` being told how far, then attended
+    to. Pages that rank 0 shares travel while the others compute their own: they are received from
+    `begin` on and awaited before attention; rank 0 sends them as soon as they are written, and its
+    GPU waits at the `end` only, so that it may run ahead.
+
+    Args:
+        shared_pages: `PagedStep.shared_pages` on the device, or None.
+        merge: outputs are merged over the ranks.
+    """
 
     def __init__(
-        self, step: PagedStep, comm: Communicator, scale: float, device: torch.device
+        self,
+        tables: PagedTables,
+        comm: Communicator,
+        scale: float,
+        shared_pages: np.ndarray | None = None,
+        merge: bool = False,
     ) -> None:
-        self._comm = comm if comm.size > 1 else None
-        self._merge = step.merge
-        self._shared = None
-        if step.shared_pages is not None:
-            self._shared = to_device(step.shared_pages, device)
-        self._kernel = _Kernel(
-            step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal, scale, device
-        )
+        alone = comm.size == 1
+        self._tables = tables
+        self._comm = comm
+        self._scale = scale
+        self._merge = merge and not alone
+        self._shared = None if alone else shared_pages
+        self._transfer: _Transfer | None = None
+        self._sent: list[_Transfer] = []
+        self._clock = _Clock(tables.kv_lens.device)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the device stood still for shared pages; call it when the pass is done."""
+        return self._clock.seconds()
+
+    def end(self) -> None:
+        """The pass is over: what this rank sent may be overwritten from here on."""
+        for transfer in self._sent:
+            transfer.finish()
+
+    def begin(self, pool: torch.Tensor) -> None:
+        """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""
+        if self._shared is not None and self._comm.rank:
+            self._transfer = _Transfer(self._comm, pool, self._shared)
+
+    def stored(self, pool: torch.Tensor, rows: int) -> None:
+        """The first `rows` rows' KV is in the pool."""
+        if self._shared is None or self._comm.rank or self._transfer:
+            return
+        if rows >= len(self._shared) * pool.shape[3]:  # rank 0's rows begin with the shared tokens
+            self._transfer = _Transfer(self._comm, pool, self._shared)
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """q [T, Hq, D] over pool [num_pages, 2, Hkv, tokens_per_block, D]; [T, Hq, D]."""
-        if self._shared is not None and self._comm:
-            pages = pool[self._shared]
-            self._comm.broadcast(pages)
-            if self._comm.rank:
-                pool[self._shared] = pages
-        o, lse = self._kernel(q, pool)
-        if self._merge and self._comm:
-            return merge_over_ranks(self._comm, o, lse)
-        return o
+        """q [T, Hq, D] over the pool; [T, Hq, D]."""
+        if self._transfer and self._comm.rank == 0 and q.is_cuda:
+            self._sent.append(self._transfer)
+        elif self._transfer:  # also where it is rank 0's: MPI sends while it is waited for
+            with self._clock:
+                self._transfer.finish()
+        self._transfer = None
+        if not self._merge:
+            return self._tables.attend(q, pool, self._scale)[0]
+        if not q.is_cuda:
+            return merge_over_ranks(self._comm, *self._tables.attend(q, pool, self._scale))
+        o, lse = self._tables.attend(q, pool, self._scale, _partials(q))
+        merged = torch.empty_like(q)
+        self._comm.merge(o, lse, merged, stream_of(q.device))
+        return merged
 
 
 class RingAttention:
@@ -49,47 +146,59 @@ class RingAttention:
         self, step: RingStep, comm: Communicator, scale: float, device: torch.device
     ) -> None:
         self._comm = comm
-        self._pages = to_device(step.pages, device)
+        self._scale = scale
+        self._pages = step.pages
         self._hops = [
             (
                 hop.num_pages,
-                _Kernel(hop.page_table, step.cu_seqlens_q, hop.kv_lens, hop.causal, scale, device),
+                PagedTables.on(device, hop.page_table, step.cu_seqlens_q, hop.kv_lens, hop.causal),
             )
             for hop in step.hops
         ]
+        self._clock = _Clock(device)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the device stood still for pages; call it when the pass is done."""
+        return self._clock.seconds()
+
+    def begin(self, pool: torch.Tensor) -> None:
+        pass
+
+    def stored(self, pool: torch.Tensor, rows: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over every rank's pages; [T, Hq, D]."""
-        comm = self._comm
-        here = pool[self._pages]
-        merged = None
-        for hop, (_, kernel) in enumerate(self._hops):
+        comm, stream = self._comm, stream_of(q.device)
+        here = select_pages(pool, self._pages)
+        o, lse = _partials(q, len(self._hops))
+        for hop, (_, tables) in enumerate(self._hops):
             request = None
             if hop + 1 < len(self._hops):
                 arriving = pool.new_empty(self._hops[hop + 1][0], *pool.shape[1:])
                 request = comm.exchange(
-                    here, (comm.rank + 1) % comm.size, arriving, (comm.rank - 1) % comm.size
+                    here, (comm.rank + 1) % comm.size, arriving, (comm.rank - 1) % comm.size, stream
                 )
-            o, lse = kernel(q, here)
-            if merged is None:
-                merged = o.float(), lse
-            else:
-                merged = ops.merge_lse(
-                    torch.stack((merged[0], o.float())), torch.stack((merged[1], lse))
-                )
+            tables.attend(q, here, self._scale, (o[hop], lse[hop]))
             if request:
-                request.wait()
+                with self._clock:
+                    request.wait(stream)
                 here = arriving
-        assert merged is not None
-        return merged[0].to(q.dtype)
+        return ops.merge_lse(o, lse, out_dtype=q.dtype)[0]
 
 
 def attention_on(
     step: AttentionStep, comm: Communicator, scale: float, device: torch.device
 ) -> PagedAttention | RingAttention:
     """The attention that `step` describes, ready on `device`."""
-    kind = RingAttention if isinstance(step, RingStep) else PagedAttention
-    return kind(step, comm, scale, device)
+    if isinstance(step, RingStep):
+        return RingAttention(step, comm, scale, device)
+    tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
+    return PagedAttention(tables, comm, scale, step.shared_pages, step.merge)
 
 
 def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -100,29 +209,69 @@ def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> 
     return ops.merge_lse(partials[..., :-1], partials[..., -1])[0].to(o.dtype)
 
 
+def select_pages(pool: torch.Tensor, pages: np.ndarray) -> torch.Tensor:
+    """The pages in order, contiguous: a view where they are consecutive, otherwise a copy."""
+    if len(pages) and (np.diff(pages) == 1).all():
+        return pool[int(pages[0]) : int(pages[-1]) + 1]
+    return pool[to_device(pages, pool.device)]
+
+
+def _partials(q: torch.Tensor, *shards: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 o and lse to write, for each of `shards`."""
+    return (
+        q.new_empty(*shards, *q.shape, dtype=torch.float32),
+        q.new_empty(*shards, *q.shape[:2], dtype=torch.float32),
+    )
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-class _Kernel:
-    """`ops.paged_attention` with its tables on the device and its bounds known."""
+def stream_of(device: torch.device) -> int:
+    """The handle of the current stream; 0 on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
-    def __init__(
-        self,
-        page_table: np.ndarray,
-        cu_seqlens_q: np.ndarray,
-        kv_lens: np.ndarray,
-        causal: bool,
-        scale: float,
-        device: torch.device,
-    ) -> None:
-        self._tables = [to_device(table, device) for table in (page_table, cu_seqlens_q, kv_lens)]
-        self._options = {
-            "causal": causal,
-            "scale": scale,
-            "max_q_len": int(np.diff(cu_seqlens_q).max(initial=0)),
-            "max_kv_len": int(kv_lens.max(initial=0)),
-        }
 
-    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.paged_attention(q, pool, *self._tables, **self._options)
+class _Transfer:
+    """Rank 0's pages on their way to all other ranks."""
+
+    def __init__(self, comm: Communicator, pool: torch.Tensor, pages: np.ndarray) -> None:
+        self._pool, self._pages = pool, pages
+        self._stream = stream_of(pool.device)
+        self._buffer = select_pages(pool, pages)
+        self._receives = comm.rank > 0
+        self._request = comm.start_broadcast(self._buffer, 0, self._stream)
+
+    def finish(self) -> None:
+        self._request.wait(self._stream)
+        if self._receives and self._buffer.data_ptr() != self._pool[self._pages[0]].data_ptr():
+            self._pool[to_device(self._pages, self._pool.device)] = self._buffer
+
+
+class _Clock:
+    """Adds up the time that the device spends in `with` blocks, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        spans = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._on_gpu:
+            return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
+        return sum(end - begin for begin, end in spans)

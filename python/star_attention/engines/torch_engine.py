@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +11,16 @@ from torch.nn import functional as F
 
 from star_attention import ops
 from star_attention.config import ModelConfig
-from star_attention.distributed import Communicator
-from star_attention.engines.base import AttentionStep
-from star_attention.engines.torch_attention import attention_on, to_device
+from star_attention.distributed import Communicator, SingleProcess, Traffic
+from star_attention.engines.base import AttentionStep, PagedStep
+from star_attention.engines.torch_attention import (
+    PagedAttention,
+    PagedTables,
+    RingAttention,
+    attention_on,
+    stream_of,
+    to_device,
+)
 from star_attention.models.llama import LayerWeights, LlamaWeights, rotary_table
 
 # Rows that go through the projections and the MLP at a time: bounds the activations of a long
@@ -23,11 +31,17 @@ _CHUNK_ROWS = {"cpu": 512, "cuda": 16384}
 class TorchEngine:
     """Runs a Llama-family model on one device. See `ModelEngine`.
 
+    On a GPU, steps of one token a sequence are captured in a CUDA graph, one for each number of
+    sequences, when they come for the second time, and replayed from then on.
+
     Args:
         config: the model's shape.
         weights: on the device and in the dtype to compute with.
         comm: connects the ranks; reaches the device's memory.
         tokens_per_block: tokens a page holds.
+        max_pages: pages of the KV pool, allocated at once; None: it grows, without CUDA graphs.
+        group: the ranks that have the other parts of `weights`, and the same tokens (tensor
+            parallelism); `comm` connects this rank with those that have the same part.
     """
 
     def __init__(
@@ -36,18 +50,31 @@ class TorchEngine:
         weights: LlamaWeights,
         comm: Communicator,
         tokens_per_block: int = 128,
+        max_pages: int | None = None,
+        group: Communicator | None = None,
     ) -> None:
         self.config = config
+        self._group = group or SingleProcess()
+        self._part = config.shard(self._group.size)
         self.tokens_per_block = tokens_per_block
+        self.max_pages = max_pages
+        self.wait_seconds = 0.0
         self._weights = weights
         self._comm = comm
         self._device = weights.embedding.device
         self._chunk = _CHUNK_ROWS[self._device.type]
         self._rotary = rotary_table(config.rope, config.head_dim, 0, self._device)
-        self._pool = self._empty_pool(0)
+        self._pool = self._empty_pool(max_pages or 0)
+        self._graphs: dict[int, _DecodeGraph | None] = {}  # by sequences; None: seen once
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def reserve_pages(self, num_pages: int) -> None:
-        if num_pages > self._pool.shape[1]:
+        if self.max_pages is None and num_pages > self._pool.shape[1]:
             grown = self._empty_pool(num_pages)
             grown[:, : self._pool.shape[1]] = self._pool
             self._pool = grown
@@ -63,30 +90,73 @@ class TorchEngine:
         attention: AttentionStep,
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
-    ) -> np.ndarray:
+    ) -> torch.Tensor:
         self._reserve_positions(int(positions.max(initial=-1)) + 1)
+        graph = self._graph_for(attention, logit_rows)
+        if graph:
+            logits = graph.replay(token_ids, positions, attention)
+        else:
+            attend = attention_on(attention, self._comm, self._scale, self._device)
+            inputs = (token_ids, positions, attention.slot_mapping, logit_rows)
+            logits = self._forward(
+                *(to_device(array, self._device) for array in inputs), attend, on_layer
+            )
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+            self._comm.check()
+            self._group.check()
+        if not graph:
+            self.wait_seconds += attend.wait_seconds
+        return logits
+
+    @property
+    def _scale(self) -> float:
+        return self.config.head_dim**-0.5
+
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        logit_rows: torch.Tensor,
+        attend: PagedAttention | RingAttention,
+        on_layer: Callable[[float], None] | None = None,
+    ) -> torch.Tensor:
         weights = self._weights
-        attend = attention_on(attention, self._comm, self.config.head_dim**-0.5, self._device)
-        slots = to_device(attention.slot_mapping, self._device)
-        row_positions = to_device(positions, self._device)
-        x = F.embedding(to_device(token_ids, self._device), weights.embedding)
-        q = x.new_empty(len(x), self.config.num_q_heads, self.config.head_dim)
-        parts = [slice(i, i + self._chunk) for i in range(0, len(x), self._chunk)]
+        x = F.embedding(token_ids, weights.embedding)
+        q = x.new_empty(len(x), self._part.num_q_heads, self._part.head_dim)
+        parts = [slice(i, min(i + self._chunk, len(x))) for i in range(0, len(x), self._chunk)]
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             pool = self._pool[index]
+            attends = index < last or len(logit_rows) > 0
+            if attends:
+                attend.begin(pool)
             for part in parts:
-                self._append_kv(x[part], layer, row_positions[part], slots[part], pool, q[part])
-            if index == last and not len(logit_rows):
-                break
+                self._append_kv(x[part], layer, positions[part], slots[part], pool, q[part])
+                if attends:
+                    attend.stored(pool, part.stop)
+            if not attends:
+                attend.end()
+                return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
             attended = attend(q, pool)
             for part in parts:
-                x[part].addmm_(attended[part].flatten(1), layer.out.t())
+                self._add(x[part], attended[part].flatten(1), layer.out)
                 self._add_mlp(x[part], layer)
             if on_layer:
+                self._wait_for_layer(index)
                 on_layer((index + 1) / len(weights.layers))
-        x = self._norm(x[to_device(logit_rows, self._device)], weights.norm)
-        return F.linear(x, weights.lm_head).float().cpu().numpy()
+        attend.end()
+        x = self._norm(x[logit_rows], weights.norm)
+        return self._whole_rows(F.linear(x, weights.lm_head)).float()
+
+    def _whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """[R, vocab_size] from each rank's part of the rows."""
+        if self._group.size == 1:
+            return logits
+        parts = logits.new_empty(self._group.size, *logits.shape)
+        self._group.all_gather(logits, parts, stream_of(logits.device))
+        return parts.transpose(0, 1).flatten(1)
 
     def _append_kv(
         self,
@@ -103,13 +173,42 @@ class TorchEngine:
 
     def _add_mlp(self, x: torch.Tensor, layer: LayerWeights) -> None:
         gate_up = F.linear(self._norm(x, layer.post_norm), layer.gate_up)
-        x.addmm_(ops.silu_mul(gate_up), layer.down.t())
+        self._add(x, ops.silu_mul(gate_up), layer.down)
+
+    def _add(self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """x += inputs weight^T, summed over the group, whose first rank adds x."""
+        x.addmm_(inputs, weight.t(), beta=0.0 if self._group.rank else 1.0)
+        self._group.all_reduce(x, stream_of(x.device))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, weight, self.config.rms_norm_eps)
 
+    def _graph_for(self, attention: AttentionStep, logit_rows: np.ndarray) -> _DecodeGraph | None:
+        """The graph that can run this step, if any. All ranks capture at the same step: capturing
+        can be a collective call."""
+        if self.max_pages is None or not (self._comm.capturable and self._group.capturable):
+            return None
+        count = len(attention.slot_mapping)
+        one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count
+        if not one_token_each or not np.array_equal(logit_rows, np.arange(count)):
+            return None
+        if count not in self._graphs:
+            self._graphs[count] = None
+        elif self._graphs[count] is None:
+            self._graphs[count] = _DecodeGraph(self, count, attention.merge)
+        return self._graphs[count]
+
+    def _wait_for_layer(self, index: int) -> None:
+        """Lets the host run at most a layer ahead of a GPU, so that progress is true."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            if index:
+                self._layer_done.synchronize()
+            self._layer_done = event
+
     def _empty_pool(self, num_pages: int) -> torch.Tensor:
-        config, embedding = self.config, self._weights.embedding
+        config, embedding = self._part, self._weights.embedding
         return embedding.new_empty(
             config.num_layers,
             num_pages,
@@ -124,3 +223,44 @@ class TorchEngine:
             rows = 1 << (positions - 1).bit_length()
             config = self.config
             self._rotary = rotary_table(config.rope, config.head_dim, rows, self._device)
+            self._graphs.clear()
+
+
+class _DecodeGraph:
+    """One token for each of `count` sequences, captured on construction; its inputs are copied to
+    the GPU in one piece before each replay."""
+
+    def __init__(self, engine: TorchEngine, count: int, merge: bool) -> None:
+        width = engine.max_pages
+        sizes = [count] * 4 + [count + 1, count * width]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
+        self._inputs = self._host.to(engine._device)
+        host = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
+        self._token_ids, self._positions, self._slots, self._kv_lens, starts, table = host
+        starts[:] = np.arange(count + 1)
+        self._table = table.reshape(count, width)
+        token_ids, positions, slots, kv_lens, starts, table = self._inputs.split(sizes)
+        tables = PagedTables(
+            table.view(count, width), starts, kv_lens, False, 1, width * engine.tokens_per_block
+        )
+        attend = PagedAttention(tables, engine._comm, engine._scale, merge=merge)
+        self._rows = torch.arange(count, device=engine._device)
+        self._traffic = engine._comm.traffic
+        before = self._traffic.copy()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            inputs = (token_ids, positions, slots, self._rows)
+            self._logits = engine._forward(*inputs, attend)
+        self._per_step = self._traffic - before
+        self._traffic.add(Traffic() - self._per_step)  # nothing was sent yet
+
+    def replay(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> torch.Tensor:
+        self._token_ids[:] = token_ids
+        self._positions[:] = positions
+        self._slots[:] = step.slot_mapping
+        self._kv_lens[:] = step.kv_lens
+        self._table[:, : step.page_table.shape[1]] = step.page_table
+        self._inputs.copy_(self._host, non_blocking=True)
+        self._graph.replay()
+        self._traffic.add(self._per_step)
+        return self._logits

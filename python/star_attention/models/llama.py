@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +34,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    """All weights; `lm_head` is `embedding` itself where the model ties them."""
+    """All weights; `lm_head` is `embedding` itself, or rows of it, where the model ties them."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -40,16 +42,19 @@ class LlamaWeights:
     lm_head: torch.Tensor
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-    """Reads and fuses a checkpoint's weights.
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: int = 0,
+    parts: int = 1,
+) -> LlamaWeights:
+    """Reads and fuses a checkpoint's weights, or one of `parts` GPUs' part of them.
 
     Raises:
-        UserError: a weight is missing or has not the shape that the config asks for.
+        UserError: a weight is missing, has not the shape that the config asks for, or cannot be
+            divided so.
     """
-    config = checkpoint.config
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows = config.num_q_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
 
     def read(name: str, *shape: int) -> torch.Tensor:
         weight = checkpoint.tensor(name)
@@ -58,71 +63,92 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
                 f"{checkpoint.path}: {name} has shape {list(weight.shape)}, "
                 f"the config asks for {list(shape)}"
             )
-        return weight.to(device=device, dtype=dtype)
+        return weight
+
+    return _assemble(checkpoint.config, read, dtype, device, part, parts)
+
+
+def random_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: int = 0,
+    parts: int = 1,
+) -> LlamaWeights:
+    """Weights for benchmarks and tests: normal with deviation 1/sqrt(in), norms of one; the same
+    numbers whatever part of them is asked for."""
+
+    def draw(name: str, *shape: int) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=dtype, device=device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        weight = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+        return weight.mul_(shape[-1] ** -0.5)
+
+    return _assemble(config, draw, dtype, device, part, parts)
+
+
+def _assemble(
+    config: ModelConfig,
+    read: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    part: int,
+    parts: int,
+) -> LlamaWeights:
+    """All weights, fused, from `read(Hugging Face's name, *whole shape)`. Of the projections that
+    open attention and MLP, and of lm_head, a part has some of the rows, of those that close them
+    some of the columns."""
+    config.shard(parts)  # raises if it is not possible
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows = config.num_q_heads * config.head_dim
+    kv_rows = config.num_kv_heads * config.head_dim
+
+    def take(name: str, *shape: int, divide: int | None = None) -> torch.Tensor:
+        weight = read(name, *shape)
+        if divide is not None and parts > 1:
+            weight = weight.chunk(parts, divide)[part]
+        return weight.to(device=device, dtype=dtype).contiguous()
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
         projections = (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
         attention = prefix + "self_attn."
-        qkv_bias = None
-        if config.qkv_bias:
-            qkv_bias = torch.cat([read(f"{attention}{p}_proj.bias", n) for p, n in projections])
+
+        def projected(kind: str, *shape: int) -> torch.Tensor:
+            return torch.cat(
+                [
+                    take(f"{attention}{name}_proj.{kind}", rows, *shape, divide=0)
+                    for name, rows in projections
+                ]
+            )
+
         return LayerWeights(
-            input_norm=read(prefix + "input_layernorm.weight", hidden),
-            qkv=torch.cat([read(f"{attention}{p}_proj.weight", n, hidden) for p, n in projections]),
-            qkv_bias=qkv_bias,
-            out=read(attention + "o_proj.weight", hidden, q_rows),
-            post_norm=read(prefix + "post_attention_layernorm.weight", hidden),
+            input_norm=take(prefix + "input_layernorm.weight", hidden),
+            qkv=projected("weight", hidden),
+            qkv_bias=projected("bias") if config.qkv_bias else None,
+            out=take(attention + "o_proj.weight", hidden, q_rows, divide=1),
+            post_norm=take(prefix + "post_attention_layernorm.weight", hidden),
             gate_up=torch.cat(
-                [read(f"{prefix}mlp.{p}_proj.weight", inner, hidden) for p in ("gate", "up")]
+                [
+                    take(f"{prefix}mlp.{name}_proj.weight", inner, hidden, divide=0)
+                    for name in ("gate", "up")
+                ]
             ),
-            down=read(prefix + "mlp.down_proj.weight", hidden, inner),
+            down=take(prefix + "mlp.down_proj.weight", hidden, inner, divide=1),
         )
 
-    embedding = read("model.embed_tokens.weight", config.vocab_size, hidden)
+    vocabulary = config.vocab_size, hidden
+    embedding = take("model.embed_tokens.weight", *vocabulary)
+    if not config.tie_embeddings:
+        lm_head = take("lm_head.weight", *vocabulary, divide=0)
+    else:
+        lm_head = embedding.chunk(parts)[part]
     return LlamaWeights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
-        norm=read("model.norm.weight", hidden),
-        lm_head=embedding
-        if config.tie_embeddings
-        else read("lm_head.weight", config.vocab_size, hidden),
-    )
-
-
-def random_weights(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> LlamaWeights:
-    """Weights for benchmarks and tests: normal with deviation 1/sqrt(in), norms of one."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        weight = torch.randn(*shape, generator=generator, dtype=dtype, device=device)
-        return weight.mul_(shape[-1] ** -0.5)
-
-    def ones() -> torch.Tensor:
-        return torch.ones(config.hidden_size, dtype=dtype, device=device)
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows = config.num_q_heads * config.head_dim
-    qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
-    embedding = normal(config.vocab_size, hidden)
-    return LlamaWeights(
-        embedding=embedding,
-        layers=tuple(
-            LayerWeights(
-                input_norm=ones(),
-                qkv=normal(qkv_rows, hidden),
-                qkv_bias=normal(qkv_rows) if config.qkv_bias else None,
-                out=normal(hidden, q_rows),
-                post_norm=ones(),
-                gate_up=normal(2 * inner, hidden),
-                down=normal(hidden, inner),
-            )
-            for _ in range(config.num_layers)
-        ),
-        norm=ones(),
-        lm_head=embedding if config.tie_embeddings else normal(config.vocab_size, hidden),
+        norm=take("model.norm.weight", hidden),
+        lm_head=lm_head,
     )
 
 

@@ -33,6 +33,7 @@ def paged_attention(
     scale: float,
     max_q_len: int,
     max_kv_len: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's query rows to the pages that it lists.
 
@@ -49,9 +50,11 @@ def paged_attention(
         kv_lens: int32 [S], cached tokens of each sequence.
         scale: factor of the scores, usually D ** -0.5.
         max_q_len, max_kv_len: upper bounds of the lengths.
+        out: o and lse to write, o in q's dtype or, for partials that are merged later, float32.
 
     Returns:
-        o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores.
+        o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores;
+        or `out`.
     """
     return implementation(q.device).paged_attention(
         q,
@@ -63,6 +66,7 @@ def paged_attention(
         scale=scale,
         max_q_len=max_q_len,
         max_kv_len=max_kv_len,
+        out=out,
     )
 
 
@@ -88,19 +92,22 @@ def rope_append(
     implementation(qkv.device).rope_append(qkv, positions, rotary, kv_pool, slot_mapping, q)
 
 
-def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_lse(
+    o: torch.Tensor, lse: torch.Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the union of N disjoint shards of keys, from each shard's own.
 
     Args:
         o: [N, T, Hq, D], attention outputs per shard.
         lse: float32 [N, T, Hq]; -inf: the shard has nothing for this row.
+        out_dtype: of the merged o; by default that of the partials.
 
     Returns:
         o [T, Hq, D] and lse [T, Hq]; rows that are empty in all shards give 0 and -inf.
 
     Source: Star Attention, arXiv 2411.17116, section 2.2 (phase 2).
     """
-    return implementation(o.device).merge_lse(o, lse)
+    return implementation(o.device).merge_lse(o, lse, out_dtype=out_dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -35,21 +35,20 @@ def paged_attention(
     scale: float,
     max_q_len: int,
     max_kv_len: int,
-    out_dtype: torch.dtype | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to 512 rows a sequence take the query kernel, more the context kernel.
+    """Up to 512 rows a sequence take the query kernel; more, or as many as fill the GPU, the
+    context kernel.
 
     Args:
-        out_dtype: of o: q's (the default) or float32, for partials that are merged later.
         kernel: "auto", or one of "context_sm80", "context_sm90", "query_sm80", "query_sm90" for
             benchmarks.
 
     Raises:
         ValueError: an argument is wrong; names it, what it is and what was expected.
     """
-    o = torch.empty(q.shape, dtype=out_dtype or q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
     if _DEBUG:
         _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
     _C.paged_attention(
@@ -88,7 +87,6 @@ def rope_append(
 def merge_lse(
     o: torch.Tensor, lse: torch.Tensor, *, out_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out_dtype` is the merged o's, by default that of the partials."""
     out = torch.empty(o.shape[1:], dtype=out_dtype or o.dtype, device=o.device)
     out_lse = torch.empty(lse.shape[1:], dtype=torch.float32, device=o.device)
     _C.merge_lse(o, lse, out, out_lse, _stream(o))

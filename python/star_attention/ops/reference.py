@@ -22,10 +22,12 @@ def paged_attention(
     scale: float,
     max_q_len: int,
     max_kv_len: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page = kv_pool.shape[3]
-    o = torch.zeros_like(q)
-    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
+    o.zero_()
+    lse.fill_(-torch.inf)
     starts = cu_seqlens_q.tolist()
     for sequence, kv_len in enumerate(kv_lens.tolist()):
         begin, end = starts[sequence], starts[sequence + 1]
@@ -65,11 +67,13 @@ def rope_append(
     kv_pool[pages, 1, :, offsets] = v[stored]
 
 
-def merge_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_lse(
+    o: torch.Tensor, lse: torch.Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     merged_lse = torch.logsumexp(lse, dim=0)
     weights = torch.exp(lse - merged_lse).nan_to_num_(nan=0.0)  # -inf - -inf: empty everywhere
     merged = (weights[..., None] * o.float()).sum(dim=0)
-    return merged.to(o.dtype), merged_lse
+    return merged.to(out_dtype or o.dtype), merged_lse
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from star_attention.engines.base import ModelEngine, PagedStep
+from star_attention.errors import UserError
 
 
 class PagePool:
@@ -19,6 +20,13 @@ class PagePool:
         self._free: list[int] = []  # ascending
 
     def allocate(self, count: int) -> list[int]:
+        """Raises UserError if the engine cannot hold them."""
+        if self.room is not None and count > self.room:
+            page = self._engine.tokens_per_block
+            raise UserError(
+                f"{count * page} tokens do not fit into a rank's KV cache, which has room for "
+                f"{self.room * page}: use more ranks, or a larger --kv-cache-gib"
+            )
         if count > len(self._free):
             missing = count - len(self._free)
             self._engine.reserve_pages(self._num_pages + missing)
@@ -36,6 +44,12 @@ class PagePool:
     def pages_in_use(self) -> int:
         return self._num_pages - len(self._free)
 
+    @property
+    def room(self) -> int | None:
+        """Pages that can still be allocated; None: as many as memory allows."""
+        most = self._engine.max_pages
+        return None if most is None else most - self.pages_in_use
+
     def _first_run(self, count: int) -> int:
         """Where the first `count` consecutive pages stand in the free list; 0 if nowhere."""
         free, start = self._free, 0
@@ -52,7 +66,7 @@ class Rows:
     """One sequence of a step: its rows are the last of the `kv_len` tokens in `pages`, or, if not
     `stored` here, they only look at them."""
 
-    pages: Sequence[int]
+    pages: Sequence[int] | np.ndarray
     kv_len: int
     count: int
     stored: bool = True
@@ -69,7 +83,7 @@ def slots(rows: Rows, tokens_per_block: int) -> np.ndarray:
     ).astype(np.int32)
 
 
-def page_table(lists: Sequence[Sequence[int]]) -> np.ndarray:
+def page_table(lists: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
     """int32 [S, P], each list in a row, filled up with 0."""
     table = np.zeros((len(lists), max(map(len, lists), default=0)), np.int32)
     for row, pages in zip(table, lists, strict=True):

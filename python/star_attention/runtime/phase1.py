@@ -21,6 +21,11 @@ class ContextPass:
     attention: AttentionStep
 
 
+def own_pages(plan: Plan, rank: int) -> int:
+    """Pages that a rank's own blocks need."""
+    return sum(-(-block.tokens // plan.tokens_per_block) for block in plan.blocks_of(rank))
+
+
 def scratch_pages(plan: Plan, config: StarConfig, rank: int) -> int:
     """Pages that a rank needs for an anchor that is not its own, until phase 1 is over."""
     mode = config.anchor_mode

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from star_attention.config import KvPlacement
-from star_attention.engines.base import ModelEngine
+from star_attention.distributed import Communicator
+from star_attention.distributed.base import agree
+from star_attention.engines.base import Logits, ModelEngine
 from star_attention.runtime.pages import PagePool, Rows, paged_step
 
 
@@ -16,7 +18,7 @@ from star_attention.runtime.pages import PagePool, Rows, paged_step
 class _Sequence:
     """A question and its answer so far: what this rank keeps of it, and where the text stands."""
 
-    pages: list[int]
+    pages: np.ndarray
     kv_len: int
     position: int
     generated: int = 0
@@ -36,14 +38,14 @@ class QuestionBatch:
         self,
         engine: ModelEngine,
         pool: PagePool,
-        rank: int,
-        num_ranks: int,
+        comm: Communicator,
         placement: KvPlacement,
     ) -> None:
         self._engine = engine
         self._pool = pool
-        self._rank = rank
-        self._num_ranks = num_ranks
+        self._comm = comm
+        self._rank = comm.rank
+        self._num_ranks = comm.size
         self._placement = placement
         self._allocated: list[int] = []
         self._sequences: list[_Sequence] = []
@@ -56,7 +58,7 @@ class QuestionBatch:
         questions: Sequence[np.ndarray],
         max_tokens: int,
         all_rows: bool = False,
-    ) -> np.ndarray:
+    ) -> Logits:
         """Encodes the questions in one pass.
 
         Args:
@@ -68,21 +70,33 @@ class QuestionBatch:
             all_rows: return the logits of all question tokens, not only the last of each.
 
         Returns:
-            float32 [len(questions), vocab_size], or [all question tokens, vocab_size].
+            float32 [len(questions), vocab_size], or [all question tokens, vocab_size]; valid until
+            the engine's next step.
+
+        Raises:
+            UserError: on every rank, if a rank has no room for questions and answers.
         """
         here = self._rank == self._num_ranks - 1
-        for question in questions:
-            kept = self._kept_here(max_tokens) + (len(question) if here else 0)
-            self._sequences.append(self._open(context_pages, context_kv_len, context_len, kept))
+
+        def open_all() -> list[_Sequence]:
+            answer = self._kept_here(max_tokens)
+            return [
+                self._open(
+                    context_pages, context_kv_len, context_len, answer + here * len(question)
+                )
+                for question in questions
+            ]
+
+        self._sequences = agree(self._comm, open_all)
         lengths = [len(question) for question in questions]
         rows = np.arange(sum(lengths)) if all_rows else np.cumsum(lengths) - 1
         return self._step(list(questions), [here] * len(questions), rows)
 
-    def step(self, active: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+    def step(self, active: Sequence[int], tokens: Sequence[int]) -> Logits:
         """Appends one generated token to each of the `active` questions (their indices).
 
         Returns:
-            float32 [len(active), vocab_size], the logits of what follows.
+            float32 [len(active), vocab_size], the logits of what follows; valid as `ask`'s.
         """
         every = self._sequences
         self._sequences = [every[index] for index in active]
@@ -124,11 +138,11 @@ class QuestionBatch:
         if own and context_kv_len % page:
             self._engine.copy_page(context_pages[len(shared)], own[0])
         pages = shared + own if kept else list(context_pages)
-        return _Sequence(pages, context_kv_len, context_len)
+        return _Sequence(np.array(pages, np.int32), context_kv_len, context_len)
 
     def _step(
         self, inputs: Sequence[np.ndarray], stored: Sequence[bool], logit_rows: np.ndarray
-    ) -> np.ndarray:
+    ) -> Logits:
         sequences, positions = [], []
         for sequence, tokens, here in zip(self._sequences, inputs, stored, strict=True):
             positions.append(np.arange(sequence.position, sequence.position + len(tokens)))

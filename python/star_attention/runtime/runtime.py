@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,18 @@ from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.pages import PagePool
-from star_attention.runtime.phase1 import context_passes, scratch_pages
+from star_attention.runtime.phase1 import context_passes, own_pages, scratch_pages
 from star_attention.runtime.phase2 import QuestionBatch
-from star_attention.runtime.sampling import SamplingParams, sample
+from star_attention.runtime.sampling import SamplingParams, sample, to_numpy
 
 
 @dataclass
 class PhaseStats:
-    """What a phase took on this rank: wall time, tokens of the whole job, payload bytes."""
+    """What a phase took on this rank: wall time, how much of it the engine stood still for other
+    ranks' KV, tokens of the whole job, payload bytes."""
 
     seconds: float = 0.0
+    wait_seconds: float = 0.0
     tokens: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -70,13 +71,17 @@ class Runtime:
     """Runs phase 1 and phase 2 with an engine, on every rank of a job alike.
 
     Attributes:
-        stats: time, tokens and traffic of the phases `context`, `query` and `decode` so far.
+        stats: time, tokens and traffic of the phases `context`, `query` and `decode` since
+            `reset_stats`.
     """
 
     def __init__(self, engine: ModelEngine, comm: Communicator) -> None:
         self.engine = engine
         self.comm = comm
         self.pool = PagePool(engine)
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
         self.stats = {name: PhaseStats() for name in ("context", "query", "decode")}
 
     def encode(
@@ -91,11 +96,15 @@ class Runtime:
             token_ids: int32 [n], the whole context, the same on every rank.
             config: how it is divided.
             on_progress: called with the share of the work that is done on this rank.
+
+        Raises:
+            UserError: on every rank, if the plan is not possible or does not fit a rank's KV cache.
         """
         comm, engine = self.comm, self.engine
         plan = make_plan(len(token_ids), config, comm.size, engine.config)
         blocks = plan.blocks_of(comm.rank)
-        pages = self.pool.allocate(sum(-(-b.tokens // plan.tokens_per_block) for b in blocks))
+        self._check_room(plan, config)
+        pages = self.pool.allocate(own_pages(plan, comm.rank))
         scratch = self.pool.allocate(scratch_pages(plan, config, comm.rank))
         with self._timed("context", len(token_ids)):
             passes = context_passes(plan, config, comm.rank, pages, scratch)
@@ -110,13 +119,40 @@ class Runtime:
         self.pool.release(scratch)
         return EncodedContext(plan, config, pages, sum(b.tokens for b in blocks), self.pool)
 
+    def _check_room(self, plan: Plan, config: StarConfig) -> None:
+        """Raises UserError, on all ranks, with what would fit, if any KV cache is too small."""
+        rooms = [room for room in self.comm.gather_objects(self.pool.room) if room is not None]
+        if not rooms:
+            return
+        page, room = plan.tokens_per_block, min(rooms)
+
+        def most_pages(plan: Plan) -> int:
+            return max(
+                own_pages(plan, rank) + scratch_pages(plan, config, rank)
+                for rank in range(plan.num_ranks)
+            )
+
+        needed = most_pages(plan)
+        if needed <= room:
+            return
+        advice = f"use a block size of at most {max(room // 2, 1) * page}"
+        for ranks in range(plan.num_ranks + 1, len(plan.blocks) + 1):
+            if most_pages(make_plan(plan.context_len, config, ranks, self.engine.config)) <= room:
+                advice = f"use {ranks} ranks or more"
+                break
+        raise UserError(
+            f"the context needs {needed * page} tokens of KV cache on a rank, there is room for "
+            f"{room * page}: {advice}, or a larger --kv-cache-gib"
+        )
+
     def logits(self, context: EncodedContext, question: np.ndarray) -> np.ndarray:
         """Logits of every token of a question, int32 [n], behind the context: [n, vocab_size]."""
         batch = self.questions(context)
         try:
-            return batch.ask(
+            logits = batch.ask(
                 context.pages, context.kv_len, context.plan.context_len, [question], 1, True
             )
+            return to_numpy(logits)
         finally:
             batch.release()
 
@@ -151,10 +187,10 @@ class Runtime:
             for count in range(1, params.max_tokens + 1):
                 chosen = np.empty((len(active), 2), np.int32)
                 if self.comm.rank == 0:
-                    for row, index in enumerate(active):
-                        token = sample(logits[row], params, rngs[index])
-                        out_of_room = 2 * (count == params.max_tokens)
-                        chosen[row] = token, 1 if ends(index, token) else out_of_room
+                    uniforms = np.array([rngs[index].random() for index in active])
+                    out_of_room = 2 * (count == params.max_tokens)
+                    for row, token in enumerate(sample(logits, params, uniforms).tolist()):
+                        chosen[row] = token, 1 if ends(active[row], token) else out_of_room
                 self.comm.broadcast(chosen)
                 tokens = dict(zip(active, chosen[:, 0].tolist(), strict=True))
                 finished = {
@@ -173,7 +209,7 @@ class Runtime:
 
     def rank_report(self) -> list[dict[str, Any]]:
         """Of every rank: peak memory, and `stats`; the same list on every rank."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = self.engine.peak_memory_bytes
         stats = {name: asdict(phase) for name, phase in self.stats.items()}
         return self.comm.gather_objects(
             {"rank": self.comm.rank, "peak_memory_bytes": peak, "phases": stats}
@@ -183,15 +219,15 @@ class Runtime:
         """A batch of questions over `context`, to be stepped by hand. Release it when done."""
         if context.released:
             raise UserError("the context was released: encode the text again")
-        comm = self.comm
-        placement = context.config.kv_placement
-        return QuestionBatch(self.engine, self.pool, comm.rank, comm.size, placement)
+        return QuestionBatch(self.engine, self.pool, self.comm, context.config.kv_placement)
 
     @contextmanager
     def _timed(self, phase: str, tokens: int) -> Iterator[None]:
-        start, before = time.perf_counter(), self.comm.traffic.copy()
+        before, waited = self.comm.traffic.copy(), self.engine.wait_seconds
+        start = time.perf_counter()
         yield
         stats = self.stats[phase]
         stats.seconds += time.perf_counter() - start
+        stats.wait_seconds += self.engine.wait_seconds - waited
         stats.tokens += tokens
         stats.traffic += self.comm.traffic - before

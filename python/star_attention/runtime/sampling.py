@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace, device, to_device
 
+from star_attention.engines.base import Logits
 from star_attention.errors import UserError
 
 
@@ -45,17 +47,33 @@ class SamplingParams:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use {right}")
 
 
-def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
-    """The next token from its logits, float32 [vocab_size]."""
+def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.ndarray:
+    """Chooses tokens where the logits are.
+
+    Args:
+        logits: float32 [R, vocab_size], NumPy's, torch's or CuPy's.
+        uniforms: [R], random numbers in [0, 1); greedy choice ignores them.
+
+    Returns:
+        int [R], on the host.
+    """
+    xp = array_namespace(logits)
     if params.temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
+        return to_numpy(xp.argmax(logits, axis=-1))
+    order = xp.argsort(logits, axis=-1, descending=True, stable=True)
     if params.top_k:
-        order = order[: params.top_k]
-    scaled = logits[order].astype(np.float64) / params.temperature
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
+        order = order[:, : params.top_k]
+    scores = xp.astype(xp.take_along_axis(logits, order, axis=-1), xp.float64) / params.temperature
+    probabilities = xp.exp(scores - scores[:, :1])
+    probabilities = probabilities / xp.sum(probabilities, axis=-1, keepdims=True)
     # Tokens before which the probability has not yet reached top_p: at least the first.
-    kept = int(np.searchsorted(np.cumsum(probabilities), params.top_p)) + 1
-    probabilities = probabilities[:kept] / probabilities[:kept].sum()
-    return int(order[rng.choice(len(probabilities), p=probabilities)])
+    before = xp.cumulative_sum(probabilities, axis=-1) - probabilities
+    probabilities = xp.where(before < params.top_p, probabilities, 0.0 * probabilities)
+    reached = xp.cumulative_sum(probabilities, axis=-1)
+    targets = xp.asarray(uniforms, dtype=xp.float64, device=device(logits))[:, None]
+    chosen = xp.sum(xp.astype(reached <= targets * reached[:, -1:], xp.int64), axis=-1)
+    return to_numpy(xp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0])
+
+
+def to_numpy(array: Logits) -> np.ndarray:
+    return np.asarray(to_device(array, "cpu"))

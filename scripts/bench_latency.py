@@ -1,0 +1,296 @@
+#!/usr/bin/env python3
+"""Time to first token of star, ring and dense attention, with the same model code and kernels, on
+the ranks that mpirun starts:
+
+    mpirun -n 2 python scripts/bench_latency.py --lengths 64K 128K --output results.json
+    python scripts/bench_latency.py --methods dense --lengths 64K 128K --output results.json
+    python scripts/bench_latency.py --plot results.json --to docs/images
+
+Weights are random, made on the GPU, in Llama-3.1-8B's or 70B's shape; times do not depend on them.
+A method runs once on a short context, then once for each length: phase 1, a question of 64 tokens,
+and decode steps (the median counts). Model FLOPs are 2 a weight and token, without embedding and
+lm_head, and 4 Hq D a layer and pair of query and key token; their rate is that of the busiest rank,
+compared with an 8192³ matmul that the same GPU ran just before. Results are added to those in the
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from star_attention.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig, StarConfig
+from star_attention.distributed import Communicator, default_communicator
+from star_attention.engines.loader import EngineOptions, dummy_engine
+from star_attention.errors import UserError
+from star_attention.runtime.runtime import EncodedContext, Runtime
+
+SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}
+METHODS = {
+    "broadcast": {"anchor_mode": "broadcast"},
+    "local": {"anchor_mode": "local"},
+    "recompute": {"anchor_mode": "recompute"},
+    "ring": {"attention": "ring"},
+    "dense": {"attention": "dense"},
+}
+LABELS = {
+    "broadcast": "star, anchor broadcast (ours)",
+    "local": "star, anchor once a rank",
+    "recompute": "star as in the paper",
+    "ring": "ring (exact)",
+    "dense": "dense, one GPU (exact)",
+}
+QUESTION_TOKENS = 64
+
+
+def tokens(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def measure(
+    runtime: Runtime, method: str, length: int, block_size: int, decode_tokens: int
+) -> dict[str, Any] | None:
+    """One row of the table; None if the plan does not fit into memory."""
+    comm, engine = runtime.comm, runtime.engine
+    options: dict[str, Any] = dict(METHODS[method])
+    if options.get("attention", "star") == "star":
+        options["block_size"] = min(block_size, length)
+    config = StarConfig(**options)
+    token_ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, length)
+    try:
+        comm.gather_objects(None)
+        before = time.perf_counter()
+        context = runtime.encode(token_ids.astype(np.int32), config)
+        comm.gather_objects(None)
+        phase1 = time.perf_counter() - before
+    except UserError as error:
+        if comm.rank == 0:
+            print(f"{length} tokens, {method}: {error}", flush=True)
+        return None
+    query, decode = generate(runtime, context, token_ids[:QUESTION_TOKENS], decode_tokens)
+    context.release()
+    flops = max(cost.flops(engine.config) for cost in context.plan.rank_costs)
+    ranks = comm.gather_objects(runtime.stats["context"])
+    return {
+        "method": method,
+        "context": length,
+        "block_size": context.plan.block_size,
+        "ranks": comm.size,
+        "phase1_s": phase1,
+        "query_s": query,
+        "first_token_s": phase1 + query,
+        "decode_ms": decode * 1e3,
+        "busiest_rank_pflop": flops / 1e15,
+        "tflops": flops / phase1 / 1e12,
+        "waiting_s": max(stats.wait_seconds for stats in ranks),
+        "sent_gib": max(stats.traffic.sent for stats in ranks) / 2**30,
+        "peak_memory_gib": max(comm.gather_objects(engine.peak_memory_bytes)) / 2**30,
+    }
+
+
+def generate(
+    runtime: Runtime, context: EncodedContext, question: np.ndarray, count: int
+) -> tuple[float, float]:
+    """Seconds of the question's pass and of a decode step."""
+    times = []
+    for _ in range(2):  # the first captures the graph of a step
+        batch = runtime.questions(context)
+        runtime.comm.gather_objects(None)
+        begin = time.perf_counter()
+        batch.ask(
+            context.pages,
+            context.kv_len,
+            context.plan.context_len,
+            [question.astype(np.int32)],
+            count,
+        )
+        query = time.perf_counter() - begin
+        times = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            batch.step([0], [0])
+            times.append(time.perf_counter() - begin)
+        batch.release()
+    return query, statistics.median(times)
+
+
+def matmul_tflops(comm: Communicator) -> float:
+    """The slowest rank's rate of 8192³ matmuls in bf16, all ranks at it together."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    times = []
+    comm.gather_objects(None)
+    for _ in range(60):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.matmul(a, b, out=out)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return min(comm.gather_objects(2 * 8192**3 / statistics.median(times) * 1e-9))
+
+
+def read_tbps(comm: Communicator) -> float:
+    """The slowest rank's rate of summing 4 GiB."""
+    import torch
+
+    data = torch.ones(1 << 30, device="cuda")
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return min(comm.gather_objects(data.nbytes / statistics.median(times) * 1e-9))
+
+
+def environment(merge: str) -> dict[str, str]:
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "merge": merge,
+    }
+
+
+COLUMNS = {
+    "method": "{}",
+    "context": "{:,}",
+    "block_size": "{:,}",
+    "ranks": "{}",
+    "phase1_s": "{:.2f}",
+    "first_token_s": "{:.2f}",
+    "decode_ms": "{:.2f}",
+    "tflops": "{:.0f}",
+    "of_matmul": "{:.2f}",
+    "waiting_s": "{:.3f}",
+    "sent_gib": "{:.2f}",
+    "peak_memory_gib": "{:.1f}",
+}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"\n| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
+    for row in rows:
+        print(f"| {' | '.join(form.format(row[name]) for name, form in COLUMNS.items())} |")
+
+
+def run(options: argparse.Namespace) -> None:
+    comm = default_communicator()
+    shape: ModelConfig = SHAPES[options.shape]
+    if options.layers:
+        shape = replace(shape, num_layers=options.layers)
+    engine_options = EngineOptions(
+        "cuda", options.dtype, kv_cache_gib=options.kv_cache_gib, merge=options.merge
+    )
+    engine = dummy_engine(shape, comm, 128, engine_options)
+    runtime = Runtime(engine, comm)
+    rows = []
+    for method in options.methods:
+        measure(runtime, method, 4 * 4096, 4096, 2)
+        for length in options.lengths:
+            ceiling = matmul_tflops(comm)
+            runtime.reset_stats()
+            row = measure(runtime, method, length, options.block_size, options.decode_tokens)
+            if row is None:
+                continue
+            row["matmul_tflops"] = ceiling
+            row["of_matmul"] = row["tflops"] / ceiling
+            rows.append(row)
+            if comm.rank == 0:
+                print(json.dumps(row), flush=True)
+    result = {
+        "shape": options.shape,
+        "config": asdict(shape),
+        "environment": environment(options.merge),
+        "read_tbps": read_tbps(comm),
+        "rows": rows,
+    }
+    if comm.rank == 0:
+        print_table(rows)
+        if options.output:
+            save(options.output, result)
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Adds to the runs in the file."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps([*runs, result], indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def plot(results: Path, folder: Path) -> None:
+    """Time to first token against the length, by method, both logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = json.loads(results.read_text())
+    rows = [row for run in runs for row in run["rows"]]
+    gpu = runs[0]["environment"]["gpu"]
+    fig, ax = plt.subplots(figsize=(7.5, 4.8))
+    for method, label in LABELS.items():
+        points = sorted(
+            (row["context"], row["first_token_s"]) for row in rows if row["method"] == method
+        )
+        if points:
+            style = "--" if method in ("ring", "dense") else "-"
+            ax.plot(*zip(*points, strict=True), style, marker="o", label=label)
+    lengths = sorted({row["context"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(lengths, [f"{length >> 10}K" for length in lengths])
+    ax.set_xlabel("context tokens")
+    ax.set_ylabel("time to first token, s")
+    ax.set_title(f"{runs[0]['shape']}, bf16, {max(row['ranks'] for row in rows)} x {gpu}")
+    ax.grid(which="both", alpha=0.3)
+    ax.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / "first_token.png", dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
+    parser.add_argument("--lengths", nargs="+", type=tokens, default=[1 << 16, 1 << 17])
+    parser.add_argument("--block-size", type=tokens, default=1 << 15)
+    parser.add_argument("--decode-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--kv-cache-gib", type=float)
+    parser.add_argument("--merge", choices=("auto", "peer", "nccl"), default="auto")
+    parser.add_argument("--output", type=Path, help="JSON file to add the results to")
+    parser.add_argument("--plot", type=Path, help="draw this JSON file, measure nothing")
+    parser.add_argument("--to", type=Path, default=Path("docs/images"), help="folder of the plots")
+    options = parser.parse_args()
+    if options.plot:
+        plot(options.plot, options.to)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""One rank of a communication test: CASE, under mpirun. `bench` prints the merge's latency.
+
+Ranks take the GPUs in turn. A case that needs more GPUs than there are prints "skip: " and why.
+"""
+
+import hashlib
+import itertools
+import random
+import re
+import sys
+import time
+
+import pytest
+import torch
+
+from star_attention import _C
+from star_attention.distributed import default_communicator
+from star_attention.distributed.gpu import GpuCommunicator, local_device
+from star_attention.errors import UserError
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+DTYPES = tuple(TOLERANCE)
+
+
+def stream():
+    return torch.cuda.current_stream().cuda_stream
+
+
+def partials(size, shape, dtype, seed=0):
+    """Every rank's o [size, T, H, D] and lse [size, T, H], the same on all ranks. Some are empty,
+    and one row is so on every rank; what an empty one's o holds counts for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    o = torch.randn(size, *shape, generator=generator).to(dtype)
+    lse = 10 * torch.randn(size, *shape[:2], generator=generator)
+    lse[-1, 0] = -torch.inf
+    lse[:, -1, 0] = -torch.inf
+    o[lse == -torch.inf] = torch.nan
+    return o.cuda(), lse.cuda()
+
+
+def merged(o, lse):
+    total = lse.double().logsumexp(0)
+    weights = (lse.double() - total).exp().nan_to_num(nan=0.0)[..., None]
+    return torch.where(weights > 0, weights * o.double(), 0.0).sum(0)
+
+
+def check_close(out, expected):
+    error = float((out.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    assert error <= TOLERANCE[out.dtype], f"off by {error:.2e}"
+
+
+def check_same_bits(host, *tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    assert len(set(host.gather_objects(digest.hexdigest()))) == 1, "ranks differ"
+
+
+def check_merge(host, comm, shape, dtype, out_dtype, seed=0):
+    o, lse = partials(host.size, shape, dtype, seed)
+    out = torch.full(shape, torch.nan, dtype=out_dtype, device="cuda")
+    comm.merge(o[host.rank], lse[host.rank], out, stream())
+    torch.cuda.synchronize()
+    comm.check()
+    check_close(out, merged(o, lse))
+    assert (out[-1, 0] == 0).all()
+    check_same_bits(host, out)
+
+
+def check_merges(host, comm):
+    seed = 0
+    for tokens in (1, 3, 17, 512):
+        for heads, head_dim in ((32, 128), (5, 64)):
+            for dtype in DTYPES:
+                for out_dtype in dict.fromkeys((dtype, torch.bfloat16)):
+                    seed += 1
+                    check_merge(host, comm, (tokens, heads, head_dim), dtype, out_dtype, seed)
+
+
+def merge(host, device):
+    comm = GpuCommunicator(host, device, merge="peer", timeout=60)
+    assert comm.merge_path == "peer"
+    before = comm.traffic.copy()
+    check_merge(host, comm, (2, 8, 128), torch.float16, torch.float32)
+    sent = 2 * 8 * (128 * 2 + 4) * (host.size - 1)
+    traffic = comm.traffic - before
+    assert (traffic.sent, traffic.received) == (sent, sent), traffic
+    check_merges(host, comm)
+
+
+def nccl_merge(host, device):
+    comm = GpuCommunicator(host, device, merge="nccl")
+    check_merges(host, comm)
+    in_pieces = GpuCommunicator(host, device, merge="nccl", merge_capacity=64 << 10)
+    check_merge(host, in_pieces, (50, 8, 128), torch.bfloat16, torch.bfloat16)
+
+
+def capacity(host, device):
+    """Peer memory takes more than its capacity in pieces; the C++ class refuses it."""
+    comm = GpuCommunicator(host, device, merge="peer", merge_capacity=64 << 10, timeout=60)
+    for tokens in (16, 17, 50, 1, 33):
+        check_merge(host, comm, (tokens, 8, 128), torch.float32, torch.bfloat16)
+    o, lse = (x[0] for x in partials(1, (17, 8, 128), torch.float32))
+    expect(ValueError, "num_tokens: got 17, expected at most 16", comm._peer.merge, o, lse, o, 0)
+    expect(ValueError, "o: got 69632 bytes a token", comm.merge, o.view(1, 136, 128), lse, o)
+
+
+def arguments(host, device):
+    """Bad arguments are refused before anything is sent."""
+    comm = GpuCommunicator(host, device, merge="peer", timeout=60)
+    o, lse = (x[0] for x in partials(1, (3, 4, 64), torch.float32))
+    merge = comm.merge
+    expect(ValueError, "lse.dtype: got float16, expected float32", merge, o, lse.half(), o)
+    expect(ValueError, r"lse.shape: got [3, 2], expected [3, 4]", merge, o, lse[:, :2], o)
+    expect(ValueError, "o.dtype: got int32", merge, o.int(), lse, o)
+    expect(ValueError, "head_dim: got 8, expected a multiple", merge, *narrow(o, lse, 8))
+    expect(ValueError, "out.shape: got [2, 4, 64]", merge, o, lse, o[:2])
+    expect(ValueError, "lse.device: got host memory", merge, o, lse.cpu(), o)
+    misplaced = torch.zeros(o.numel() + 1, device="cuda")[1:].view_as(o)
+    expect(ValueError, "an address aligned to 8 bytes", merge, misplaced, lse, o)
+    check_merge(host, comm, (3, 4, 64), torch.float16, torch.float16)
+    if host.size > 1 and not comm.shares_gpu:
+        expect(ValueError, "root: got 9", comm.start_broadcast, o, 9, stream())
+        expect(ValueError, "gathered.nbytes", comm.all_gather, o, o, stream())
+        expect(ValueError, "buffer.dtype: got int32", comm.all_reduce, o.int(), stream())
+
+
+def narrow(o, lse, head_dim):
+    return o[..., :head_dim].contiguous(), lse, o[..., :head_dim].contiguous()
+
+
+def expect(kind, message, call, *arguments):
+    with pytest.raises(kind, match=re.escape(message)):
+        call(*arguments)
+
+
+def replay(host, device):
+    """A graph of merges, replayed by ranks that are late at random, on the host and on the GPU.
+    Inputs change with every replay, so that an old value would show in the sum of the outputs."""
+    comm = GpuCommunicator(host, device, merge="peer", timeout=60)
+    check_merge(host, comm, (1, 32, 128), torch.float32, torch.float32)  # loads the kernel
+    every_o, every_lse, o, lse, out, total = [], [], [], [], [], []
+    for shape in ((1, 32, 128), (17, 32, 128), (3, 4, 64), (1, 32, 128)):
+        all_o, all_lse = partials(host.size, shape, torch.float32, len(o))
+        every_o.append(all_o)
+        every_lse.append(all_lse)
+        o.append(all_o[host.rank].clone())
+        lse.append(all_lse[host.rank].clone())
+        out.append(torch.empty_like(o[-1]))
+        total.append(torch.zeros_like(o[-1], dtype=torch.float64))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(len(o)):
+            o[i].add_(1)
+            comm.merge(o[i], lse[i], out[i], stream())
+            total[i].add_(out[i])
+
+    delays = random.Random(host.rank)
+    for i in range(200):
+        if delays.random() < 0.15:
+            time.sleep(delays.uniform(0, 0.01))
+        if delays.random() < 0.15:
+            torch.cuda._sleep(delays.randrange(10_000_000))
+        graph.replay()
+        if i % 50 == 49:
+            torch.cuda.synchronize()
+            comm.check()
+    for i in range(len(o)):
+        expected = torch.zeros_like(total[i])
+        for _ in range(200):
+            every_o[i].add_(1)
+            expected += merged(every_o[i], every_lse[i])
+        assert (total[i] - expected).abs().max() <= 1e-6 * expected.abs().max()
+    check_same_bits(host, *total)
+
+
+def lost(host, device):
+    """The last rank takes no part: the others learn it, by name, and do not wait again."""
+    comm = GpuCommunicator(host, device, merge="peer", timeout=2)
+    shape = (40, 32, 128)
+    check_merge(host, comm, shape, torch.float32, torch.float32)
+    if host.rank == host.size - 1:
+        host.gather_objects(None)
+        return
+    o, lse = (x[0] for x in partials(1, shape, torch.float32))
+    for low, high in ((1.9, 4), (0, 0.5)):
+        out = torch.zeros_like(o)
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        comm.merge(o, lse, out, stream())
+        torch.cuda.synchronize()
+        assert low < time.monotonic() - began < high, time.monotonic() - began
+        assert out.isnan().all()
+        expect(UserError, f"rank {host.size - 1} is lost", comm.check)
+    host.gather_objects(None)
+
+
+def transfers(host, device):
+    """Contents of everything else, in the order of the stream that asked for it."""
+    comm = GpuCommunicator(host, device, timeout=60)
+    rank, size = host.rank, host.size
+    before, moved = comm.traffic.copy(), 0
+    for dtype in (*DTYPES, torch.int32, torch.uint8):
+        for count in (1, 1000, 4 << 20):
+            mine = torch.arange(count, device="cuda").remainder(50).add(rank).to(dtype)
+            for root in range(size):
+                buffer = torch.empty_like(mine)
+                torch.cuda._sleep(5_000_000)  # `buffer` is written long after the call below
+                buffer.copy_(mine)
+                request = comm.start_broadcast(buffer, root, stream())
+                request.wait(stream())
+                assert torch.equal(buffer + rank, mine + root)
+                moved += mine.nbytes * (size - 1 if rank == root else 1)
+            arrived = torch.empty_like(mine)
+            to, source = (rank + 1) % size, (rank - 1) % size
+            comm.exchange(mine, to, arrived, source, stream()).wait(stream())
+            assert torch.equal(arrived + rank, mine + source)
+            gathered = mine.new_empty(size, count)
+            comm.all_gather(mine, gathered, stream())
+            for other in range(size):
+                assert torch.equal(gathered[other] + rank, mine + other)
+            moved += mine.nbytes * 2 + mine.nbytes * 2 * (size - 1)
+    traffic = comm.traffic - before
+    assert size == 1 or traffic.sent + traffic.received == moved, (traffic, moved)
+
+    on_host = torch.full((5,), rank)
+    comm.broadcast(on_host, size - 1)
+    assert (on_host == size - 1).all()
+    for dtype in DTYPES:
+        buffer = torch.arange(1000, device="cuda").remainder(50).add(rank).to(dtype)
+        expected = size * (buffer - rank) + sum(range(size))
+        if comm.shares_gpu:
+            expect(UserError, "need a GPU for each rank", comm.all_reduce, buffer, stream())
+        else:
+            comm.all_reduce(buffer, stream())
+            assert torch.equal(buffer, expected)
+            check_same_bits(host, buffer)
+
+
+def host_merge(host, device):
+    """Without NCCL and peer memory: through host memory."""
+    _C.PeerMerge, original = _no_peers, _C.PeerMerge
+    comm = GpuCommunicator(host, device)
+    _C.PeerMerge = original
+    assert comm.merge_path == ("host" if comm.shares_gpu else "nccl")
+    check_merge(host, comm, (17, 32, 128), torch.bfloat16, torch.bfloat16)
+
+
+def _no_peers(*_arguments):
+    raise RuntimeError("no peer memory today")
+
+
+def bench(host, device, merges=50, replays=40):
+    """Median time of a merge in a graph of 50, and of a call on its own stream outside a graph."""
+    paths = ["peer"] if _shares_gpu(host, device) else ["peer", "nccl"]
+    for path in paths:
+        comm = GpuCommunicator(host, device, merge=path)
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in (1, 16, 128, 512):
+                o, lse = partials(host.size, (tokens, 32, 128), dtype)
+                o, lse = o[host.rank], lse[host.rank]
+                out = torch.empty_like(o, dtype=torch.bfloat16)
+                comm.merge(o, lse, out, stream())
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    for _ in range(merges):
+                        comm.merge(o, lse, out, stream())
+                host.gather_objects(None)
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+                events[0].record()
+                for event in events[1:]:
+                    graph.replay()
+                    event.record()
+                torch.cuda.synchronize()
+                comm.check()
+                times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events[5:]))
+                micros = 1e3 * times[len(times) // 2] / merges
+                name = str(dtype).removeprefix("torch.")
+                if host.rank == 0:
+                    print(f"{path:5} {name:9} {tokens:4} tokens {micros:8.2f} us", flush=True)
+
+
+def _shares_gpu(host, device):
+    return len(set(host.gather_objects(_C.device_id(device)))) < host.size
+
+
+NEED_OWN_GPUS = (nccl_merge,)
+CASES = (merge, nccl_merge, host_merge, capacity, arguments, replay, lost, transfers, bench)
+
+
+def main():
+    case = {case.__name__: case for case in CASES}[sys.argv[1]]
+    host = default_communicator()
+    device = local_device(host)
+    torch.cuda.set_device(device)
+    if case in NEED_OWN_GPUS and _shares_gpu(host, device):
+        if host.rank == 0:
+            print(f"skip: {host.size} ranks share {torch.cuda.device_count()} GPUs")
+        return
+    case(host, device)
+
+
+main()
