@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -29,8 +30,9 @@ import numpy as np
 
 from star_attention.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
-from star_attention.engines.loader import EngineOptions, dummy_engine
+from star_attention.engines.loader import EngineOptions, dummy_engine, star_ranks
 from star_attention.errors import UserError
+from star_attention.plan import make_plan
 from star_attention.runtime.runtime import EncodedContext, Runtime
 
 SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}
@@ -49,6 +51,13 @@ LABELS = {
     "dense": "dense, one GPU (exact)",
 }
 QUESTION_TOKENS = 64
+# What phase 1 spends its time on, by the names of kernels.
+PARTS = {
+    "attention": r"context_attention|context_sm80|query_|merge_lse",
+    "GEMMs": r"nvjet|gemm|cutlass|xmma",
+    "transfers (beside the others)": r"nccl",
+    "norms, RoPE, SiLU": r".",
+}
 
 
 def tokens(text: str) -> int:
@@ -56,45 +65,68 @@ def tokens(text: str) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
-def measure(
-    runtime: Runtime, method: str, length: int, block_size: int, decode_tokens: int
-) -> dict[str, Any] | None:
-    """One row of the table; None if the plan does not fit into memory."""
-    comm, engine = runtime.comm, runtime.engine
+def token_ids(runtime: Runtime, length: int) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(0, runtime.engine.config.vocab_size, length)
+    return ids.astype(np.int32)
+
+
+def star_config(method: str, length: int, block_size: int) -> StarConfig:
     options: dict[str, Any] = dict(METHODS[method])
     if options.get("attention", "star") == "star":
         options["block_size"] = min(block_size, length)
-    config = StarConfig(**options)
-    token_ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, length)
+    return StarConfig(**options)
+
+
+def measure(
+    runtime: Runtime, method: str, length: int, block_size: int, decode_tokens: int, tp: int
+) -> dict[str, Any] | None:
+    """One row of the table; None if the plan does not fit into memory."""
+    comm, engine = runtime.comm, runtime.engine
+    ids = token_ids(runtime, length)
     try:
         comm.gather_objects(None)
         before = time.perf_counter()
-        context = runtime.encode(token_ids.astype(np.int32), config)
+        context = runtime.encode(ids, star_config(method, length, block_size))
         comm.gather_objects(None)
         phase1 = time.perf_counter() - before
     except UserError as error:
         if comm.rank == 0:
             print(f"{length} tokens, {method}: {error}", flush=True)
         return None
-    query, decode = generate(runtime, context, token_ids[:QUESTION_TOKENS], decode_tokens)
+    query, decode = generate(runtime, context, ids[:QUESTION_TOKENS], decode_tokens)
     context.release()
-    flops = max(cost.flops(engine.config) for cost in context.plan.rank_costs)
+    flops = max(cost.flops(engine.config) for cost in context.plan.rank_costs) / tp
     ranks = comm.gather_objects(runtime.stats["context"])
     return {
         "method": method,
         "context": length,
         "block_size": context.plan.block_size,
         "ranks": comm.size,
+        "tp": tp,
         "phase1_s": phase1,
         "query_s": query,
         "first_token_s": phase1 + query,
         "decode_ms": decode * 1e3,
-        "busiest_rank_pflop": flops / 1e15,
+        "busiest_gpu_pflop": flops / 1e15,
         "tflops": flops / phase1 / 1e12,
         "waiting_s": max(stats.wait_seconds for stats in ranks),
         "sent_gib": max(stats.traffic.sent for stats in ranks) / 2**30,
         "peak_memory_gib": max(comm.gather_objects(engine.peak_memory_bytes)) / 2**30,
     }
+
+
+def breakdown(runtime: Runtime, method: str, length: int, block_size: int) -> dict[str, float]:
+    """Seconds of phase 1 by kind of kernel, of the last rank, once more."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ids, config = token_ids(runtime, length), star_config(method, length, block_size)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        runtime.encode(ids, config).release()
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in profiler.key_averages():
+        part = next(part for part, names in PARTS.items() if re.search(names, event.key))
+        seconds[part] += event.self_device_time_total / 1e6
+    return runtime.comm.gather_objects(seconds)[-1]
 
 
 def generate(
@@ -110,7 +142,7 @@ def generate(
             context.pages,
             context.kv_len,
             context.plan.context_len,
-            [question.astype(np.int32)],
+            [question],
             count,
         )
         query = time.perf_counter() - begin
@@ -189,65 +221,87 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"\n| {' | '.join(COLUMNS)} |")
     print("|---" * len(COLUMNS) + "|")
     for row in rows:
-        print(f"| {' | '.join(form.format(row[name]) for name, form in COLUMNS.items())} |")
+        print(format_row(row))
+
+
+def format_row(row: dict[str, Any]) -> str:
+    return f"| {' | '.join(form.format(row[name]) for name, form in COLUMNS.items())} |"
 
 
 def run(options: argparse.Namespace) -> None:
-    comm = default_communicator()
+    world = default_communicator()
+    comm = star_ranks(world, options.tp)
     shape: ModelConfig = SHAPES[options.shape]
     if options.layers:
         shape = replace(shape, num_layers=options.layers)
     engine_options = EngineOptions(
-        "cuda", options.dtype, kv_cache_gib=options.kv_cache_gib, merge=options.merge
+        "cuda",
+        options.dtype,
+        kv_cache_gib=options.kv_cache_gib,
+        merge=options.merge,
+        tp=options.tp,
     )
     engine = dummy_engine(shape, comm, 128, engine_options)
     runtime = Runtime(engine, comm)
-    rows = []
-    for method in options.methods:
-        measure(runtime, method, 4 * 4096, 4096, 2)
-        for length in options.lengths:
-            ceiling = matmul_tflops(comm)
-            runtime.reset_stats()
-            row = measure(runtime, method, length, options.block_size, options.decode_tokens)
-            if row is None:
-                continue
-            row["matmul_tflops"] = ceiling
-            row["of_matmul"] = row["tflops"] / ceiling
-            rows.append(row)
-            if comm.rank == 0:
-                print(json.dumps(row), flush=True)
+    rows: list[dict[str, Any]] = []
     result = {
         "shape": options.shape,
         "config": asdict(shape),
         "environment": environment(options.merge),
-        "read_tbps": read_tbps(comm),
+        "read_tbps": read_tbps(world),
         "rows": rows,
     }
-    if comm.rank == 0:
+    earlier = json.loads(options.output.read_text()) if options.output.exists() else []
+    for method in options.methods:
+        measure(runtime, method, 4 * 4096, 4096, 2, options.tp)
+        for length in options.lengths:
+            ceiling = matmul_tflops(world)
+            runtime.reset_stats()
+            row = measure(
+                runtime, method, length, options.block_size, options.decode_tokens, options.tp
+            )
+            if row is None:
+                continue
+            if length == options.breakdown:
+                row["breakdown"] = breakdown(runtime, method, length, options.block_size)
+            row["matmul_tflops"] = ceiling
+            row["of_matmul"] = row["tflops"] / ceiling
+            rows.append(row)
+            if world.rank == 0:
+                print(format_row(row), flush=True)
+                save(options.output, [*earlier, result])
+    if world.rank == 0:
         print_table(rows)
-        if options.output:
-            save(options.output, result)
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Adds to the runs in the file."""
-    runs = json.loads(path.read_text()) if path.exists() else []
+def save(path: Path, runs: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps([*runs, result], indent=2) + "\n")
+    unfinished.write_text(json.dumps(runs, indent=2) + "\n")
     os.replace(unfinished, path)
 
 
 def plot(results: Path, folder: Path) -> None:
-    """Time to first token against the length, by method, both logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
+    runs = json.loads(results.read_text())
+    runs = [run for run in runs if run["shape"] == runs[0]["shape"]]
+    rows = [row for run in runs for row in run["rows"]]
+    gpus = max(row["ranks"] * row["tp"] for row in rows)
+    title = f"{runs[0]['shape']}, bf16, {gpus} x {runs[0]['environment']['gpu']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_first_token(rows, SHAPES[runs[0]["shape"]], title, folder / "first_token.png")
+    plot_breakdown(rows, title, folder / "phase1.png")
+
+
+def plot_first_token(
+    rows: list[dict[str, Any]], shape: ModelConfig, title: str, path: Path
+) -> None:
+    """Time to first token against the length, by method, both logarithmic. Beyond the lengths that
+    ring was measured at, its FLOPs over its last rate."""
     from matplotlib import pyplot as plt
 
-    runs = json.loads(results.read_text())
-    rows = [row for run in runs for row in run["rows"]]
-    gpu = runs[0]["environment"]["gpu"]
     fig, ax = plt.subplots(figsize=(7.5, 4.8))
     for method, label in LABELS.items():
         points = sorted(
@@ -256,17 +310,48 @@ def plot(results: Path, folder: Path) -> None:
         if points:
             style = "--" if method in ("ring", "dense") else "-"
             ax.plot(*zip(*points, strict=True), style, marker="o", label=label)
-    lengths = sorted({row["context"] for row in rows})
+    longest = max(row["context"] for row in rows)
+    last = max((row for row in rows if row["method"] == "ring"), key=lambda row: row["context"])
+    plan = make_plan(longest, StarConfig(attention="ring"), last["ranks"], shape)
+    seconds = max(cost.flops(shape) for cost in plan.rank_costs) / last["tflops"] / 1e12
+    points = (last["context"], longest), (last["first_token_s"], seconds)
+    ax.plot(*points, ":", color="C3", marker="o", mfc="none", label="ring, by its FLOPs")
+    lengths = [1 << power for power in range(16, longest.bit_length())]
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(lengths, [f"{length >> 10}K" for length in lengths])
+    ax.set_xticks(lengths, [f"{n >> 20}M" if n >> 20 else f"{n >> 10}K" for n in lengths])
+    seconds = [2, 5, 10, 20, 50, 100, 200]
+    ax.set_yticks(seconds, list(map(str, seconds)))
+    ax.minorticks_off()
     ax.set_xlabel("context tokens")
     ax.set_ylabel("time to first token, s")
-    ax.set_title(f"{runs[0]['shape']}, bf16, {max(row['ranks'] for row in rows)} x {gpu}")
+    ax.set_title(title)
     ax.grid(which="both", alpha=0.3)
     ax.legend()
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / "first_token.png", dpi=150, bbox_inches="tight")
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def plot_breakdown(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Phase 1 of each method by kind of kernel, stacked."""
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "breakdown" in row]
+    if not rows:
+        return
+    fig, ax = plt.subplots(figsize=(7.5, 2.8))
+    names = [LABELS[row["method"]] for row in rows]
+    left = np.zeros(len(rows))
+    for part in PARTS:
+        if not part.startswith("transfers"):
+            seconds = np.array([row["breakdown"][part] for row in rows])
+            ax.barh(names, seconds, left=left, label=part)
+            left += seconds
+    ax.plot([row["phase1_s"] for row in rows], names, "k|", ms=18, label="wall time")
+    ax.invert_yaxis()
+    ax.set_xlabel(f"s, phase 1 of {rows[0]['context'] >> 10}K tokens on the last rank")
+    ax.set_title(title)
+    ax.legend(fontsize="small")
+    fig.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
@@ -281,8 +366,17 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--kv-cache-gib", type=float)
+    parser.add_argument("--tp", type=int, default=1, help="processes that share a rank's model")
+    parser.add_argument(
+        "--breakdown", type=tokens, help="the length whose phase 1 is taken apart by kernel"
+    )
     parser.add_argument("--merge", choices=("auto", "peer", "nccl"), default="auto")
-    parser.add_argument("--output", type=Path, help="JSON file to add the results to")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results/latency.json"),
+        help="JSON file that the results are added to, row by row",
+    )
     parser.add_argument("--plot", type=Path, help="draw this JSON file, measure nothing")
     parser.add_argument("--to", type=Path, default=Path("docs/images"), help="folder of the plots")
     options = parser.parse_args()

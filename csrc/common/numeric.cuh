@@ -51,7 +51,7 @@ __device__ inline uint32_t pack2<bfloat16_t>(float lo, float hi) {
 
 // `kSize` consecutive elements that move as one memory access.
 template <typename T, int kSize>
-struct alignas(sizeof(T) * kSize) Pack {
+struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Pack {
   T v[kSize];
 };
 

@@ -88,6 +88,53 @@ def division_options(command: Callable) -> Callable:
     return command
 
 
+def engine_options(command: Callable) -> Callable:
+    """The options that make `EngineOptions`; `engine_of` makes them."""
+    options = [
+        click.option(
+            "--device",
+            type=click.Choice(list(DTYPES)),
+            default="cpu",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES["cpu"]),
+            help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
+        ),
+        click.option(
+            "--load-format",
+            type=click.Choice(LOAD_FORMATS),
+            default="auto",
+            show_default=True,
+            help="dummy: random weights for the model's config, to try speed and memory.",
+        ),
+        click.option(
+            "--kv-cache-gib",
+            type=float,
+            help="Memory of a rank's KV cache on a GPU.  [default: 0.8 of what the weights leave]",
+        ),
+        click.option(
+            "--merge",
+            type=click.Choice(MERGE_PATHS),
+            default="auto",
+            show_default=True,
+            help="How GPUs merge attention: over peer memory (NVLink) or NCCL.",
+        ),
+        click.option(
+            "--tp",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Processes (GPUs) that share a rank's model: tensor parallelism.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="star-attention-trt")
 def cli() -> None:
@@ -176,44 +223,7 @@ def plan(
     show_default=True,
     help="The model's chat template; none for base models.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(list(DTYPES)),
-    default="cpu",
-    show_default=True,
-    help="Where to compute.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES["cpu"]),
-    help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
-)
-@click.option(
-    "--load-format",
-    type=click.Choice(LOAD_FORMATS),
-    default="auto",
-    show_default=True,
-    help="dummy: random weights for the model's config, to try speed and memory.",
-)
-@click.option(
-    "--kv-cache-gib",
-    type=float,
-    help="Memory of a rank's KV cache on a GPU.  [default: 0.8 of what the weights leave free]",
-)
-@click.option(
-    "--merge",
-    type=click.Choice(MERGE_PATHS),
-    default="auto",
-    show_default=True,
-    help="How GPUs merge attention: over peer memory (NVLink) or NCCL.",
-)
-@click.option(
-    "--tp",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes (GPUs) that share a rank's model: tensor parallelism.",
-)
+@engine_options
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
 @click.option(
     "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
@@ -239,7 +249,7 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
             f"--ranks {ranks} with --tp {options['tp']} takes {processes} processes, but mpirun "
             f"started {world_size()}: leave --ranks away"
         )
-    _as_rank(lambda comm: _ask(comm, **options))
+    as_rank(lambda comm: _ask(comm, **options))
 
 
 def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
@@ -250,7 +260,7 @@ def _check_before_ranks(ranks: int, options: dict[str, Any]) -> None:
         raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
     find_model(options["model"], options["load_format"] != "dummy")
     _star_config(options)
-    _engine_options(options)
+    engine_of(options)
     _sampling(options)
     for name in options["context_files"]:
         if name != "-":
@@ -273,7 +283,7 @@ def _start_ranks(ranks: int, oversubscribe: bool, reads_stdin: bool) -> NoReturn
         sys.exit(run_ranks(command, ranks, oversubscribe, **environment))
 
 
-def _as_rank(action: Callable[[Communicator], None]) -> None:
+def as_rank(action: Callable[[Communicator], None]) -> None:
     """Runs `action` on this rank. A UserError that all ranks have ends them with code 2; anything
     that only this rank meets ends the whole job at once, with the reason."""
     comm = default_communicator()
@@ -302,7 +312,7 @@ def _ask(
     from star_attention.llm import LLM
 
     params, config = _sampling(options), _star_config(options)
-    engine = asdict(_engine_options(options))
+    engine = asdict(engine_of(options))
     is_leader = comm.rank == 0
     texts = agree(comm, lambda: [_read_text(name) for name in context_files] if is_leader else [])
     warnings.showwarning = lambda message, *_args, **_kwargs: report.say(f"warning: {message}")
@@ -342,7 +352,7 @@ def _star_config(options: dict[str, Any]) -> StarConfig:
     return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
 
 
-def _engine_options(options: dict[str, Any]) -> EngineOptions:
+def engine_of(options: dict[str, Any]) -> EngineOptions:
     return EngineOptions(**{field.name: options[field.name] for field in fields(EngineOptions)})
 
 
@@ -391,6 +401,9 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """The program `star-attn`."""
+    from star_attention.evals.cli import register
+
+    register(cli)
     try:
         cli(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:

@@ -106,17 +106,22 @@ class Runtime:
         self._check_room(plan, config)
         pages = self.pool.allocate(own_pages(plan, comm.rank))
         scratch = self.pool.allocate(scratch_pages(plan, config, comm.rank))
-        with self._timed("context", len(token_ids)):
-            passes = context_passes(plan, config, comm.rank, pages, scratch)
-            for index, context_pass in enumerate(passes):
-                engine.step(
-                    token_ids[context_pass.positions],
-                    context_pass.positions,
-                    context_pass.attention,
-                    np.empty(0, np.int32),
-                    on_layer=lambda done, index=index: on_progress((index + done) / len(passes)),
-                )
-        self.pool.release(scratch)
+        try:
+            with self._timed("context", len(token_ids)):
+                passes = context_passes(plan, config, comm.rank, pages, scratch)
+                for index, context_pass in enumerate(passes):
+                    engine.step(
+                        token_ids[context_pass.positions],
+                        context_pass.positions,
+                        context_pass.attention,
+                        np.empty(0, np.int32),
+                        lambda done, index=index: on_progress((index + done) / len(passes)),
+                    )
+        except BaseException:
+            self.pool.release(pages)
+            raise
+        finally:
+            self.pool.release(scratch)
         return EncodedContext(plan, config, pages, sum(b.tokens for b in blocks), self.pool)
 
     def _check_room(self, plan: Plan, config: StarConfig) -> None:

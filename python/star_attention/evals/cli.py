@@ -1,0 +1,477 @@
+"""`star-attn eval` and `star-attn tune`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from star_attention import report as terminal
+from star_attention.cli import TOKENS, as_rank, engine_of, engine_options
+from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
+from star_attention.distributed import Communicator, world_rank, world_size
+from star_attention.engines.loader import DTYPES
+from star_attention.errors import UserError
+from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
+from star_attention.models.tokenizer import TEMPLATES
+
+if TYPE_CHECKING:
+    from star_attention.evals.prompts import PromptTokenizer
+    from star_attention.evals.runner import Method, OnSample, Run
+    from star_attention.evals.sample import Task
+
+
+class _List(click.ParamType):
+    """Values between commas, each of another type or one of `words`."""
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType | None, words: Sequence[str] = ()) -> None:
+        self._item, self._words = item, words
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if not parts:
+            self.fail("name at least one", param, ctx)
+        known = [part in self._words or self._item is None for part in parts]
+        return tuple(
+            part if is_word else self._item.convert(part, param, ctx)
+            for part, is_word in zip(parts, known, strict=True)
+        )
+
+
+NAMES = _List(None)
+LENGTHS = _List(TOKENS)
+METHODS = _List(click.Choice(ATTENTION_METHODS))
+BLOCK_SIZES = _List(TOKENS, ("whole", "half", "quarter", "eighth"))
+ANCHOR_SIZES = _List(TOKENS, ("block", "half", "quarter", "eighth", "page"))
+
+
+def run_options(
+    samples: int = 500, blocks: str = "quarter", anchors: str = "block"
+) -> Callable[[Callable], Callable]:
+    """The options of everything that asks a model."""
+    options = [
+        click.option(
+            "--model",
+            required=True,
+            help="A Hugging Face folder, a GGUF file, a hub name, or smollm2.",
+        ),
+        click.option(
+            "--samples",
+            type=click.IntRange(1),
+            default=samples,
+            show_default=True,
+            help="Of each task at most.",
+        ),
+        click.option("--seed", default=42, show_default=True, help="Of generated samples."),
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path, file_okay=False, exists=True),
+            help="Folder of the benchmark's files; docs/evals.md names them.",
+        ),
+        click.option(
+            "--attention",
+            type=METHODS,
+            default="dense,star",
+            show_default=True,
+            help="Side by side: dense (on one rank), ring, star.",
+        ),
+        click.option(
+            "--block-size",
+            type=BLOCK_SIZES,
+            default=blocks,
+            show_default=True,
+            help="whole, half, quarter or eighth of the length, or tokens; star runs with each.",
+        ),
+        click.option(
+            "--anchor-size",
+            type=ANCHOR_SIZES,
+            default=anchors,
+            show_default=True,
+            help="block, or half, quarter or eighth of it, page, or tokens; star runs with each.",
+        ),
+        click.option(
+            "--anchor-mode", type=click.Choice(ANCHOR_MODES), default="broadcast", show_default=True
+        ),
+        click.option("--tokens-per-block", type=TOKENS, default=128, show_default=True),
+        click.option(
+            "--ranks",
+            type=click.IntRange(1),
+            help="Ranks for ring and star; mpirun is started for you.  [default: 1]",
+        ),
+        click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores."),
+        click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True),
+        engine_options,
+        click.option(
+            "--results",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder to write to, and to go on from.  [default: results/BENCHMARK-MODEL]",
+        ),
+        click.option(
+            "--report/--no-report", default=True, help="Print the table and draw at the end."
+        ),
+    ]
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def tasks_option(default: str = "all") -> Callable:
+    return click.option(
+        "--tasks", type=NAMES, default=default, show_default=True, help="Names, or all."
+    )
+
+
+def lengths_option(default: str | None, explanation: str) -> Callable:
+    return click.option(
+        "--lengths", type=LENGTHS, default=default, show_default=True, help=explanation
+    )
+
+
+_INCLUSIVE = "Tokens of prompt and answer together: 4096,8K."
+
+
+@click.group("eval")
+def evals() -> None:
+    """Measure accuracy: dense, ring and star attention side by side.
+
+    A run that was stopped goes on when it is started again.
+
+    \b
+    Try:  star-attn eval ruler --model smollm2 --lengths 1024 --samples 3
+          star-attn eval report results/ruler-smollm2
+    """
+
+
+@evals.command()
+@tasks_option()
+@lengths_option("4096", _INCLUSIVE)
+@run_options()
+def ruler(**options: Any) -> None:
+    """RULER's 13 tasks, generated."""
+    _evaluate("ruler", options)
+
+
+@evals.command()
+@tasks_option()
+@lengths_option("4096", _INCLUSIVE)
+@run_options()
+def babilong(**options: Any) -> None:
+    """BABILong qa1 to qa5, from public files or generated."""
+    _evaluate("babilong", options)
+
+
+@evals.command()
+@tasks_option()
+@lengths_option(None, "Longer texts lose their middle.  [default: no limit]")
+@run_options()
+def infinitebench(**options: Any) -> None:
+    """InfiniteBench, ten tasks, from its public files."""
+    _evaluate("infinitebench", options)
+
+
+@evals.command()
+@click.option(
+    "--file",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="JSON Lines: input_context, input_query, output.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@run_options()
+def custom(**options: Any) -> None:
+    """Your own contexts, questions and answers."""
+    _evaluate("custom", {**options, "tasks": ("all",), "lengths": None})
+
+
+@evals.command()
+@click.argument("results", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--plots/--no-plots", default=True, help="Draw PNG files into the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def report(results: Path, plots: bool, as_json: bool) -> None:
+    """Compare the configurations in a folder of results."""
+    if as_json:
+        from star_attention.evals import report as comparison
+        from star_attention.evals.results import load_results
+
+        rows = comparison.compare(load_results(results))
+        click.echo(json.dumps(comparison.as_json(rows), indent=2))
+        return
+    _report(results, plots)
+
+
+@click.command()
+@click.option("--length", type=TOKENS, required=True, help=_INCLUSIVE)
+@click.option(
+    "--min-retention",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.97,
+    show_default=True,
+    help="Share of the baseline's accuracy to keep.",
+)
+@tasks_option(TASKS)
+@run_options(samples=10, blocks=BLOCKS, anchors=ANCHORS)
+def tune(length: int, min_retention: float, **options: Any) -> None:
+    """Find the block and anchor size for a length: a grid of them on tasks of RULER."""
+    default = Path("results", f"tune-{length}-{Path(options['model']).name}")
+    options["results"] = options["results"] or default
+    _evaluate("ruler", {**options, "lengths": (length,), "report": False}, distinct=True)
+    if options["report"] and world_rank() == 0:
+        from star_attention.evals.report import compare
+        from star_attention.evals.results import load_results
+        from star_attention.evals.tune import print_choice
+
+        print_choice(compare(load_results(options["results"])), min_retention)
+
+
+def register(cli: click.Group) -> None:
+    """Adds `eval` and `tune` to `star-attn`."""
+    cli.add_command(evals)
+    cli.add_command(tune)
+
+
+def _evaluate(benchmark: str, options: dict[str, Any], distinct: bool = False) -> None:
+    """Runs all configurations, each on its ranks, and reports.
+
+    `distinct`: at a single length, leave out configurations whose sizes an earlier one has.
+    """
+    from star_attention.models.checkpoint import find_model
+
+    ranks, size = options["ranks"] or 1, world_size()
+    name = Path(options["model"]).name
+    options["results"] = options["results"] or Path("results", f"{benchmark}-{name}")
+    methods = _methods(options, distinct)
+    if benchmark != "custom":
+        _check_names(benchmark, options["tasks"])
+    find_model(options["model"], options["load_format"] != "dummy")
+    engine_of(options)
+    tp = options["tp"]
+    try:
+        if size == 1 and ranks * tp > 1:
+            _run_parts(methods, ranks, tp, options["oversubscribe"])
+        elif size > tp and any(method.attention == "dense" for method in methods):
+            raise UserError(
+                f"--attention dense runs on one rank, but mpirun started {size // tp}: leave it "
+                "away, or use --ranks instead of mpirun"
+            )
+        elif options["ranks"] is not None and ranks * tp != size:
+            raise UserError(
+                f"--ranks {ranks} with --tp {tp} takes {ranks * tp} processes, but mpirun started "
+                f"{size}: leave --ranks away"
+            )
+        else:
+            as_rank(lambda comm: _run(comm, benchmark, methods, options))
+    except KeyboardInterrupt:
+        terminal.say("stopped: the same command goes on from here")
+        raise
+    if options["report"] and world_rank() == 0:
+        _report(options["results"], plots=True)
+
+
+def _methods(options: dict[str, Any], distinct: bool) -> list[Method]:
+    """The configurations. Raises UserError for sizes that do not fit a length."""
+    from star_attention.evals.runner import Method
+
+    methods = [Method(name) for name in ("dense", "ring") if name in options["attention"]]
+    if "star" in options["attention"]:
+        sizes = [(str(b), str(a)) for b in options["block_size"] for a in options["anchor_size"]]
+        methods += [Method("star", *pair) for pair in dict.fromkeys(sizes)]
+    division = options["anchor_mode"], options["tokens_per_block"]
+    for length in options["lengths"] or ():
+        configs = [method.config(length, *division) for method in methods]
+        if distinct:
+            return [m for i, m in enumerate(methods) if configs.index(configs[i]) == i]
+    return methods
+
+
+def _check_names(benchmark: str, tasks: Sequence[str]) -> None:
+    known = _benchmark(benchmark).TASKS
+    for name in tasks:
+        if name not in known and name != "all":
+            raise UserError(f"--tasks: {name!r} is not one of all, {', '.join(known)}")
+
+
+def _run_parts(methods: Sequence[Method], ranks: int, tp: int, oversubscribe: bool) -> None:
+    """Runs this command line again: dense on one rank, the rest on `ranks`."""
+    from star_attention.distributed.launch import run_ranks
+
+    environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
+    attention = list(dict.fromkeys(method.attention for method in methods))
+    for part, size in (({"dense"}, 1), ({"ring", "star"}, ranks)):
+        names = ",".join(name for name in attention if name in part)
+        if names:
+            own = ["--attention", names, "--ranks", str(size), "--no-report"]
+            command = [sys.executable, "-m", "star_attention", *sys.argv[1:], *own]
+            code = run_ranks(command, size * tp, oversubscribe, **environment)
+            if code:
+                sys.exit(code)
+
+
+def _run(
+    comm: Communicator, benchmark: str, methods: Sequence[Method], options: dict[str, Any]
+) -> None:
+    """One rank's part."""
+    from star_attention.config import StarConfig
+    from star_attention.distributed.base import agree
+    from star_attention.evals.runner import evaluate
+    from star_attention.llm import LLM
+
+    ranks = comm.size // options["tp"]
+    prompts, runs = agree(
+        comm,
+        lambda: _prepare(benchmark, methods, options, ranks) if comm.rank == 0 else (None, []),
+    )
+    pending = sum(len(run.pending(task)) for run in runs for task in run.tasks)
+    if not comm.broadcast_object(pending):
+        return
+    llm = LLM(
+        options["model"],
+        StarConfig(tokens_per_block=options["tokens_per_block"]),
+        template="none",  # the prompts contain it
+        comm=comm,
+        **asdict(engine_of(options)),
+    )
+    longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)
+    if longest > llm.model_config.max_position:
+        terminal.say(
+            f"warning: the model was made for {llm.model_config.max_position} tokens, "
+            f"not {longest}: answers may get worse"
+        )
+    with warnings.catch_warnings(), _progress(pending, comm.rank == 0) as on_sample:
+        warnings.simplefilter("ignore", UserWarning)  # that line, again for each sample
+        evaluate(llm, prompts, runs, on_sample)
+
+
+def _prepare(
+    benchmark: str, methods: Sequence[Method], options: dict[str, Any], ranks: int
+) -> tuple[PromptTokenizer, list[Run]]:
+    """The prompts and what is to be run, with all checks that need no model."""
+    from star_attention.evals.prompts import PromptTokenizer
+    from star_attention.evals.results import open_results
+    from star_attention.evals.runner import Run
+    from star_attention.models.checkpoint import find_model
+
+    prompts = PromptTokenizer(find_model(options["model"]), options["template"])
+    if benchmark == "custom":
+        from star_attention.evals.custom import load_task
+
+        tasks, data = [load_task(options["file"], options["max_tokens"])], options["file"].name
+    else:
+        tasks, data = _load_tasks(_benchmark(benchmark), prompts, options)
+    runs = []
+    for method in methods:
+        configuration = {
+            "benchmark": benchmark,
+            "data": data,
+            **{name: options[name] for name in ("model", "template", "device", "seed")},
+            "dtype": options["dtype"] or DTYPES[options["device"]][0],
+            **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
+            "ranks": ranks,
+            **vars(method),
+        }
+        config = partial(
+            method.config,
+            anchor_mode=options["anchor_mode"],
+            tokens_per_block=options["tokens_per_block"],
+        )
+        results = open_results(options["results"], configuration)
+        runs.append(Run(results, tasks, options["samples"], config))
+    return prompts, runs
+
+
+def _load_tasks(
+    benchmark: ModuleType, prompts: PromptTokenizer, options: dict[str, Any]
+) -> tuple[list[Task], str]:
+    """The asked tasks at all lengths; of `all`, those whose files are there."""
+    from star_attention.evals.texts import MissingFileError
+
+    wanted, data_dir = options["tasks"], options["data_dir"]
+    names = list(benchmark.TASKS) if "all" in wanted else wanted
+    tasks = []
+    for name in names:
+        try:
+            tasks += [
+                benchmark.load_task(name, prompts, length, options["seed"], data_dir)
+                for length in options["lengths"] or (None,)
+            ]
+        except MissingFileError as error:
+            if "all" not in wanted:
+                raise
+            terminal.say(f"{name} is left out: {error}")
+    if not tasks:
+        raise UserError(f"--data-dir {data_dir} has no file of any task; docs/evals.md names them")
+    return sorted(tasks, key=lambda task: task.length or 0), benchmark.data_label(data_dir)
+
+
+def _benchmark(name: str) -> ModuleType:
+    from star_attention.evals import babilong, infinitebench, ruler
+
+    return {"ruler": ruler, "babilong": babilong, "infinitebench": infinitebench}[name]
+
+
+@contextmanager
+def _progress(pending: int, shown: bool) -> Iterator[OnSample]:
+    """A bar with the running accuracy on an interactive terminal, a line per task elsewhere."""
+    if not shown:
+        yield lambda run, task, record: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    def state(run: Run, task: Task) -> str:
+        records = [
+            record
+            for (length, name, _), record in run.results.records.items()
+            if (length, name) == (task.length, task.name)
+        ]
+        scores = [record["score"] for record in records if "error" not in record]
+        accuracy = f"{100 * sum(scores) / len(scores):.1f} %" if scores else "no answers"
+        failed = f", {len(records) - len(scores)} failed" if len(scores) < len(records) else ""
+        length = "" if task.length is None else f"{task.length:,} tokens, "
+        return (
+            f"{run.results.label}: {length}{task.name}: {accuracy} of {len(scores)} samples{failed}"
+        )
+
+    if not terminal.is_interactive():
+
+        def on_sample(run: Run, task: Task, record: dict[str, Any]) -> None:
+            if not run.pending(task) or record["index"] == task.indices[: run.samples][-1]:
+                terminal.say(state(run, task))
+
+        yield on_sample
+        return
+    console = Console(stderr=True, force_terminal=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task_id = bar.add_task("first sample", total=pending)
+        yield lambda run, task, record: bar.update(task_id, advance=1, description=state(run, task))
+
+
+def _report(folder: Path, plots: bool) -> None:
+    from star_attention.evals.plots import draw
+    from star_attention.evals.report import compare, print_report
+    from star_attention.evals.results import load_results
+
+    found = load_results(folder)
+    rows = compare(found)
+    print_report(found, rows)
+    if plots:
+        drawn = [path.name for path in draw(rows, folder)]
+        click.echo(f"In {folder}: predictions (.jsonl), scores (.json), {', '.join(drawn)}")

@@ -1,0 +1,160 @@
+"""What samples are written with: haystack text, sentences and words."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from star_attention.errors import UserError
+
+ESSAYS = "PaulGrahamEssays.json"
+OWN_TEXT = "haystack.txt"
+
+
+class MissingFileError(UserError):
+    """A file that the user has to provide is not there."""
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Running text with single spaces, and what results call it."""
+
+    text: str
+    label: str
+
+    def cut(self, size: int, start: int = 0) -> str:
+        """`size` characters from `start` on, over and over where the text ends, without a last word
+        that would be cut."""
+        text = self.text[start:]
+        while len(text) <= size:
+            text += " " + self.text
+        return cut(text, size)
+
+
+def cut(text: str, size: int) -> str:
+    """The first `size` characters, without a last word of letters that would be cut."""
+    while 0 < size < len(text) and text[size].isalpha() and text[size - 1].isalpha():
+        size -= 1
+    return text[:size].rstrip()
+
+
+def split_sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+@functools.cache
+def find_haystack(data_dir: Path | None) -> Haystack:
+    """RULER's essays or the user's text from `data_dir`; without them, the language reference that
+    Python ships for its `help()`.
+
+    Raises:
+        UserError: the file cannot be read, or has too little text.
+    """
+    if data_dir is not None and (data_dir / ESSAYS).exists():
+        data = read_json(data_dir / ESSAYS)
+        text = data.get("text") if isinstance(data, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{data_dir / ESSAYS} has no "text": make it as docs/evals.md says')
+        return _haystack(text, ESSAYS)
+    if data_dir is not None and (data_dir / OWN_TEXT).exists():
+        return _haystack(_read(data_dir / OWN_TEXT), OWN_TEXT)
+    from pydoc_data.topics import topics
+
+    reference = "\n".join(topics[name] for name in sorted(topics))
+    return _haystack(reference, f"Python {platform.python_version()} reference (fallback)")
+
+
+def _haystack(text: str, name: str) -> Haystack:
+    text = " ".join(text.split())
+    if len(text) < 1000:
+        raise UserError(f"{name} has {len(text)} characters: use a text of 1,000 or more")
+    return Haystack(text, f"{name}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+@dataclass(frozen=True)
+class Words:
+    """English words without spaces: adjective-noun pairs, and nouns, verbs and adjectives."""
+
+    adjectives: list[str]
+    nouns: list[str]
+    all: list[str]
+
+
+@functools.cache
+def load_words() -> Words:
+    """The word lists of the package wonderwords.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from wonderwords import RandomWord
+    except ImportError:
+        raise UserError("RULER needs wonderwords: pip install 'star-attention-trt[eval]'") from None
+    lists = RandomWord()
+
+    def category(*names: str) -> list[str]:
+        words = lists.filter(include_categories=names, exclude_with_spaces=True)
+        return sorted(set(words))
+
+    return Words(
+        category("adjectives"), category("nouns"), category("nouns", "adjectives", "verbs")
+    )
+
+
+def data_file(data_dir: Path | None, name: str, source: str) -> Path:
+    """The path of a file that the user provides.
+
+    Raises:
+        MissingFileError: says where to get it.
+    """
+    if data_dir is None or not (data_dir / name).exists():
+        raise MissingFileError(
+            f"{name} is missing in --data-dir {data_dir or '(not given)'}: {source}"
+        )
+    return data_dir / name
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, or of a JSON file that holds a list of them."""
+    text = _read(path)
+    if text.lstrip().startswith("["):
+        rows = read_json(path)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} holds no objects: use JSON Lines")
+    return rows
+
+
+def field_of(row: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in row:
+        raise UserError(f"{path}: a row lacks {name!r}, it has {', '.join(row)}")
+    return row[name]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: use a text file") from None

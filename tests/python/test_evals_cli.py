@@ -1,0 +1,151 @@
+"""`star-attn eval` and `tune` as people run them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from star_attention import cli
+from test_cli import check_refusal, star_attn
+
+SMALL = ["--tokens-per-block", 32, "--model"]
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`star_attn` without a process of its own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["star-attn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
+def test_help(here):
+    assert "ruler" in here("eval", "--help").stdout
+    assert "--min-retention" in here("tune", "--help").stdout
+
+
+def test_ruler_over_ranks(smollm2_folder, tmp_path):
+    """The real model: dense on one rank, star on two, and the report of both."""
+    sizes = ["--lengths", 512, "--block-size", "half", "--samples", 2, "--tasks", "niah_single_1"]
+    ranks = ["--ranks", 2, "--oversubscribe", "--results", tmp_path / "results"]
+    run = star_attn("eval", "ruler", *sizes, *ranks, *SMALL, smollm2_folder)
+    assert run.returncode == 0, run.stderr
+    for name in ("dense", "star half/block"):
+        assert f"{name}: 512 tokens, niah_single_1: 100.0 % of 2 samples\n" in run.stderr
+        assert re.search(rf"{name} +100\.0 % +\+0\.0 +100\.0 % +[\d.]+ .* 2 *\n", run.stdout)
+    assert "accuracy.png, retention.png, depth.png" in run.stdout
+    for name, ranks in (("dense", 1), ("star-half-block", 2)):
+        content = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        assert content["configuration"]["ranks"] == ranks
+        assert content["scores"][0]["score"] == 100
+
+
+def test_custom(here, tiny_chat_model, tmp_path):
+    """The reference code's fields, in and out."""
+    path = tmp_path / "mine.jsonl"
+    row = {"input_context": "The quick brown fox. " * 60, "input_query": "Who?", "output": "fox"}
+    path.write_text("".join(json.dumps({"index": f"q{i}", **row}) + "\n" for i in range(2)))
+    command = ["eval", "custom", "--file", path, "--max-tokens", 4, "--results", tmp_path / "out"]
+    run = here(*command, "--attention", "star,dense,ring", *SMALL, tiny_chat_model)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(here("eval", "report", tmp_path / "out", "--json").stdout)
+    assert [row["attention"] for row in rows] == ["dense", "ring", "star quarter/block"]
+    assert [row["samples"] for row in rows] == [2, 2, 2]
+    lines = (tmp_path / "out" / "ring.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["index"] for record in records] == ["q0", "q1"]
+    assert records[0].items() > {"input_context": row["input_context"], "outputs": ["fox"]}.items()
+
+
+def test_killed_and_started_again(here, tiny_chat_model, tmp_path):
+    results = tmp_path / "results"
+    options = ["--lengths", 640, "--tasks", "niah_single_1", "--attention", "dense", "--samples"]
+    command = ["eval", "ruler", "--results", results, *SMALL, tiny_chat_model, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "star_attention", *map(str, command), "100"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = results / "dense.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.read_bytes().count(b"\n") > 1):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "star-attn: stopped: the same command goes on from here" in process.communicate()[1]
+    assert process.returncode == 130
+    done = lines.read_bytes().count(b"\n")
+    os.truncate(lines, lines.stat().st_size - 10)
+    run = here(*command, done + 1, "--no-report")
+    assert run.returncode == 0, run.stderr
+    indices = [json.loads(line)["index"] for line in lines.read_text().splitlines()]
+    assert indices == list(range(done + 1))
+    again = here(*command, done + 1)
+    assert again.stderr == ""  # nothing was run
+    assert f" {done + 1}\n" in again.stdout
+
+
+def test_tune(here, tiny_chat_model, tmp_path):
+    sizes = ["--block-size", "half,quarter", "--anchor-size", "block,0", "--samples", 1]
+    tasks = ["--tasks", "niah_single_1", "--results", tmp_path, "--min-retention", 0.5]
+    run = here("tune", "--length", 640, *sizes, *tasks, *SMALL, tiny_chat_model)
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.glob("star-*.jsonl"))) == 4
+    # A random model finds nothing: every setting keeps all of nothing's accuracy, or none.
+    assert "No setting keeps 50% of the baseline's accuracy." in run.stdout
+
+
+BAD_OPTIONS = {
+    "ruler --tasks niah": "--tasks: 'niah' is not one of all, niah_single_1, niah_single_2",
+    "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): it is https://",
+    "ruler --lengths 200": "--lengths 200 is too short for niah_single_1: use",
+    "ruler --lengths long": "'long' is not a number of tokens",
+    "ruler --lengths ,": "name at least one",
+    "ruler --attention dense,sparse": "'sparse' is not one of 'star', 'ring', 'dense'",
+    "ruler --block-size 100": "block size 100 is not a multiple of the page of 32 tokens",
+    "ruler --block-size 64 --anchor-size 128": "anchor size is 128: use 0 to 64",
+    "ruler --anchor-size third": "'third' is not a number of tokens",
+    "ruler --samples 0": "0 is not in the range x>=1",
+    "ruler --data-dir /nothing": "'/nothing' does not exist",
+    "ruler --model /nothing": "--model /nothing: no such folder or file",
+    "infinitebench --data-dir .": "--data-dir . has no file of any task",
+    "infinitebench --tasks passkey": "passkey.jsonl is missing in --data-dir (not given)",
+    "custom --file /nothing": "'/nothing' does not exist",
+    "report /nothing": "'/nothing' does not exist",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options(here, tiny_chat_model, tmp_path, options, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = options.split()
+    if command != "report":
+        rest = [*SMALL, tiny_chat_model, "--results", tmp_path / "results", *rest]
+    run = here("eval", command, *rest)
+    *left_out, last = run.stderr.splitlines()
+    assert last.startswith("star-attn: error: ")
+    assert BAD_OPTIONS[options] in last
+    assert all(" is left out: " in line for line in left_out)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert not (tmp_path / "results").exists()
+
+
+def test_dense_under_mpirun(tiny_chat_model):
+    """The line that says so comes before anything is loaded."""
+    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    run = star_attn("eval", "ruler", *SMALL, tiny_chat_model, env=environment)
+    check_refusal(run, "--attention dense runs on one rank, but mpirun started 2")

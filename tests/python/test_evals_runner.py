@@ -1,0 +1,303 @@
+"""Running samples, the results folder, and what reports and plots make of made-up results."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from star_attention import LLM, StarConfig, UserError
+from star_attention.evals import custom, plots, ruler, tune
+from star_attention.evals import report as comparison
+from star_attention.evals.prompts import PromptTokenizer
+from star_attention.evals.results import load_results, open_results
+from star_attention.evals.runner import Method, Run, evaluate
+from star_attention.evals.sample import Task
+
+CONFIGURATION = {
+    "benchmark": "ruler",
+    "model": "tiny",
+    "template": "auto",
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 42,
+    "data": "text",
+    "ranks": 1,
+    "attention": "dense",
+    "block_size": None,
+    "anchor_size": None,
+}
+STAR = {"attention": "star", "block_size": "quarter", "anchor_size": "block"}
+
+
+def configuration(**changes):
+    return {**CONFIGURATION, **changes}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_chat_model):
+    return LLM(tiny_chat_model, StarConfig(tokens_per_block=32), template="none")
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_chat_model):
+    return PromptTokenizer(tiny_chat_model)
+
+
+def run_of(folder, task, method, samples=3):
+    results = open_results(folder, configuration(**vars(method)))
+    return Run(results, [task], samples, lambda n: method.config(n, "broadcast", 32))
+
+
+def recorded(llm, prompts, run):
+    """Evaluates and returns the new records."""
+    new = []
+    evaluate(llm, prompts, [run], lambda run, task, record: new.append(record))
+    return new
+
+
+@pytest.fixture
+def short_task(prompts):
+    """RULER's retrieval with short answers."""
+    task = ruler.load_task("niah_single_1", prompts, 640, 1, None)
+    return Task(task.name, task.length, 6, task.score, task.sample)
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "sizes"),
+    [
+        (Method("star", "quarter", "block"), 4096, (1024, 1024)),
+        (Method("star", "half", "quarter"), 4096, (2048, 512)),
+        (Method("star", "quarter", "eighth"), 1000, (256, 32)),
+        (Method("star", "128", "page"), 4096, (128, 32)),
+        (Method("star", "whole", "0"), 1000, (1024, 0)),
+        (Method("dense"), 4096, (None, None)),
+    ],
+)
+def test_sizes(method, length, sizes):
+    config = method.config(length, "broadcast", 32)
+    assert (config.block_size, config.anchor_size) == sizes
+
+
+def test_one_block_is_dense(llm, prompts, short_task, tmp_path):
+    """Sample by sample."""
+    dense = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
+    star = recorded(llm, prompts, run_of(tmp_path, short_task, Method("star", "whole", "0")))
+    other = recorded(llm, prompts, run_of(tmp_path, short_task, Method("star", "quarter", "0")))
+    assert [r["pred"] for r in star] == [r["pred"] for r in dense]
+    assert [r["score"] for r in star] == [r["score"] for r in dense]
+    assert [r["pred"] for r in other] != [r["pred"] for r in dense]
+    assert other[0]["block_size"] == 160
+    assert other[0]["context_tokens"] == len(
+        prompts.context_tokens(prompts.context(short_task.sample(0)))
+    )
+    assert 0 < other[0]["context_seconds"] < other[0]["seconds"]
+
+
+def test_resume(llm, prompts, short_task, tmp_path):
+    """What is finished is not run again, in whatever way the run before ended."""
+    whole = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
+    path = tmp_path / "dense.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    failed = json.dumps({"task": "niah_single_1", "length": 640, "index": 1, "error": "no memory"})
+    path.write_bytes(lines[0] + failed.encode() + b"\n" + lines[2][:40])
+    again = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
+    assert [record["index"] for record in again] == [1, 2]
+    assert [record["pred"] for record in again] == [record["pred"] for record in whole[1:]]
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 1, 2]
+    assert recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense"))) == []
+    (more,) = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense"), samples=4))
+    assert more["index"] == 3
+    scores = json.loads(path.with_suffix(".json").read_text())["scores"]
+    assert [(score["samples"], score["failed"]) for score in scores] == [(4, 0)]
+
+
+def test_stopping_keeps_what_is_done(llm, prompts, short_task, tmp_path):
+    def stop(run, task, record):
+        if record["index"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(llm, prompts, [run_of(tmp_path, short_task, Method("dense"))], stop)
+    assert json.loads((tmp_path / "dense.json").read_text())["scores"][0]["samples"] == 2
+    run = run_of(tmp_path, short_task, Method("dense"))
+    assert run.pending(short_task) == [2]
+
+
+def test_a_sample_that_fails(llm, prompts, short_task, tmp_path, monkeypatch):
+    """Its error is recorded, and the run goes on; so for one that cannot be made."""
+    encode = llm.encode
+
+    def failing(text, config):
+        if short_task.sample(0).outputs[0] in text:
+            raise MemoryError("needs 80 GiB")
+        return encode(text, config)
+
+    def sample(index):
+        if index == 1:
+            raise UserError("no such text")
+        return short_task.sample(index)
+
+    monkeypatch.setattr(llm, "encode", failing)
+    task = Task(short_task.name, short_task.length, 4, short_task.score, sample)
+    records = {
+        r["index"]: r for r in recorded(llm, prompts, run_of(tmp_path, task, Method("dense")))
+    }
+    assert records[0]["error"] == "needs 80 GiB"
+    assert records[1]["error"] == "no such text"
+    assert "pred" in records[2]
+    assert llm.runtime.pool.pages_in_use == 0
+
+
+def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):
+    """A context that several samples share is encoded once; answers are those of one by one."""
+    rows = [
+        {"input_context": text * 20, "input_query": f"Question {i}?", "output": "fox"}
+        for text in ("The quick brown fox. ", "Words. ")
+        for i in range(10)
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = custom.load_task(path, 5)
+    encoded = []
+    encode = llm.encode
+    monkeypatch.setattr(llm, "encode", lambda *args: encoded.append(args) or encode(*args))
+    method = Method("star", "quarter", "block")
+    together = recorded(llm, prompts, run_of(tmp_path / "a", task, method, 20))
+    assert len(encoded) == 4  # 8 and 2 questions of each
+    assert len(together) == 20
+    assert together[3]["input_query"] == "Question 3?"
+    one = Task(task.name, None, 5, task.score, task.sample, [13])
+    (alone,) = recorded(llm, prompts, run_of(tmp_path / "b", one, method))
+    assert alone["pred"] == together[13]["pred"]
+
+
+def test_results_of_another_run_are_not_mixed(tmp_path):
+    open_results(tmp_path, configuration())
+    open_results(tmp_path, configuration(**STAR))
+    with pytest.raises(UserError, match=r"made with seed 42, not 1: use another --results"):
+        open_results(tmp_path, configuration(**STAR, seed=1))
+    with pytest.raises(UserError, match=r"made with ranks 1, not 4: use another --results"):
+        open_results(tmp_path, configuration(**STAR, ranks=4))
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match=r"other\.json is not of star-attn eval"):
+        open_results(tmp_path, configuration())
+
+
+def test_damaged_results(tmp_path):
+    results = open_results(tmp_path, configuration())
+    results.path.write_text('{"task"\n{"task": "vt", "length": 1, "index": 0, "error": "x"}\n')
+    with pytest.raises(UserError, match=r"dense\.jsonl, line 1 is damaged"):
+        load_results(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used: "):
+        open_results(tmp_path / "file", configuration())
+    with pytest.raises(UserError, match="holds no results"):
+        load_results(tmp_path / "empty")
+
+
+def record(task, length, index, score, seconds, **fields):
+    """A made-up line; half of the needles of a score of 0.5 are found."""
+    return {
+        "task": task,
+        "length": length,
+        "index": index,
+        "pred": "a" * (score > 0),
+        "outputs": ["a", "b"] if score == 0.5 else ["a"],
+        "score": score,
+        "depths": [0.05, 1.0][: 1 + (score == 0.5)],
+        "block_size": 1024,
+        "anchor_size": 1024,
+        "context_seconds": seconds / 2,
+        "seconds": seconds,
+        **fields,
+    }
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Dense: vt 1, 0.5, niah 1, 1; star keeps 0.5, 0.25, 1, 1 in half the time; one fails."""
+    dense = open_results(tmp_path, configuration())
+    star = open_results(tmp_path, configuration(**STAR))
+    small = open_results(tmp_path, configuration(**STAR | {"anchor_size": "0"}))
+    for length in (4096, 8192):
+        for task, kept in (("vt", 0.5), ("niah_single_1", 1)):
+            for index, score in enumerate((1.0, 0.5) if task == "vt" else (1.0, 1.0)):
+                dense.append(record(task, length, index, score, 4.0 + index))
+                star.append(record(task, length, index, score * kept, 2.0 + index / 2))
+                sizes = {"anchor_size": 0, "block_size": 1024}
+                small.append(record(task, length, index, 0.0, 1.0, **sizes))
+    dense.append(record("vt", 4096, 2, 1.0, 400.0))  # the others do not have it
+    star.append({"task": "vt", "length": 4096, "index": 2, "error": "no memory"})
+    for results in (dense, star, small):
+        results.write_scores()
+    return tmp_path
+
+
+def test_report_numbers(made_up):
+    rows = comparison.compare(load_results(made_up))
+    assert [(row.length, row.label) for row in rows[:3]] == [
+        (4096, "dense"),
+        (4096, "star quarter/block"),
+        (4096, "star quarter/0"),
+    ]
+    dense, star, small = rows[:3]
+    assert dense.tasks == {"niah_single_1": 100, "vt": 75}
+    assert star.tasks == {"niah_single_1": 100, "vt": 37.5}
+    assert (dense.accuracy, star.accuracy, small.accuracy) == (87.5, 68.75, 0)
+    assert (dense.difference, star.difference, small.difference) == (0, -18.75, -87.5)
+    assert star.retention == pytest.approx(100 * 68.75 / 87.5)
+    assert (dense.seconds, star.seconds, star.speedup) == (4.5, 2.25, 2)
+    assert star.context_seconds == 1.125
+    assert (star.samples, star.failed, dense.failed) == (4, 1, 0)
+    assert comparison.as_json(rows)[1]["retention"] == star.retention
+
+
+def test_report_table(made_up, capsys):
+    found = load_results(made_up)
+    comparison.print_report(found, comparison.compare(found))
+    out = capsys.readouterr().out
+    assert "\n4,096 tokens" in out
+    line = next(line for line in out.splitlines() if "star quarter/block" in line)
+    assert " ".join(line.split()) == ("star quarter/block 68.8 % -18.8 78.6 % 1.12 2.25 2.00 4")
+    assert "star quarter/block: 1 failed, first: no memory" in out
+
+
+def test_report_without_baseline(tmp_path, capsys):
+    star = open_results(tmp_path, configuration(**STAR))
+    star.append(record("vt", None, 0, 0.0, 1.0))
+    ring = open_results(tmp_path, configuration(attention="ring"))
+    ring.append({"task": "vt", "length": None, "index": 0, "error": "no memory"})
+    found = load_results(tmp_path)
+    (row,) = rows = comparison.compare(found)
+    assert (row.accuracy, row.difference, row.retention, row.speedup) == (0, None, None, None)
+    comparison.print_report(found, rows)
+    assert "ring: not compared" in capsys.readouterr().out
+
+
+def test_plots(made_up, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plots")
+    drawn = plots.draw(comparison.compare(load_results(made_up)), folder)
+    assert [path.name for path in drawn] == [
+        "accuracy.png",
+        "retention.png",
+        "depth.png",
+        "ablation.png",
+    ]
+    for path in drawn:
+        pixels = matplotlib.image.imread(path)[..., :3]
+        assert pixels.shape[0] > 200
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert (pixels != 1).any(axis=-1).mean() > 0.01
+
+
+def test_tune(made_up, capsys):
+    rows = [row for row in comparison.compare(load_results(made_up)) if row.length == 4096]
+    stars = rows[1:]
+    assert [row.label for row in tune.frontier(stars)] == ["star quarter/0", "star quarter/block"]
+    assert tune.choose(stars, 0.7).label == "star quarter/block"
+    assert tune.choose(stars, 0.97) is None
+    tune.print_choice(rows, 0.7)
+    assert "--block-size 1024 --anchor-size 1024\n" in capsys.readouterr().out
+    tune.print_choice(rows, 0.97)
+    assert "No setting keeps 97%" in capsys.readouterr().out
