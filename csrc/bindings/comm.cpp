@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "bindings/tensor_view.h"
-#include "comm/device_guard.h"
+#include "common/device_guard.h"
 #include "star_attention/merge.h"
 #include "star_attention/nccl_communicator.h"
 #include "star_attention/peer_merge.h"
@@ -17,23 +17,6 @@ namespace {
 
 namespace py = pybind11;
 using py::arg;
-
-const auto kFloat16 = ScalarType::kFloat16;
-const auto kBFloat16 = ScalarType::kBFloat16;
-const auto kFloat32 = ScalarType::kFloat32;
-const auto kInt32 = ScalarType::kInt32;
-const auto kUInt8 = ScalarType::kUInt8;
-
-DType dtype_of(const TensorView& tensor) {
-  return tensor.type() == kFloat16    ? DType::kFloat16
-         : tensor.type() == kBFloat16 ? DType::kBFloat16
-                                      : DType::kFloat32;
-}
-
-int to_int(int64_t value, const char* argument) {
-  require(value <= std::numeric_limits<int>::max(), argument, value, "less than 2^31");
-  return static_cast<int>(value);
-}
 
 cudaStream_t to_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 

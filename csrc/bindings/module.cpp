@@ -9,6 +9,7 @@
 #include "bindings/comm.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
+#include "common/device_guard.h"
 #include "star_attention/layers.h"
 #include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
@@ -19,38 +20,19 @@ namespace {
 
 namespace py = pybind11;
 
-const auto kFloat16 = ScalarType::kFloat16;
-const auto kBFloat16 = ScalarType::kBFloat16;
-const auto kFloat32 = ScalarType::kFloat32;
-const auto kInt32 = ScalarType::kInt32;
-
-DType dtype_of(const TensorView& tensor) {
-  return tensor.type() == kFloat16    ? DType::kFloat16
-         : tensor.type() == kBFloat16 ? DType::kBFloat16
-                                      : DType::kFloat32;
-}
-
-int to_int(int64_t value, const char* argument) {
-  require(value <= std::numeric_limits<int>::max(), argument, value, "less than 2^31");
-  return static_cast<int>(value);
-}
-
 // Makes the tensors' common device current for the call.
 class DeviceScope {
  public:
-  DeviceScope(const TensorView& first, std::initializer_list<const TensorView*> others) {
-    const int device = first.device();
+  DeviceScope(const TensorView& first, std::initializer_list<const TensorView*> others)
+      : guard_(first.device()) {
     for (const TensorView* tensor : others) {
-      require(tensor->device() == device, "device", tensor->device(),
-              "every tensor on device " + std::to_string(device));
+      require(tensor->device() == first.device(), "device", tensor->device(),
+              "every tensor on device " + std::to_string(first.device()));
     }
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceScope() { cudaSetDevice(previous_); }
 
  private:
-  int previous_ = 0;
+  DeviceGuard guard_;
 };
 
 AttentionKernel kernel_named(const std::string& name) {

@@ -5,8 +5,12 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <vector>
+
+#include "common/check.h"
+#include "star_attention/attention.h"
 
 namespace star_attention {
 
@@ -46,5 +50,23 @@ class TensorView {
   std::vector<int64_t> sizes_, strides_;
   int device_ = -1;
 };
+
+constexpr auto kFloat16 = ScalarType::kFloat16;
+constexpr auto kBFloat16 = ScalarType::kBFloat16;
+constexpr auto kFloat32 = ScalarType::kFloat32;
+constexpr auto kInt32 = ScalarType::kInt32;
+constexpr auto kUInt8 = ScalarType::kUInt8;
+
+// Of a tensor of one of the three floating-point types.
+inline DType dtype_of(const TensorView& tensor) {
+  return tensor.type() == kFloat16    ? DType::kFloat16
+         : tensor.type() == kBFloat16 ? DType::kBFloat16
+                                      : DType::kFloat32;
+}
+
+inline int to_int(int64_t value, const char* argument) {
+  require(value <= std::numeric_limits<int>::max(), argument, value, "less than 2^31");
+  return static_cast<int>(value);
+}
 
 }  // namespace star_attention

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "comm/device_guard.h"
+#include "common/device_guard.h"
 
 namespace star_attention {
 namespace {

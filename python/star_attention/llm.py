@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from star_attention.config import MergePath, ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
-from star_attention.distributed.base import agree
+from star_attention.distributed.base import agree, require_same
 from star_attention.engines.loader import (
     EngineOptions,
     LoadFormat,
@@ -102,6 +103,14 @@ class LLM:
         self.comm = comm or default_communicator()
         self._strict = strict
         options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
+        require_same(
+            self.comm,
+            version=version("star-attention-trt"),
+            model=str(model),
+            template=template,
+            **asdict(options),
+            **asdict(self.config),
+        )
         ranks = star_ranks(self.comm, tp)
         path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
         share_cores(self.comm)
@@ -138,6 +147,7 @@ class LLM:
         """
         config = config or self.config
         config = replace(config, tokens_per_block=self.config.tokens_per_block)
+        require_same(self.comm, **asdict(config))
 
         def tokens() -> np.ndarray:
             if not text.strip():
@@ -182,6 +192,7 @@ class LLM:
     ) -> Iterator[TextPiece]:
         """`ask`, a token at a time. Under mpirun every rank iterates to the end."""
         params = params or SamplingParams()
+        require_same(self.comm, **asdict(params))
         questions = [questions] if isinstance(questions, str) else list(questions)
         token_ids = self._on_rank_0(lambda: [self._question_tokens(text) for text in questions])
         longest = max(map(len, token_ids), default=0)

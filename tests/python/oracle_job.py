@@ -37,6 +37,7 @@ def main() -> None:
     results = {}
     for index, case in enumerate(cases):
         placements = case.pop("kv_placement")
+        runtime.engine.max_step_tokens = case.pop("max_step_tokens", None)
         context = runtime.encode(context_ids, StarConfig(**case))
         for placement in placements:
             context.config = replace(context.config, kv_placement=placement)

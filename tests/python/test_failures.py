@@ -46,6 +46,19 @@ def test_one_rank_fails(tiny_chat_model, kind, moment, rank):
     check_job_ends(kind, moment, rank, tiny_chat_model)
 
 
+def test_ranks_that_differ(tiny_chat_model):
+    code = (
+        "import sys\n"
+        "from star_attention import LLM, StarConfig, UserError\n"
+        "from star_attention.distributed import world_rank\n"
+        "size = 128 * (1 + world_rank())\n"
+        "try: LLM(sys.argv[1], StarConfig(block_size=size))\n"
+        "except UserError as error: print(error)\n"
+    )
+    job = run_job(2, "-c", code, tiny_chat_model, timeout=60)
+    assert job.stdout.count("block_size is 256 on rank 1, but 128 on rank 0") == 2
+
+
 def test_uncaught_exception_in_a_script():
     """A program of the user's own that fails on one rank, while the others wait for it."""
     code = (

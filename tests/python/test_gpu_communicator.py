@@ -26,7 +26,7 @@ class Threads:
 class Host:
     def __init__(self, threads, rank):
         self.rank, self.size, self.traffic = rank, len(threads.values), Traffic()
-        self._threads = threads
+        self._threads, self.world = threads, self
 
     def gather_objects(self, value):
         self._threads.values[self.rank] = value

@@ -100,3 +100,15 @@ def agree(comm: Communicator, action: Callable[[], Any]) -> Any:
         if other is not None:
             raise UserError(other)
     return value
+
+
+def require_same(comm: Communicator, **values: Any) -> None:
+    """Raises UserError, on every rank, if a value is not the same on all of them."""
+    every = comm.gather_objects(values)
+    for name, first in every[0].items():
+        for rank, theirs in enumerate(every):
+            if theirs[name] != first:
+                raise UserError(
+                    f"{name} is {theirs[name]!r} on rank {rank}, but {first!r} on rank 0: "
+                    "start all ranks alike"
+                )

@@ -84,6 +84,7 @@ class ModelEngine(Protocol):
 
     Attributes:
         max_pages: pages that the pool can hold; None: as many as memory allows.
+        max_step_tokens: tokens whose activations fit into memory in one pass; None: any number.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
     """
@@ -91,6 +92,7 @@ class ModelEngine(Protocol):
     config: ModelConfig
     tokens_per_block: int
     max_pages: int | None
+    max_step_tokens: int | None
     wait_seconds: float
 
     @property

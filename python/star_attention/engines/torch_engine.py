@@ -65,6 +65,7 @@ class TorchEngine:
         self._chunk = _CHUNK_ROWS[self._device.type]
         self._rotary = rotary_table(config.rope, config.head_dim, 0, self._device)
         self._pool = self._empty_pool(max_pages or 0)
+        self.max_step_tokens = self._tokens_that_fit() if self._device.type == "cuda" else None
         self._graphs: dict[int, _DecodeGraph | None] = {}  # by sequences; None: seen once
 
     @property
@@ -98,9 +99,15 @@ class TorchEngine:
         else:
             attend = attention_on(attention, self._comm, self._scale, self._device)
             inputs = (token_ids, positions, attention.slot_mapping, logit_rows)
-            logits = self._forward(
-                *(to_device(array, self._device) for array in inputs), attend, on_layer
-            )
+            try:
+                logits = self._forward(
+                    *(to_device(array, self._device) for array in inputs), attend, on_layer
+                )
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(
+                    f"{len(token_ids)} tokens in one pass do not fit beside the KV cache: use more "
+                    f"ranks, smaller blocks or a smaller --kv-cache-gib ({error})"
+                ) from None
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
             self._comm.check()
@@ -217,6 +224,15 @@ class TorchEngine:
             self.tokens_per_block,
             config.head_dim,
         )
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose activations the GPU's free memory holds: x, q and attention's output of all
+        of them, and the MLP's of a chunk, with something to spare for tables and fragments."""
+        part, size = self._part, self._pool.element_size()
+        free = 0.9 * torch.cuda.mem_get_info(self._device)[0]
+        chunk = self._chunk * (part.hidden_size + 3 * part.intermediate_size) * size
+        each = (part.hidden_size + 2 * part.num_q_heads * part.head_dim) * size
+        return max(0, int((free - chunk) // each))
 
     def _reserve_positions(self, positions: int) -> None:
         if positions > self._rotary.shape[0]:

@@ -36,14 +36,33 @@ def scratch_pages(plan: Plan, config: StarConfig, rank: int) -> int:
     return plan.anchor_size // plan.tokens_per_block
 
 
+def longest_pass(plan: Plan, config: StarConfig, rank: int) -> int:
+    """Tokens of a rank that have to go through one pass: its longest block, or, in a ring, all."""
+    own = plan.blocks_of(rank)
+    if config.attention == "ring":
+        return sum(block.tokens for block in own)
+    again = plan.anchor_size if config.anchor_mode == "recompute" else 0
+    longest = max((block.tokens + bool(block.prefix) * again for block in own), default=0)
+    return max(longest, plan.anchor_size) if config.anchor_mode == "local" else longest
+
+
 def context_passes(
-    plan: Plan, config: StarConfig, rank: int, pages: Sequence[int], scratch: Sequence[int]
+    plan: Plan,
+    config: StarConfig,
+    rank: int,
+    pages: Sequence[int],
+    scratch: Sequence[int],
+    max_tokens: int | None = None,
 ) -> list[ContextPass]:
     """The passes of one rank.
+
+    With `local` and `broadcast`, all its blocks take one pass, or several of at most `max_tokens`;
+    the first of them leaves the anchor's KV in `scratch`.
 
     Args:
         pages: hold the rank's own tokens, block after block.
         scratch: `scratch_pages` of them, for the anchor.
+        max_tokens: of a pass, at least `longest_pass`.
 
     Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/architecture.md.
     """
@@ -55,17 +74,26 @@ def context_passes(
 
     page = plan.tokens_per_block
     anchor = scratch if rank else pages[: plan.anchor_size // page]
-    sequences, positions = [], []
+    sequences, starts = [], []
     if scratch and config.anchor_mode == "local":
         sequences.append(Rows(anchor, plan.anchor_size, plan.anchor_size))
-        positions.append(np.arange(plan.anchor_size))
+        starts.append(0)
     for block, block_pages in own:
         seen = [*anchor, *block_pages] if block.prefix else block_pages
         sequences.append(Rows(seen, block.prefix + block.tokens, block.tokens))
-        positions.append(np.arange(block.start, block.end))
-    shares = config.anchor_mode == "broadcast" and any(block.prefix for block in plan.blocks)
-    step = paged_step(sequences, page, shared_pages=anchor if shares else None)
-    return [ContextPass(_concatenate(positions), step)]
+        starts.append(block.start)
+    shared = None
+    if config.anchor_mode == "broadcast" and any(block.prefix for block in plan.blocks):
+        shared = anchor
+    passes = []
+    for part in _parts([rows.count for rows in sequences], max_tokens):
+        positions = [
+            np.arange(start, start + rows.count)
+            for start, rows in zip(starts[part], sequences[part], strict=True)
+        ]
+        step = paged_step(sequences[part], page, shared_pages=None if passes else shared)
+        passes.append(ContextPass(_concatenate(positions), step))
+    return passes
 
 
 def _recompute_pass(
@@ -108,6 +136,17 @@ def _ring_pass(plan: Plan, rank: int, pages: Sequence[int]) -> ContextPass:
         hops=tuple(hops),
     )
     return ContextPass(_concatenate([np.arange(block.start, block.end) for block in own]), step)
+
+
+def _parts(counts: Sequence[int], limit: int | None) -> list[slice]:
+    """Cuts into runs whose sums are at most `limit`, at least one run."""
+    parts, begin, total = [], 0, 0
+    for index, count in enumerate(counts):
+        if limit is not None and index > begin and total + count > limit:
+            parts.append(slice(begin, index))
+            begin, total = index, 0
+        total += count
+    return [*parts, slice(begin, len(counts))]
 
 
 def _pages_by_block(

@@ -16,7 +16,12 @@ from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.pages import PagePool
-from star_attention.runtime.phase1 import context_passes, own_pages, scratch_pages
+from star_attention.runtime.phase1 import (
+    context_passes,
+    longest_pass,
+    own_pages,
+    scratch_pages,
+)
 from star_attention.runtime.phase2 import QuestionBatch
 from star_attention.runtime.sampling import SamplingParams, sample, to_numpy
 
@@ -56,6 +61,8 @@ class EncodedContext:
 
 
 FinishReason = Literal["stop", "length"]
+# How many ranks are tried for what would fit.
+_MOST_RANKS = 256
 _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 
@@ -108,7 +115,9 @@ class Runtime:
         scratch = self.pool.allocate(scratch_pages(plan, config, comm.rank))
         try:
             with self._timed("context", len(token_ids)):
-                passes = context_passes(plan, config, comm.rank, pages, scratch)
+                passes = context_passes(
+                    plan, config, comm.rank, pages, scratch, engine.max_step_tokens
+                )
                 for index, context_pass in enumerate(passes):
                     engine.step(
                         token_ids[context_pass.positions],
@@ -125,30 +134,39 @@ class Runtime:
         return EncodedContext(plan, config, pages, sum(b.tokens for b in blocks), self.pool)
 
     def _check_room(self, plan: Plan, config: StarConfig) -> None:
-        """Raises UserError, on all ranks, with what would fit, if any KV cache is too small."""
-        rooms = [room for room in self.comm.gather_objects(self.pool.room) if room is not None]
-        if not rooms:
-            return
-        page, room = plan.tokens_per_block, min(rooms)
+        """Raises UserError, on all ranks, with what would fit, if the plan does not fit one."""
+        page, engine = plan.tokens_per_block, self.engine
+        limits = self.comm.gather_objects((self.pool.room, engine.max_step_tokens))
+        room, step = (
+            min((limit for limit in each if limit is not None), default=None)
+            for each in zip(*limits, strict=True)
+        )
 
-        def most_pages(plan: Plan) -> int:
-            return max(
-                own_pages(plan, rank) + scratch_pages(plan, config, rank)
-                for rank in range(plan.num_ranks)
-            )
+        def needs(plan: Plan) -> tuple[int, int]:
+            """Tokens of KV cache, and of a pass, of the ranks that need most."""
+            ranks = range(plan.num_ranks)
+            pages = max(own_pages(plan, rank) + scratch_pages(plan, config, rank) for rank in ranks)
+            return pages * page, max(longest_pass(plan, config, rank) for rank in ranks)
 
-        needed = most_pages(plan)
-        if needed <= room:
+        def fits(plan: Plan) -> bool:
+            cached, at_once = needs(plan)
+            return (room is None or cached <= room * page) and (step is None or at_once <= step)
+
+        if fits(plan):
             return
-        advice = f"use a block size of at most {max(room // 2, 1) * page}"
-        for ranks in range(plan.num_ranks + 1, len(plan.blocks) + 1):
-            if most_pages(make_plan(plan.context_len, config, ranks, self.engine.config)) <= room:
+        advice = "use a smaller block size"
+        for ranks in range(plan.num_ranks + 1, _MOST_RANKS + 1):
+            if fits(make_plan(plan.context_len, config, ranks, engine.config)):
                 advice = f"use {ranks} ranks or more"
                 break
-        raise UserError(
-            f"the context needs {needed * page} tokens of KV cache on a rank, there is room for "
-            f"{room * page}: {advice}, or a larger --kv-cache-gib"
-        )
+        cached, at_once = needs(plan)
+        if room is not None and cached > room * page:
+            problem = f"{cached} tokens of KV cache on a rank, there is room for {room * page}"
+            advice += ", or a larger --kv-cache-gib"
+        else:
+            problem = f"{at_once} tokens in one pass, there is memory for {step}"
+            advice += ", or a smaller --kv-cache-gib"
+        raise UserError(f"the context needs {problem}: {advice}")
 
     def logits(self, context: EncodedContext, question: np.ndarray) -> np.ndarray:
         """Logits of every token of a question, int32 [n], behind the context: [n, vocab_size]."""

@@ -1,0 +1,60 @@
+"""Limits of memory, checked before anything runs."""
+
+import numpy as np
+import pytest
+import torch
+
+from star_attention.config import ModelConfig, RopeConfig, StarConfig
+from star_attention.distributed import SingleProcess
+from star_attention.engines.torch_engine import TorchEngine
+from star_attention.errors import UserError
+from star_attention.models.llama import random_weights
+from star_attention.runtime.runtime import Runtime
+
+TINY = ModelConfig(1, 32, 32, 4, 2, 8, 64, 1024, 1e-5, RopeConfig())
+CONTEXT = np.zeros(1000, np.int32)
+CONFIG = StarConfig(block_size=128, tokens_per_block=16)
+
+
+def make_runtime(max_pages, max_step_tokens=None):
+    comm = SingleProcess()
+    weights = random_weights(TINY, torch.float32, torch.device("cpu"))
+    engine = TorchEngine(TINY, weights, comm, 16, max_pages)
+    engine.max_step_tokens = max_step_tokens
+    return Runtime(engine, comm)
+
+
+@pytest.mark.parametrize(
+    ("max_pages", "message"),
+    [
+        # Of two ranks, the second would take 504 tokens and an anchor of 128.
+        (50, r"1008 tokens of KV cache .* room for 800: use 2 ranks or more, or a larger"),
+        (15, r"use a smaller block size, or a larger --kv-cache-gib"),
+    ],
+)
+def test_kv_cache_that_is_too_small(max_pages, message):
+    with pytest.raises(UserError, match=message):
+        make_runtime(max_pages).encode(CONTEXT, CONFIG)
+
+
+def test_no_room_for_questions():
+    runtime = make_runtime(63)
+    context = runtime.encode(CONTEXT, CONFIG)
+    with pytest.raises(UserError, match="room for 0: use more ranks, or a larger --kv-cache-gib"):
+        runtime.questions(context).ask(context.pages, 1000, 1000, [CONTEXT[:20]], 4)
+    context.release()
+    assert runtime.pool.pages_in_use == 0
+
+
+def test_activations_that_do_not_fit():
+    make_runtime(100, 128).encode(CONTEXT, CONFIG)
+    runtime = make_runtime(100, 127)
+    with pytest.raises(
+        UserError, match=r"128 tokens in one pass, .* 127: use a smaller block size"
+    ):
+        runtime.encode(CONTEXT, CONFIG)
+    ring = StarConfig(attention="ring", tokens_per_block=16)
+    with pytest.raises(
+        UserError, match=r"1000 tokens in one pass, .* for 127: use 11 ranks or more"
+    ):
+        runtime.encode(CONTEXT, ring)
