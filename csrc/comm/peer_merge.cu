@@ -2,8 +2,8 @@
 // every peer's memory, polls the slots of all peers at once, and merges what arrived.
 #include <algorithm>
 
-#include "common/device_guard.h"
 #include "common/device.h"
+#include "common/device_guard.h"
 #include "common/numeric.cuh"
 #include "star_attention/peer_merge.h"
 
