@@ -64,16 +64,43 @@ class PagedTables:
         )
 
 
-class PagedAttention:
-    """Attention of a pass over this rank's pages, layer by layer.
+class Attention:
+    """Attention of one pass, layer by layer: a layer's pool is announced by `begin`, then written,
+    `stored` being told how far, then attended to by a call."""
 
-    A layer's pool is announced by `begin`, then written, `stored` being told how far, then attended
-    to. Pages that rank 0 shares travel while the others compute their own: they are received from
+    def __init__(self, comm: Communicator, scale: float, device: torch.device) -> None:
+        self._comm = comm
+        self._scale = scale
+        self._clock = _Clock(device)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the device stood still for other ranks' KV; call it when the pass is done."""
+        return self._clock.seconds()
+
+    def begin(self, pool: torch.Tensor) -> None:
+        """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""
+
+    def stored(self, pool: torch.Tensor, rows: int) -> None:
+        """The first `rows` rows' KV is in the pool."""
+
+    def end(self) -> None:
+        """The last layer is done."""
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
+        raise NotImplementedError
+
+
+class PagedAttention(Attention):
+    """Attention over this rank's pages.
+
+    Pages that rank 0 shares travel while the others compute their own: they are received from
     `begin` on and awaited before attention; rank 0 sends them as soon as they are written, and its
     GPU waits at the `end` only, so that it may run ahead.
 
     Args:
-        shared_pages: `PagedStep.shared_pages` on the device, or None.
+        shared_pages: as in `PagedStep`.
         merge: outputs are merged over the ranks.
     """
 
@@ -85,40 +112,29 @@ class PagedAttention:
         shared_pages: np.ndarray | None = None,
         merge: bool = False,
     ) -> None:
+        super().__init__(comm, scale, tables.kv_lens.device)
         alone = comm.size == 1
         self._tables = tables
-        self._comm = comm
-        self._scale = scale
         self._merge = merge and not alone
         self._shared = None if alone else shared_pages
         self._transfer: _Transfer | None = None
         self._sent: list[_Transfer] = []
-        self._clock = _Clock(tables.kv_lens.device)
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long the device stood still for shared pages; call it when the pass is done."""
-        return self._clock.seconds()
-
-    def end(self) -> None:
-        """The pass is over: what this rank sent may be overwritten from here on."""
-        for transfer in self._sent:
-            transfer.finish()
 
     def begin(self, pool: torch.Tensor) -> None:
-        """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""
         if self._shared is not None and self._comm.rank:
             self._transfer = _Transfer(self._comm, pool, self._shared)
 
     def stored(self, pool: torch.Tensor, rows: int) -> None:
-        """The first `rows` rows' KV is in the pool."""
         if self._shared is None or self._comm.rank or self._transfer:
             return
         if rows >= len(self._shared) * pool.shape[3]:  # rank 0's rows begin with the shared tokens
             self._transfer = _Transfer(self._comm, pool, self._shared)
 
+    def end(self) -> None:
+        for transfer in self._sent:  # the pages may be overwritten from here on
+            transfer.finish()
+
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """q [T, Hq, D] over the pool; [T, Hq, D]."""
         if self._transfer and self._comm.rank == 0 and q.is_cuda:
             self._sent.append(self._transfer)
         elif self._transfer:  # also where it is rank 0's: MPI sends while it is waited for
@@ -135,9 +151,9 @@ class PagedAttention:
         return merged
 
 
-class RingAttention:
-    """A `RingStep` on a device. While this rank attends to one rank's pages, they travel on to the
-    next rank and the previous rank's arrive.
+class RingAttention(Attention):
+    """Attention over every rank's pages. While this rank attends to one rank's, they travel on to
+    the next rank and the previous rank's arrive.
 
     Source: Ring Attention, arXiv 2310.01889, section 3.
     """
@@ -145,8 +161,7 @@ class RingAttention:
     def __init__(
         self, step: RingStep, comm: Communicator, scale: float, device: torch.device
     ) -> None:
-        self._comm = comm
-        self._scale = scale
+        super().__init__(comm, scale, device)
         self._pages = step.pages
         self._hops = [
             (
@@ -155,24 +170,8 @@ class RingAttention:
             )
             for hop in step.hops
         ]
-        self._clock = _Clock(device)
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long the device stood still for pages; call it when the pass is done."""
-        return self._clock.seconds()
-
-    def begin(self, pool: torch.Tensor) -> None:
-        pass
-
-    def stored(self, pool: torch.Tensor, rows: int) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """q [T, Hq, D] over every rank's pages; [T, Hq, D]."""
         comm, stream = self._comm, stream_of(q.device)
         here = select_pages(pool, self._pages)
         o, lse = _partials(q, len(self._hops))
@@ -193,7 +192,7 @@ class RingAttention:
 
 def attention_on(
     step: AttentionStep, comm: Communicator, scale: float, device: torch.device
-) -> PagedAttention | RingAttention:
+) -> Attention:
     """The attention that `step` describes, ready on `device`."""
     if isinstance(step, RingStep):
         return RingAttention(step, comm, scale, device)

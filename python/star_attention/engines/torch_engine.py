@@ -14,9 +14,9 @@ from star_attention.config import ModelConfig
 from star_attention.distributed import Communicator, SingleProcess, Traffic
 from star_attention.engines.base import AttentionStep, PagedStep
 from star_attention.engines.torch_attention import (
+    Attention,
     PagedAttention,
     PagedTables,
-    RingAttention,
     attention_on,
     stream_of,
     to_device,
@@ -126,7 +126,7 @@ class TorchEngine:
         positions: torch.Tensor,
         slots: torch.Tensor,
         logit_rows: torch.Tensor,
-        attend: PagedAttention | RingAttention,
+        attend: Attention,
         on_layer: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         weights = self._weights
