@@ -35,6 +35,9 @@ def make_runtime(max_pages, max_step_tokens=None):
 def test_kv_cache_that_is_too_small(max_pages, message):
     with pytest.raises(UserError, match=message):
         make_runtime(max_pages).encode(CONTEXT, CONFIG)
+    dense = StarConfig(attention="dense", tokens_per_block=16)
+    with pytest.raises(UserError, match="use ring or star over several ranks"):
+        make_runtime(max_pages).encode(CONTEXT, dense)
 
 
 def test_no_room_for_questions():

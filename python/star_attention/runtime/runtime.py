@@ -61,9 +61,9 @@ class EncodedContext:
 
 
 FinishReason = Literal["stop", "length"]
-# How many ranks are tried for what would fit.
-_MOST_RANKS = 256
 _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
+# Up to so many ranks are tried for what would fit.
+_MOST_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,10 @@ class Runtime:
         if fits(plan):
             return
         advice = "use a smaller block size"
-        for ranks in range(plan.num_ranks + 1, _MOST_RANKS + 1):
+        more_ranks = range(plan.num_ranks + 1, _MOST_RANKS + 1)
+        if config.attention == "dense":
+            advice, more_ranks = "use ring or star over several ranks", range(0)
+        for ranks in more_ranks:
             if fits(make_plan(plan.context_len, config, ranks, engine.config)):
                 advice = f"use {ranks} ranks or more"
                 break
