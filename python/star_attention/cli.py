@@ -1,4 +1,4 @@
-"""The command line: `star-attn plan`, `ask` and `info`."""
+"""The command line: `star-attn plan`, `ask`, `export` and `info`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from star_attention.config import (
 from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
 from star_attention.distributed.base import agree
 from star_attention.engines.loader import DTYPES, LOAD_FORMATS, EngineOptions
+from star_attention.engines.onnx_export import EXPORT_DTYPES
 from star_attention.errors import UserError
 from star_attention.models.tokenizer import TEMPLATES
 from star_attention.plan import make_plan
@@ -378,6 +379,29 @@ def _read_text(name: str) -> str:
     if not text.strip():
         raise UserError(f"--context-file {name} is empty: give it some text")
     return text
+
+
+@cli.command()
+@click.option("--model", required=True, help="As for `ask`.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder to write to; in the model's own, weights stay in the safetensors files.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(EXPORT_DTYPES),
+    default=EXPORT_DTYPES[0],
+    show_default=True,
+    help="Of weights and computation; TensorRT before 9 knows no bfloat16.",
+)
+def export(model: str, output_dir: Path, dtype: str) -> None:
+    """Write a model as an ONNX graph with StarAttention nodes, for TensorRT."""
+    from star_attention.engines.onnx_export import export_graph
+    from star_attention.models.checkpoint import find_model
+
+    click.echo(f"Written: {export_graph(find_model(model), output_dir, dtype)}")
 
 
 @cli.command()

@@ -180,6 +180,15 @@ def test_missing_weights(tmp_path, report):
     check_refusal(star_attn("ask", "--model", tmp_path, *ask), "no *.safetensors and no .gguf file")
 
 
+def test_export(tmp_path, tiny_chat_model):
+    run = star_attn("export", "--model", tiny_chat_model, "--output-dir", tmp_path / "graph")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "graph" / "model.onnx").exists()
+    run = star_attn("export", "--model", tiny_chat_model, "--output-dir", "/proc/graph")
+    assert run.returncode == 2
+    assert run.stderr.startswith("star-attn: error: --output-dir /proc/graph cannot be written")
+
+
 def test_random_weights(tmp_path, report, tiny_chat_model):
     folder = tmp_path / "model"
     shutil.copytree(tiny_chat_model, folder)

@@ -1,0 +1,155 @@
+"""The ONNX graph, run by ONNX's reference evaluator, computes what the torch engine does."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
+from star_attention.config import StarConfig
+from star_attention.distributed import SingleProcess
+from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.onnx_export import export_graph
+from star_attention.errors import UserError
+from star_attention.models.llama import rotary_table
+from star_attention.ops import reference
+from star_attention.runtime.runtime import Runtime
+
+PAGE = 8
+STEPS = {}  # by the address that a step's runtime context would have
+
+
+class StarAttention(OpRun):
+    """The plugin's operator on one rank; the runtime context holds pools and what a step adds."""
+
+    op_domain = "star_attention"
+
+    def _run(self, qkv, positions, starts, kv_lens, table, slots, rotary, address, **attributes):
+        pools, causal = STEPS[int(address.view(np.int64)[0])]
+        tensors = [
+            torch.from_numpy(array.copy())
+            for array in (qkv, positions, rotary, slots, table, starts, kv_lens)
+        ]
+        qkv, positions, rotary, slots, table, starts, kv_lens = tensors
+        pool = pools[attributes["layer"]]
+        q = qkv.new_empty(len(qkv), attributes["num_q_heads"], attributes["head_dim"])
+        reference.rope_append(qkv, positions, rotary, pool, slots, q)
+        options = {"scale": attributes["head_dim"] ** -0.5, "max_q_len": 0, "max_kv_len": 0}
+        o, _ = reference.paged_attention(q, pool, table, starts, kv_lens, causal=causal, **options)
+        return (o.flatten(1).numpy(),)
+
+
+class OnnxEngine:
+    """`ModelEngine` over the evaluator."""
+
+    max_pages = max_step_tokens = None
+    wait_seconds = 0.0
+    peak_memory_bytes = 0
+
+    def __init__(self, graph, config):
+        self.config, self.tokens_per_block = config, PAGE
+        self._evaluator = ReferenceEvaluator(str(graph), new_ops=[StarAttention])
+        self._rotary = rotary_table(config.rope, config.head_dim, 512, torch.device("cpu")).numpy()
+        self._pools = None
+
+    def reserve_pages(self, num_pages):
+        config = self.config
+        shape = (config.num_layers, num_pages, 2, config.num_kv_heads, PAGE, config.head_dim)
+        grown = torch.zeros(shape)
+        if self._pools is not None:
+            grown[:, : self._pools.shape[1]] = self._pools
+        self._pools = grown
+
+    def copy_page(self, source, target):
+        self._pools[:, target] = self._pools[:, source]
+
+    def step(self, token_ids, positions, attention, logit_rows, on_layer=None):
+        STEPS[7 << 32] = self._pools, attention.causal
+        feeds = {
+            "input_ids": token_ids,
+            "position_ids": positions,
+            "slot_mapping": attention.slot_mapping,
+            "cu_seqlens_q": attention.cu_seqlens_q,
+            "kv_lens": attention.kv_lens,
+            "page_table": attention.page_table,
+            "rotary": self._rotary,
+            "logit_rows": logit_rows,
+            "runtime_context": np.array([7 << 32]).view(np.int32),
+        }
+        return self._evaluator.run(None, feeds)[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen2", {}),
+    ],
+    ids=["llama3-rope", "tied", "qwen2"],
+)
+def test_same_logits_as_torch(tmp_path, architecture, overrides):
+    save_tiny_model(tmp_path / "model", architecture, **overrides)
+    graph = export_graph(tmp_path / "model", tmp_path / "graph", "float32")
+    onnx.checker.check_model(str(graph))
+    engine = load_engine(tmp_path / "model", SingleProcess(), PAGE, EngineOptions())
+    tokens = np.random.default_rng(6).integers(0, 97, 80).astype(np.int32)
+    context, question, answer = np.split(tokens, [70, 76])
+    logits = []
+    for each in (engine, OnnxEngine(graph, engine.config)):
+        runtime = Runtime(each, SingleProcess())
+        encoded = runtime.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
+        logits.append(forced_logits(runtime, encoded, question, answer))
+    np.testing.assert_allclose(*logits, atol=2e-5)
+
+
+def weights_by_file(graph):
+    files = {}
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                files.setdefault(entry.value, set()).add(tensor.name)
+    return files
+
+
+def check_weights(graph, hf_model):
+    initializers = {tensor.name: tensor for tensor in onnx.load(graph).graph.initializer}
+    for name, parameter in hf_model.state_dict().items():
+        stored = onnx.numpy_helper.to_array(initializers[name])
+        np.testing.assert_array_equal(stored, parameter.to(torch.float16).numpy())
+
+
+def test_weights_stay_where_they_are(tmp_path):
+    hf_model = save_tiny_model(tmp_path, dtype=torch.float16, shards=True)
+    graph = export_graph(tmp_path, tmp_path, "float16")
+    onnx.checker.check_model(str(graph))
+    check_weights(graph, hf_model)
+    files = weights_by_file(graph)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    expected = {}
+    for name, file in index["weight_map"].items():
+        expected.setdefault(file, set()).add(name)
+    assert files == expected
+    assert len(files) > 1
+    assert not (tmp_path / "model.data").exists()
+
+
+def test_other_dtypes_are_converted(tmp_path):
+    hf_model = save_tiny_model(tmp_path / "model")
+    graph = export_graph(tmp_path / "model", tmp_path / "graph", "float16")
+    assert set(weights_by_file(graph)) == {"model.data"}
+    check_weights(graph, hf_model)
+
+
+def test_nothing_is_left_of_a_failure(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \[97, 64\]"):
+        export_graph(tmp_path / "model", tmp_path / "graph", "float32")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "model"] in ([], ["graph"])
+    assert not any((tmp_path / "graph").iterdir())
