@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from star_attention.cli import parse_tokens
 from star_attention.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.engines.loader import EngineOptions, dummy_engine, star_ranks
@@ -58,11 +59,6 @@ PARTS = {
     "transfers (beside the others)": r"nccl",
     "norms, RoPE, SiLU": r".",
 }
-
-
-def tokens(text: str) -> int:
-    units = {"K": 1 << 10, "M": 1 << 20}
-    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
 def token_ids(runtime: Runtime, length: int) -> np.ndarray:
@@ -311,11 +307,13 @@ def plot_first_token(
             style = "--" if method in ("ring", "dense") else "-"
             ax.plot(*zip(*points, strict=True), style, marker="o", label=label)
     longest = max(row["context"] for row in rows)
-    last = max((row for row in rows if row["method"] == "ring"), key=lambda row: row["context"])
-    plan = make_plan(longest, StarConfig(attention="ring"), last["ranks"], shape)
-    seconds = max(cost.flops(shape) for cost in plan.rank_costs) / last["tflops"] / 1e12
-    points = (last["context"], longest), (last["first_token_s"], seconds)
-    ax.plot(*points, ":", color="C3", marker="o", mfc="none", label="ring, by its FLOPs")
+    rings = [row for row in rows if row["method"] == "ring"]
+    if rings:
+        last = max(rings, key=lambda row: row["context"])
+        plan = make_plan(longest, StarConfig(attention="ring"), last["ranks"], shape)
+        seconds = max(cost.flops(shape) for cost in plan.rank_costs) / last["tflops"] / 1e12
+        points = (last["context"], longest), (last["first_token_s"], seconds)
+        ax.plot(*points, ":", color="C3", marker="o", mfc="none", label="ring, by its FLOPs")
     lengths = [1 << power for power in range(16, longest.bit_length())]
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -361,14 +359,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
-    parser.add_argument("--lengths", nargs="+", type=tokens, default=[1 << 16, 1 << 17])
-    parser.add_argument("--block-size", type=tokens, default=1 << 15)
+    parser.add_argument("--lengths", nargs="+", type=parse_tokens, default=[1 << 16, 1 << 17])
+    parser.add_argument("--block-size", type=parse_tokens, default=1 << 15)
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--kv-cache-gib", type=float)
     parser.add_argument("--tp", type=int, default=1, help="processes that share a rank's model")
     parser.add_argument(
-        "--breakdown", type=tokens, help="the length whose phase 1 is taken apart by kernel"
+        "--breakdown", type=parse_tokens, help="the length whose phase 1 is taken apart by kernel"
     )
     parser.add_argument("--merge", choices=("auto", "peer", "nccl"), default="auto")
     parser.add_argument(

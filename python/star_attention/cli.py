@@ -35,20 +35,26 @@ from star_attention.runtime.sampling import SamplingParams
 _STDIN = "STAR_ATTENTION_STDIN"
 
 
-class _Tokens(click.ParamType):
-    """A number of tokens; 32K is 32768, 1M is 1048576."""
+def parse_tokens(text: str) -> int:
+    """A number of tokens; 32K is 32768, 1M is 1048576. Raises ValueError."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    unit = units.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isdecimal():
+        raise ValueError(f"{text!r} is not a number of tokens: use 4096, 32K or 1M")
+    return int(digits) * unit
 
+
+class _Tokens(click.ParamType):
     name = "tokens"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
-        units = {"K": 1 << 10, "M": 1 << 20}
-        unit = units.get(value[-1:].upper(), 1)
-        digits = value[:-1] if unit > 1 else value
-        if not digits.isdecimal():
-            self.fail(f"{value!r} is not a number of tokens: use 4096, 32K or 1M", param, ctx)
-        return int(digits) * unit
+        try:
+            return parse_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 TOKENS = _Tokens()

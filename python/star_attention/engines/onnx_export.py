@@ -74,16 +74,10 @@ class _Graph:
     and return names of values."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -> None:
-        from onnx import TensorProto
-
         self._config = checkpoint.config
         self._weights = _Weights(checkpoint, folder, final, dtype)
         self._folder = folder
-        self._type = {
-            "float16": TensorProto.FLOAT16,
-            "bfloat16": TensorProto.BFLOAT16,
-            "float32": TensorProto.FLOAT,
-        }[dtype]
+        self._type = _ONNX_TYPES[dtype]
         self._nodes: list[onnx.NodeProto] = []
         self._small: list[onnx.TensorProto] = []
 
@@ -132,7 +126,7 @@ class _Graph:
         lm_head = embedding
         if not config.tie_embeddings:
             lm_head = self._weights.add("lm_head.weight", config.vocab_size, None)
-        return self._cast(self._linear(x, lm_head), "FLOAT", "logits")
+        return self._cast(self._linear(x, lm_head), _FLOAT, "logits")
 
     def _layer(self, x: str, index: int, prefix: str) -> str:
         config = self._config
@@ -182,24 +176,22 @@ class _Graph:
 
     def _norm(self, x: str, weight: str) -> str:
         """RMSNorm, in float32 up to the product with the weight."""
-        wide = self._cast(x, "FLOAT")
+        wide = self._cast(x, _FLOAT)
         mean = self._node("ReduceMean", [self._node("Mul", [wide, wide])], axes=[-1], keepdims=1)
         eps = self._constant(np.array(self._config.rms_norm_eps, np.float32))
         root = self._node("Sqrt", [self._node("Add", [mean, eps])])
         normed = self._node("Div", [wide, root])
         name = self._weights.add(weight, None)
-        if self._type != 1:
-            normed = self._node("Cast", [normed], to=self._type)
+        if self._type != _FLOAT:
+            normed = self._cast(normed, self._type)
         return self._node("Mul", [normed, name])
 
     def _linear(self, x: str, weight: str, bias: str | None = None) -> str:
         """x weight^T + bias, weight [out, in] as checkpoints have it."""
         return self._node("Gemm", [x, weight] + ([bias] if bias else []), transB=1)
 
-    def _cast(self, x: str, to: str, name: str | None = None) -> str:
-        from onnx import TensorProto
-
-        return self._node("Cast", [x], name, to=getattr(TensorProto, to))
+    def _cast(self, x: str, to: int, name: str | None = None) -> str:
+        return self._node("Cast", [x], name, to=to)
 
     def _constant(self, value: np.ndarray) -> str:
         from onnx import numpy_helper
@@ -289,7 +281,8 @@ class _Place:
         self.dtype = _SAFETENSORS_TYPES.get(entry["dtype"])
 
 
-_ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # TensorProto.DataType
+_FLOAT = 1  # onnx.TensorProto.FLOAT; onnx itself is imported when a graph is written
+_ONNX_TYPES = {"float32": _FLOAT, "float16": 10, "bfloat16": 16}
 _SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
