@@ -1,6 +1,8 @@
-"""The Python package, and the CUDA kernels (star_attention._C) by CMake where nvcc is found.
+"""The Python package, and by CMake the CUDA kernels (star_attention._C) where nvcc is found and the
+TensorRT plugin (star_attention._trt) where TensorRT's headers are found too.
 
-STAR_ATTENTION_CUDA=0 leaves the kernels out, STAR_ATTENTION_ARCHS chooses the GPU architectures.
+STAR_ATTENTION_CUDA=0 leaves the kernels out, STAR_ATTENTION_ARCHS chooses the GPU architectures,
+TENSORRT_ROOT the TensorRT.
 """
 
 import os
@@ -33,6 +35,7 @@ class CMakeBuild(build_ext):
                 f"-DSTAR_ATTENTION_ARCHS={archs}",
                 f"-DSTAR_ATTENTION_OUTPUT_DIRECTORY={output}",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', '')}",
             ]
         )
         subprocess.check_call(["cmake", "--build", self.build_temp])

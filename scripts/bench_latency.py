@@ -52,6 +52,8 @@ LABELS = {
     "dense": "dense, one GPU (exact)",
 }
 QUESTION_TOKENS = 64
+# Star Attention, arXiv 2411.17116: Llama-3.1-8B with blocks of a quarter up to 128K, and 1M.
+PAPER_SPEED_UPS = {1 << 14: 1.1, 1 << 15: 1.2, 1 << 16: 1.8, 1 << 17: 2.7, 1 << 20: 11}
 # What phase 1 spends its time on, by the names of kernels.
 PARTS = {
     "attention": r"context_attention|context_sm80|query_|merge_lse",
@@ -66,15 +68,15 @@ def token_ids(runtime: Runtime, length: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def star_config(method: str, length: int, block_size: int) -> StarConfig:
+def star_config(method: str, length: int, block_size: int | None) -> StarConfig:
     options: dict[str, Any] = dict(METHODS[method])
     if options.get("attention", "star") == "star":
-        options["block_size"] = min(block_size, length)
+        options["block_size"] = min(block_size or length // 4, length)
     return StarConfig(**options)
 
 
 def measure(
-    runtime: Runtime, method: str, length: int, block_size: int, decode_tokens: int, tp: int
+    runtime: Runtime, method: str, length: int, block_size: int | None, decode_tokens: int, tp: int
 ) -> dict[str, Any] | None:
     """One row of the table; None if the plan does not fit into memory."""
     comm, engine = runtime.comm, runtime.engine
@@ -111,7 +113,9 @@ def measure(
     }
 
 
-def breakdown(runtime: Runtime, method: str, length: int, block_size: int) -> dict[str, float]:
+def breakdown(
+    runtime: Runtime, method: str, length: int, block_size: int | None
+) -> dict[str, float]:
     """Seconds of phase 1 by kind of kernel, of the last rank, once more."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -284,44 +288,61 @@ def plot(results: Path, folder: Path) -> None:
     runs = json.loads(results.read_text())
     runs = [run for run in runs if run["shape"] == runs[0]["shape"]]
     rows = [row for run in runs for row in run["rows"]]
-    gpus = max(row["ranks"] * row["tp"] for row in rows)
-    title = f"{runs[0]['shape']}, bf16, {gpus} x {runs[0]['environment']['gpu']}"
+    shape, most = SHAPES[runs[0]["shape"]], max(row["ranks"] for row in rows)
+    ringed = [row for row in rows if row["ranks"] in (1, most)]
+    gpu = f"{runs[0]['shape']}, bf16, {{}} x {runs[0]['environment']['gpu']}"
     folder.mkdir(parents=True, exist_ok=True)
-    plot_first_token(rows, SHAPES[runs[0]["shape"]], title, folder / "first_token.png")
-    plot_breakdown(rows, title, folder / "phase1.png")
+    plot_first_token(ringed, shape, gpu.format(most), folder / "first_token.png")
+    plot_speed_up(ringed, shape, gpu.format(most), folder / "speed_up.png")
+    plot_scaling(rows, gpu.format(f"1 to {most}"), folder / "scaling.png")
+    plot_breakdown(rows, gpu, folder / "phase1.png")
+
+
+def ring_by_flops(rows: list[dict[str, Any]], shape: ModelConfig) -> dict[int, float]:
+    """Time to first token of ring for the lengths that it was not measured at, from the longest one
+    that it was measured at on: its FLOPs at that one's rate."""
+    rings = [row for row in rows if row["method"] == "ring"]
+    if not rings:
+        return {}
+    last = max(rings, key=lambda row: row["context"])
+    seconds = {}
+    for length in sorted({row["context"] for row in rows}):
+        if length > last["context"]:
+            plan = make_plan(length, StarConfig(attention="ring"), last["ranks"], shape)
+            flops = max(cost.flops(shape) for cost in plan.rank_costs)
+            seconds[length] = flops / last["tflops"] / 1e12
+    return {last["context"]: last["first_token_s"], **seconds} if seconds else {}
+
+
+def first_tokens(rows: list[dict[str, Any]], method: str) -> dict[int, float]:
+    """Seconds to the first token by length."""
+    points = {row["context"]: row["first_token_s"] for row in rows if row["method"] == method}
+    return dict(sorted(points.items()))
 
 
 def plot_first_token(
     rows: list[dict[str, Any]], shape: ModelConfig, title: str, path: Path
 ) -> None:
-    """Time to first token against the length, by method, both logarithmic. Beyond the lengths that
-    ring was measured at, its FLOPs over its last rate."""
+    """Time to first token against the length, by method, both logarithmic."""
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7.5, 4.8))
     for method, label in LABELS.items():
-        points = sorted(
-            (row["context"], row["first_token_s"]) for row in rows if row["method"] == method
-        )
+        points = first_tokens(rows, method)
         if points:
             style = "--" if method in ("ring", "dense") else "-"
-            ax.plot(*zip(*points, strict=True), style, marker="o", label=label)
-    longest = max(row["context"] for row in rows)
-    rings = [row for row in rows if row["method"] == "ring"]
-    if rings:
-        last = max(rings, key=lambda row: row["context"])
-        plan = make_plan(longest, StarConfig(attention="ring"), last["ranks"], shape)
-        seconds = max(cost.flops(shape) for cost in plan.rank_costs) / last["tflops"] / 1e12
-        points = (last["context"], longest), (last["first_token_s"], seconds)
-        ax.plot(*points, ":", color="C3", marker="o", mfc="none", label="ring, by its FLOPs")
-    lengths = [1 << power for power in range(16, longest.bit_length())]
-    ax.set_xscale("log", base=2)
+            ax.plot(*zip(*points.items(), strict=True), style, marker="o", label=label)
+            color = ax.lines[-1].get_color()
+            if method == "ring" and (beyond := ring_by_flops(rows, shape)):
+                points = zip(*beyond.items(), strict=True)
+                ax.plot(
+                    *points, ":", color=color, marker="o", mfc="none", label="ring, by its FLOPs"
+                )
+    length_axis(ax, rows)
     ax.set_yscale("log")
-    ax.set_xticks(lengths, [f"{n >> 20}M" if n >> 20 else f"{n >> 10}K" for n in lengths])
-    seconds = [2, 5, 10, 20, 50, 100, 200]
+    seconds = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]
     ax.set_yticks(seconds, list(map(str, seconds)))
     ax.minorticks_off()
-    ax.set_xlabel("context tokens")
     ax.set_ylabel("time to first token, s")
     ax.set_title(title)
     ax.grid(which="both", alpha=0.3)
@@ -329,13 +350,89 @@ def plot_first_token(
     fig.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def plot_breakdown(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot_speed_up(rows: list[dict[str, Any]], shape: ModelConfig, title: str, path: Path) -> None:
+    """How many times as long ring takes, beside what the paper reports over its ring."""
+    from matplotlib import pyplot as plt
+
+    ring = ring_by_flops(rows, shape) | first_tokens(rows, "ring")
+    if not ring:
+        return
+    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    for method in ("broadcast", "recompute"):
+        times = first_tokens(rows, method)
+        points = {length: ring[length] / times[length] for length in times if length in ring}
+        ax.plot(*zip(*points.items(), strict=True), marker="o", label=LABELS[method])
+    label = "the paper, over its own ring, 8 A100"
+    ax.plot(*zip(*PAPER_SPEED_UPS.items(), strict=True), "k--", marker="x", label=label)
+    length_axis(ax, rows)
+    ax.set_yscale("log")
+    ax.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    ax.minorticks_off()
+    ax.set_ylabel("speed-up over ring")
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def plot_scaling(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Time to first token against ranks, for each length that several numbers of them ran with the
+    same blocks, and what division of the fewest ranks' time would give."""
+    from matplotlib import pyplot as plt
+
+    runs: dict[tuple[int, int], dict[int, float]] = {}
+    for row in rows:
+        if row["method"] == "broadcast":
+            key = row["context"], row["block_size"]
+            runs.setdefault(key, {})[row["ranks"]] = row["first_token_s"]
+    runs = {key: times for key, times in sorted(runs.items()) if len(times) > 1}
+    if not runs:
+        return
+    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    for (length, block), times in runs.items():
+        ranks = sorted(times)
+        line = ax.plot(
+            ranks,
+            [times[n] for n in ranks],
+            "o-",
+            label=f"{tokens(length)}, blocks {tokens(block)}",
+        )[0]
+        ideal = [times[ranks[0]] * ranks[0] / n for n in ranks]
+        ax.plot(ranks, ideal, ":", color=line.get_color())
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    every = sorted({rank for times in runs.values() for rank in times})
+    ax.set_xticks(every, list(map(str, every)))
+    seconds = [1, 2, 5, 10, 20, 50]
+    ax.set_yticks(seconds, list(map(str, seconds)))
+    ax.minorticks_off()
+    ax.set_xlabel("ranks (dotted: ideal)")
+    ax.set_ylabel("time to first token, s")
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def length_axis(ax: Any, rows: list[dict[str, Any]]) -> None:
+    lengths = sorted({row["context"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, list(map(tokens, lengths)))
+    ax.set_xlabel("context tokens")
+
+
+def tokens(count: int) -> str:
+    return f"{count >> 20}M" if count >> 20 else f"{count >> 10}K"
+
+
+def plot_breakdown(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     """Phase 1 of each method by kind of kernel, stacked."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if "breakdown" in row]
     if not rows:
         return
+    title = gpu.format(rows[0]["ranks"])
     fig, ax = plt.subplots(figsize=(7.5, 2.8))
     names = [LABELS[row["method"]] for row in rows]
     left = np.zeros(len(rows))
@@ -346,9 +443,9 @@ def plot_breakdown(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             left += seconds
     ax.plot([row["phase1_s"] for row in rows], names, "k|", ms=18, label="wall time")
     ax.invert_yaxis()
-    ax.set_xlabel(f"s, phase 1 of {rows[0]['context'] >> 10}K tokens on the last rank")
+    ax.set_xlabel(f"s, phase 1 of {tokens(rows[0]['context'])} tokens on the last rank")
     ax.set_title(title)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     fig.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -360,7 +457,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
     parser.add_argument("--lengths", nargs="+", type=parse_tokens, default=[1 << 16, 1 << 17])
-    parser.add_argument("--block-size", type=parse_tokens, default=1 << 15)
+    parser.add_argument(
+        "--block-size",
+        type=lambda text: None if text == "quarter" else parse_tokens(text),
+        default=1 << 15,
+        help="tokens, or quarter: of the context, as in the paper",
+    )
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--kv-cache-gib", type=float)

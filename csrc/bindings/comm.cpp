@@ -8,9 +8,9 @@
 
 #include "bindings/tensor_view.h"
 #include "common/device_guard.h"
-#include "star_attention/merge.h"
 #include "star_attention/nccl_communicator.h"
 #include "star_attention/peer_merge.h"
+#include "star_attention/rank_merge.h"
 
 namespace star_attention {
 namespace {
@@ -80,6 +80,9 @@ class DeviceMemory {
   }
   ~DeviceMemory() { cudaFree(memory_); }
   DeviceMemory(const DeviceMemory&) = delete;
+
+  void* data() const { return memory_; }
+  int64_t bytes() const { return bytes_; }
 
   // Bytes `begin` to `end` as __cuda_array_interface__.
   py::dict array_interface(int64_t begin, int64_t end) const {
@@ -152,34 +155,30 @@ struct Partial {
   TensorView o, lse, out;
 };
 
-// `gathered`: uint8, every rank's o, then every rank's lse.
-void merge_gathered(py::object gathered_, int num_shards, py::object o, py::object lse,
-                    py::object out, int device, uintptr_t stream) {
+PeerMergeParams params_of(const Partial& partial) {
+  PeerMergeParams p{};
+  p.dtype = dtype_of(partial.o);
+  p.out_dtype = dtype_of(partial.out);
+  p.num_tokens = to_int(partial.o.size(0), "o.shape[0]");
+  p.num_heads = to_int(partial.o.size(1), "o.shape[1]");
+  p.head_dim = to_int(partial.o.size(2), "o.shape[2]");
+  p.o = partial.o.data();
+  p.lse = static_cast<const float*>(partial.lse.data());
+  p.out = partial.out.data();
+  return p;
+}
+
+void py_merge_gathered(py::object gathered_, int num_shards, py::object o, py::object lse,
+                       py::object out, int device, uintptr_t stream) {
   const Partial partial(o, lse, out);
   const TensorView gathered("gathered", gathered_);
-  const int64_t o_bytes = partial.o.bytes(), bytes = num_shards * (o_bytes + partial.lse.bytes());
+  const int64_t bytes = num_shards * (partial.o.bytes() + partial.lse.bytes());
   gathered.dtype({kUInt8}).rank(1).contiguous();
   require(gathered.bytes() >= bytes, "gathered.nbytes", gathered.bytes(),
           "at least " + std::to_string(bytes));
   require_device(gathered, "gathered", device);
-
-  MergeLseParams p{};
-  p.dtype = dtype_of(partial.o);
-  p.out_dtype = dtype_of(partial.out);
-  p.num_shards = num_shards;
-  p.num_tokens = to_int(partial.o.size(0), "o.shape[0]");
-  p.num_heads = to_int(partial.o.size(1), "o.shape[1]");
-  p.head_dim = to_int(partial.o.size(2), "o.shape[2]");
-  p.o = gathered.data();
-  p.o_token_stride = partial.o.size(1) * partial.o.size(2);
-  p.o_shard_stride = partial.o.size(0) * p.o_token_stride;
-  p.lse =
-      reinterpret_cast<const float*>(static_cast<char*>(gathered.data()) + num_shards * o_bytes);
-  p.lse_token_stride = partial.o.size(1);
-  p.lse_shard_stride = partial.o.size(0) * p.lse_token_stride;
-  p.out = partial.out.data();
   const DeviceGuard guard(device);
-  merge_lse(p, to_stream(stream));
+  merge_gathered(params_of(partial), gathered.data(), num_shards, to_stream(stream));
 }
 
 NcclId to_nccl_id(const py::bytes& bytes) {
@@ -285,37 +284,29 @@ void bind_peer_merge(py::module_& m) {
             merge.open(opened.data());
           },
           arg("handles"))
-      .def(
-          "max_tokens",
-          [](const PeerMerge& merge, py::object o_) {
-            const TensorView o("o", o_);
-            o.dtype({kFloat16, kBFloat16, kFloat32}).rank(3);
-            return merge.max_tokens(dtype_of(o), to_int(o.size(1), "o.shape[1]"),
-                                    to_int(o.size(2), "o.shape[2]"));
-          },
-          arg("o"))
+      .def("check", py::overload_cast<>(&PeerMerge::check, py::const_));
+}
+
+void bind_rank_merge(py::module_& m) {
+  py::class_<RankMerge>(m, "RankMerge")
+      .def(py::init<const PeerMerge&>(), py::keep_alive<1, 2>(), arg("peers"))
+      .def(py::init([](NcclCommunicator& nccl, const DeviceMemory& workspace) {
+             return RankMerge(nccl, workspace.data(), workspace.bytes());
+           }),
+           py::keep_alive<1, 3>(), arg("nccl"), arg("workspace"))
       .def(
           "merge",
-          [](const PeerMerge& merge, py::object o, py::object lse, py::object out,
+          [](const RankMerge& merge, py::object o, py::object lse, py::object out,
              uintptr_t stream) {
             const Partial partial(o, lse, out);
-            PeerMergeParams p{};
-            p.dtype = dtype_of(partial.o);
-            p.out_dtype = dtype_of(partial.out);
-            p.num_tokens = to_int(partial.o.size(0), "o.shape[0]");
-            p.num_heads = to_int(partial.o.size(1), "o.shape[1]");
-            p.head_dim = to_int(partial.o.size(2), "o.shape[2]");
-            p.o = partial.o.data();
-            p.lse = static_cast<const float*>(partial.lse.data());
-            p.out = partial.out.data();
+            const PeerMergeParams p = params_of(partial);
             check(p);
             require_device(partial.o, "o", merge.device());
             require_device(partial.lse, "lse", merge.device());
             require_device(partial.out, "out", merge.device());
             merge.merge(p, to_stream(stream));
           },
-          arg("o"), arg("lse"), arg("out"), arg("stream"))
-      .def("check", py::overload_cast<>(&PeerMerge::check, py::const_));
+          arg("o"), arg("lse"), arg("out"), arg("stream"));
 }
 
 }  // namespace
@@ -323,7 +314,6 @@ void bind_peer_merge(py::module_& m) {
 void bind_comm(py::module_& m) {
   bind_nccl(m);
   bind_peer_merge(m);
-
   py::class_<Stream>(m, "Stream")
       .def(py::init<int>(), arg("device"))
       .def_property_readonly("handle", &Stream::handle);
@@ -334,11 +324,12 @@ void bind_comm(py::module_& m) {
   py::class_<DeviceMemory>(m, "DeviceMemory")
       .def(py::init<int64_t, int>(), arg("bytes"), arg("device"))
       .def("array_interface", &DeviceMemory::array_interface, arg("begin"), arg("end"));
+  bind_rank_merge(m);
   m.def("device_count", &device_count);
   m.def("device_id", &device_id, arg("device"));
   m.def("copy", &copy, arg("source"), arg("target"), arg("device"), arg("stream"));
-  m.def("merge_gathered", &merge_gathered, arg("gathered"), arg("num_shards"), arg("o"), arg("lse"),
-        arg("out"), arg("device"), arg("stream"));
+  m.def("merge_gathered", &py_merge_gathered, arg("gathered"), arg("num_shards"), arg("o"),
+        arg("lse"), arg("out"), arg("device"), arg("stream"));
 }
 
 }  // namespace star_attention

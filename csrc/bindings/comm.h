@@ -4,8 +4,8 @@
 
 namespace star_attention {
 
-// Communication between ranks: NcclCommunicator, PeerMerge, and what the Python side needs beside
-// them to do without a framework: streams, events, device memory, copies.
+// Communication between ranks: NcclCommunicator, PeerMerge, RankMerge, and what the Python side
+// needs beside them to do without a framework: streams, events, device memory, copies.
 void bind_comm(pybind11::module_& m);
 
 }  // namespace star_attention

@@ -27,6 +27,7 @@ def check_job_ends(kind, moment, rank, model, *options):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
+    assert "failing at" in out, err
     failed = float(out.split("failing at ")[1].split()[0])
     assert time.monotonic() - max(failed, began) < SECONDS
     assert process.returncode not in (0, 2)

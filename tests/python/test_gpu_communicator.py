@@ -62,6 +62,7 @@ def connect(monkeypatch, size, merge, num_gpus=8, broken=None, machines=1, **mis
         PeerMerge=Peers,
         NcclCommunicator=lambda *_arguments: "nccl",
         DeviceMemory=lambda *_arguments: "memory",
+        RankMerge=lambda *_arguments: "merge",
         Stream=lambda _device: None,
         Event=lambda _device: None,
         load_nccl=load_nccl,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import socket
 from pathlib import Path
@@ -43,6 +42,8 @@ class GpuCommunicator:
         shares_gpu: some ranks share a GPU; ranks_here: how many have this one.
         capturable: `merge` works in CUDA graphs.
         merge_path: "peer", "nccl" or "host", how `merge` works.
+        nccl, rank_merge: `_C`'s, what merges by NCCL and by peer memory or NCCL; None where ranks
+            share a GPU, or merge by way of the host.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class GpuCommunicator:
         self._num_gpus = len(set(gpus))
         self.shares_gpu = self._num_gpus < self.size
         self.ranks_here = gpus.count(gpus[self.rank])
-        self._nccl = None
+        self.nccl = None
         if self.size > 1 and not self.shares_gpu:
-            self._nccl = self._connect_nccl()
+            self.nccl = self._connect_nccl()
 
         self._peer, why_not = None, "--merge is nccl"
         if merge != "nccl" or self.size == 1:
@@ -94,13 +95,14 @@ class GpuCommunicator:
                 f"--merge is nccl, but {self.size} ranks share {self._num_gpus} GPUs: "
                 f"use auto or peer, or at most {self._num_gpus} ranks"
             )
-        self.merge_path = "peer" if self._peer else "nccl" if self._nccl else "host"
+        self.merge_path = "peer" if self._peer else "nccl" if self.nccl else "host"
         self.capturable = self.merge_path != "host"
 
         self._workspace = None
         if not self._peer:
             # lse is at most a quarter of o: head_dim 8 in 16 bits.
             self._workspace = _C.DeviceMemory(self.size * merge_capacity * 5 // 4, self.device)
+        self.rank_merge = self._connect_merge()
         self._side_stream = _C.Stream(self.device)
         self._ready = _C.Event(self.device)
 
@@ -108,14 +110,14 @@ class GpuCommunicator:
         """Starts overwriting `buffer` on every rank with the root's, beside what `stream` does
         from here on. Until `wait(stream)` of the result, which makes a stream, not the host, wait
         for it, the buffer belongs to the transfer."""
-        if self._nccl is None:
+        if self.nccl is None:
             self._broadcast_staged(buffer, root, stream)
             return _Done()
         if self.rank == root:
             self.traffic.sent += buffer.nbytes * (self.size - 1)
         else:
             self.traffic.received += buffer.nbytes
-        return self._start(stream, (buffer,), lambda side: self._nccl.broadcast(buffer, root, side))
+        return self._start(stream, (buffer,), lambda side: self.nccl.broadcast(buffer, root, side))
 
     def broadcast(self, buffer: Buffer | DeviceBuffer, root: int = 0, stream: int = 0) -> None:
         """Overwrites `buffer` on every rank with the root's."""
@@ -136,7 +138,7 @@ class GpuCommunicator:
         both in device memory; for the latter as `start_broadcast`."""
         if not _on_device(send):
             return self._host.exchange(send, dest, receive, source)
-        if self._nccl is None:
+        if self.nccl is None:
             arriving = np.empty(receive.nbytes, np.uint8)
             self._host.exchange(self._to_host(send, stream), dest, arriving, source).wait()
             _C.copy(arriving, receive, self.device, stream)
@@ -146,7 +148,7 @@ class GpuCommunicator:
         return self._start(
             stream,
             (send, receive),
-            lambda side: self._nccl.exchange(send, dest, receive, source, side),
+            lambda side: self.nccl.exchange(send, dest, receive, source, side),
         )
 
     def all_gather(
@@ -167,7 +169,7 @@ class GpuCommunicator:
         """
         if self.size == 1:
             return
-        if self._nccl is None:
+        if self.nccl is None:
             raise UserError(
                 f"sums over ranks (--tp) need a GPU for each rank: {self.size} ranks share "
                 f"{self._num_gpus} GPUs"
@@ -175,7 +177,7 @@ class GpuCommunicator:
         moved = 2 * buffer.nbytes * (self.size - 1) // self.size
         self.traffic.sent += moved
         self.traffic.received += moved
-        self._nccl.all_reduce(buffer, stream)
+        self.nccl.all_reduce(buffer, stream)
 
     def merge(self, o: DeviceBuffer, lse: DeviceBuffer, out: DeviceBuffer, stream: int = 0) -> None:
         """Attention over all ranks' keys from each rank's own; the same bits on all ranks.
@@ -195,16 +197,14 @@ class GpuCommunicator:
         tokens = o.shape[0]
         if tokens == 0:
             return
-        bytes_per_token = o.nbytes // tokens
-        most = self._peer.max_tokens(o) if self._peer else self._capacity // bytes_per_token
-        if most == 0:
-            raise ValueError(
-                f"o: got {bytes_per_token} bytes a token, expected at most {self._capacity}, "
-                "merge_capacity"
-            )
-        for first in range(0, tokens, most):
-            part = slice(first, first + most)
-            self._merge(o[part], lse[part], out[part], stream)
+        if self.rank_merge:
+            self.rank_merge.merge(o, lse, out, stream)
+            self._count(o.nbytes + lse.nbytes)
+        else:
+            at_once = max(1, self._capacity * tokens // o.nbytes)
+            for first in range(0, tokens, at_once):
+                part = slice(first, first + at_once)
+                self._merge_staged(o[part], lse[part], out[part], stream)
 
     def check(self) -> None:
         """Call it after waiting for the GPU, before what it computed is used.
@@ -213,7 +213,7 @@ class GpuCommunicator:
             UserError: names the rank that a merge waited for in vain, or tells of NCCL's broken
                 connection. This communicator is of no use from then on.
         """
-        for part in (self._peer, self._nccl):
+        for part in (self._peer, self.nccl):
             try:
                 if part:
                     part.check()
@@ -270,6 +270,11 @@ class GpuCommunicator:
                 return None, f"on rank {rank}, {reason}"
         return peer, ""
 
+    def _connect_merge(self) -> Any:
+        if self._peer:
+            return _C.RankMerge(self._peer)
+        return _C.RankMerge(self.nccl, self._workspace) if self.nccl else None
+
     def _start(self, stream: int, buffers: tuple[DeviceBuffer, ...], transfer: Any) -> _Transfer:
         side = self._side_stream.handle
         self._ready.record(stream)
@@ -279,22 +284,19 @@ class GpuCommunicator:
         done.record(side)
         return _Transfer(done, buffers)
 
-    def _merge(self, o: DeviceBuffer, lse: DeviceBuffer, out: DeviceBuffer, stream: int) -> None:
-        if self._peer:
-            self._count(o.nbytes + lse.nbytes)
-            self._peer.merge(o, lse, out, stream)
-            return
+    def _merge_staged(
+        self, o: DeviceBuffer, lse: DeviceBuffer, out: DeviceBuffer, stream: int
+    ) -> None:
         split, end = self.size * o.nbytes, self.size * (o.nbytes + lse.nbytes)
-        with self._nccl or contextlib.nullcontext():  # one operation
-            self._all_gather(o, _Bytes(self._workspace, 0, split), stream)
-            self._all_gather(lse, _Bytes(self._workspace, split, end), stream)
+        self._all_gather(o, _Bytes(self._workspace, 0, split), stream)
+        self._all_gather(lse, _Bytes(self._workspace, split, end), stream)
         gathered = _Bytes(self._workspace, 0, end)
         _C.merge_gathered(gathered, self.size, o, lse, out, self.device, stream)
 
     def _all_gather(self, buffer: DeviceBuffer, gathered: DeviceBuffer, stream: int) -> None:
-        if self._nccl:
+        if self.nccl:
             self._count(buffer.nbytes)
-            self._nccl.all_gather(buffer, gathered, stream)
+            self.nccl.all_gather(buffer, gathered, stream)
             return
         arrived = np.empty((self.size, buffer.nbytes), np.uint8)
         self._host.all_gather(self._to_host(buffer, stream), arrived)
