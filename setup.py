@@ -2,7 +2,7 @@
 TensorRT plugin (star_attention._trt) where TensorRT's headers are found too.
 
 STAR_ATTENTION_CUDA=0 leaves the kernels out, STAR_ATTENTION_ARCHS chooses the GPU architectures,
-TENSORRT_ROOT the TensorRT.
+TENSORRT_ROOT the TensorRT. STAR_ATTENTION_TESTS=1 builds the C++ tests and examples too, in build/.
 """
 
 import os
@@ -26,7 +26,8 @@ def why_not() -> str | None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        output = Path(self.get_ext_fullpath(extension.name)).parent.resolve()
+        self.output = output = Path(self.get_ext_fullpath(extension.name)).parent.resolve()
+        tests = os.environ.get("STAR_ATTENTION_TESTS") == "1"
         archs = os.environ.get("STAR_ATTENTION_ARCHS", "80;90a")
         subprocess.check_call(
             [
@@ -36,10 +37,17 @@ class CMakeBuild(build_ext):
                 f"-DSTAR_ATTENTION_OUTPUT_DIRECTORY={output}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', '')}",
+                f"-DSTAR_ATTENTION_TESTS_DIRECTORY={Path('build').resolve() if tests else ''}",
             ]
         )
         subprocess.check_call(["cmake", "--build", self.build_temp])
         print(f"star_attention: built the CUDA kernels for {archs}")
+
+    def copy_extensions_to_source(self) -> None:
+        """In an editable installation, the libraries that the module loads lie beside it too."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("star_attention"))
+        for library in self.output.glob("*.so"):
+            shutil.copy2(library, package)
 
 
 if reason := why_not():

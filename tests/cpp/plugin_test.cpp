@@ -1,1 +1,467 @@
-int main(){}
+// StarAttention inside a network of one node, against direct calls of the library: bit for bit.
+//
+//   plugin_test [folder of TensorRT's libraries]
+//
+// Exit status 77: there is no TensorRT.
+#include <cuda_fp16.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "session.h"
+#include "star_attention/paged_attention.h"
+#include "star_attention/rope.h"
+
+namespace star_attention {
+namespace {
+
+constexpr int kQHeads = 4, kKvHeads = 2, kHeadDim = 64, kTokensPerBlock = 64;
+constexpr int kLayer = 1, kLayers = 2, kPages = 8, kPositions = 512;
+constexpr int kMaxTokens = 256, kMaxSeqs = 2, kMaxPages = 4;
+constexpr int kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim, kOutWidth = kQHeads * kHeadDim;
+constexpr size_t kLayerElements = size_t{kPages} * 2 * kKvHeads * kTokensPerBlock * kHeadDim;
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("expected " + what);
+}
+
+// The exception's text.
+std::string expect_failure(const std::function<void()>& function) {
+  try {
+    function();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  throw std::runtime_error("expected an exception");
+}
+
+void expect_text(const std::string& text, const char* part) {
+  expect(text.find(part) != std::string::npos, std::string(part) + " in: " + text);
+  expect(text.find('\n') == std::string::npos, "one line: " + text);
+}
+
+std::vector<std::string> errors;  // that were logged
+
+void keep_errors(const char* level, const std::string& message) {
+  if (level == std::string("error")) errors.push_back(message);
+}
+
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t count) : count_(count) {
+    check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), count * sizeof(T)), "cudaMalloc");
+    check_cuda(cudaMemset(data_, 0, count * sizeof(T)), "cudaMemset");
+  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
+    check_cuda(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyDefault), "copy");
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+
+  T* data() const { return data_; }
+  size_t bytes() const { return count_ * sizeof(T); }
+  std::vector<char> host() const {
+    std::vector<char> bytes(this->bytes());
+    check_cuda(cudaMemcpy(bytes.data(), data_, bytes.size(), cudaMemcpyDefault), "copy");
+    return bytes;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_ = 0;
+};
+
+std::vector<__half> random_halfs(size_t count) {
+  static std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<__half> values(count);
+  for (__half& value : values) value = __float2half(normal(random));
+  return values;
+}
+
+// cos² + sin² need not be 1 for a comparison.
+std::vector<float> random_rotary() {
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<float> values(size_t{kPositions} * kHeadDim);
+  for (float& value : values) value = uniform(random);
+  return values;
+}
+
+// Sequence s owns pages kMaxPages * s and following. Its next tokens go through the step.
+struct Step {
+  Step(const std::vector<int>& q_lens, const std::vector<int>& kv_lens_now)
+      : num_tokens(0), num_seqs(static_cast<int>(q_lens.size())) {
+    std::vector<int> all_positions, all_slots, all_starts = {0}, pages;
+    for (int s = 0; s < num_seqs; ++s) {
+      for (int i = kv_lens_now[s] - q_lens[s]; i < kv_lens_now[s]; ++i) {
+        all_positions.push_back(i);
+        all_slots.push_back(kMaxPages * s * kTokensPerBlock + i);
+      }
+      num_tokens += q_lens[s];
+      all_starts.push_back(num_tokens);
+      for (int p = 0; p < kMaxPages; ++p) pages.push_back(kMaxPages * s + p);
+      max_q_len = std::max(max_q_len, q_lens[s]);
+      max_kv_len = std::max(max_kv_len, kv_lens_now[s]);
+    }
+    qkv.reset(new DeviceArray<__half>(random_halfs(size_t(num_tokens) * kQkvWidth)));
+    positions.reset(new DeviceArray<int>(all_positions));
+    slots.reset(new DeviceArray<int>(all_slots));
+    starts.reset(new DeviceArray<int>(all_starts));
+    kv_lens.reset(new DeviceArray<int>(kv_lens_now));
+    page_table.reset(new DeviceArray<int>(pages));
+  }
+
+  int num_tokens, num_seqs, max_q_len = 0, max_kv_len = 0;
+  std::unique_ptr<DeviceArray<__half>> qkv;
+  std::unique_ptr<DeviceArray<int>> positions, slots, starts, kv_lens, page_table;
+};
+
+Step context_step() { return Step({150, 50}, {150, 50}); }
+Step decode_step() { return Step({1, 1}, {151, 51}); }
+
+// What the plugin should do, by the library.
+class Direct {
+ public:
+  void run(const Step& step, const RankMerge* merge = nullptr) {
+    RopeAppendParams r{};
+    r.dtype = DType::kFloat16;
+    r.num_q_heads = kQHeads;
+    r.num_kv_heads = kKvHeads;
+    r.head_dim = kHeadDim;
+    r.tokens_per_block = kTokensPerBlock;
+    r.qkv = step.qkv->data();
+    r.qkv_stride = kQkvWidth;
+    r.positions = step.positions->data();
+    r.rotary = rotary.data();
+    r.slot_mapping = step.slots->data();
+    r.num_tokens = step.num_tokens;
+    r.q = q_.data();
+    r.kv_pool = kv_pool.data() + kLayer * kLayerElements;
+    rope_append(r, nullptr);
+
+    PagedAttentionParams p{};
+    p.dtype = DType::kFloat16;
+    p.o_dtype = merge ? DType::kFloat32 : DType::kFloat16;
+    p.num_q_heads = kQHeads;
+    p.num_kv_heads = kKvHeads;
+    p.head_dim = kHeadDim;
+    p.tokens_per_block = kTokensPerBlock;
+    p.causal = true;
+    p.scale = 0.125f;
+    p.q = q_.data();
+    p.q_stride = kOutWidth;
+    p.kv_pool = r.kv_pool;
+    p.num_pages = kPages;
+    p.page_table = step.page_table->data();
+    p.page_table_stride = kMaxPages;
+    p.cu_seqlens_q = step.starts->data();
+    p.kv_lens = step.kv_lens->data();
+    p.num_seqs = step.num_seqs;
+    p.num_tokens = step.num_tokens;
+    p.max_q_len = step.max_q_len;
+    p.max_kv_len = step.max_kv_len;
+    p.o = merge ? static_cast<void*>(partials_.data()) : out.data();
+    p.lse = lse_.data();
+    const DeviceArray<char> workspace(paged_attention_workspace(p) + 1);
+    paged_attention(p, workspace.data(), workspace.bytes(), nullptr);
+    if (merge) {
+      PeerMergeParams m{};
+      m.dtype = DType::kFloat32;
+      m.out_dtype = DType::kFloat16;
+      m.num_tokens = step.num_tokens;
+      m.num_heads = kQHeads;
+      m.head_dim = kHeadDim;
+      m.o = partials_.data();
+      m.lse = lse_.data();
+      m.out = out.data();
+      merge->merge(m, nullptr);
+    }
+    check_cuda(cudaDeviceSynchronize(), "direct calls");
+  }
+
+  DeviceArray<float> rotary{random_rotary()};
+  DeviceArray<__half> kv_pool{kLayers * kLayerElements};
+  DeviceArray<__half> out{size_t{kMaxTokens} * kOutWidth};
+
+ private:
+  DeviceArray<__half> q_{size_t{kMaxTokens} * kOutWidth};
+  DeviceArray<float> partials_{size_t{kMaxTokens} * kOutWidth};
+  DeviceArray<float> lse_{size_t{kMaxTokens} * kQHeads};
+};
+
+class Engine {
+ public:
+  explicit Engine(const std::string& file)
+      : session_(file, 0, &keep_errors), execution_(session_, 0) {
+    check_cuda(cudaStreamCreate(&stream_), "cudaStreamCreate");
+    context.kv_pool = kv_pool.data();
+    context.num_layers = kLayers;
+    context.num_pages = kPages;
+    context.tokens_per_block = kTokensPerBlock;
+    context.attending_layers = kLayers;
+    context.workspace = workspace_.data();
+    context.workspace_bytes = static_cast<int64_t>(workspace_.bytes());
+  }
+  ~Engine() { cudaStreamDestroy(stream_); }
+
+  void bind(const Step& step) {
+    const int64_t tokens = step.num_tokens, seqs = step.num_seqs;
+    execution_.set_input("qkv", {tokens, kQkvWidth}, step.qkv->data());
+    execution_.set_input("position_ids", {tokens}, step.positions->data());
+    execution_.set_input("cu_seqlens_q", {seqs + 1}, step.starts->data());
+    execution_.set_input("kv_lens", {seqs}, step.kv_lens->data());
+    execution_.set_input("page_table", {seqs, kMaxPages}, step.page_table->data());
+    execution_.set_input("slot_mapping", {tokens}, step.slots->data());
+    execution_.set_input("rotary", {kPositions, kHeadDim}, rotary_.data());
+    execution_.set_output("out", {tokens, kOutWidth}, out.data());
+    execution_.set_context(context);
+    context.max_q_len = step.max_q_len;
+    context.max_kv_len = step.max_kv_len;
+  }
+  void run(const Step& step) {
+    bind(step);
+    execution_.enqueue(stream_);
+    wait();
+  }
+  void run_graph(const Step& step) {
+    bind(step);
+    const auto graph = execution_.capture(stream_);
+    graph->launch(stream_);
+    wait();
+  }
+
+  Session& session() { return session_; }
+  Execution& execution() { return execution_; }
+
+  StepContext context;
+  DeviceArray<__half> kv_pool{kLayers * kLayerElements};
+  DeviceArray<__half> out{size_t{kMaxTokens} * kOutWidth};
+
+ private:
+  void wait() { check_cuda(cudaStreamSynchronize(stream_), "engine"); }
+
+  Session session_;
+  Execution execution_;
+  DeviceArray<float> rotary_{random_rotary()};
+  DeviceArray<char> workspace_{
+      step_workspace_bytes(kQHeads, kKvHeads, kHeadDim, kMaxTokens, kMaxTokens)};
+  cudaStream_t stream_ = nullptr;
+};
+
+void build(const std::string& file) {
+  using nvinfer1::DataType;
+  using nvinfer1::ITensor;
+  const auto builder = create_builder();
+#if NV_TENSORRT_MAJOR >= 9
+  constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED;
+#else
+  constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH;
+#endif
+  const std::unique_ptr<nvinfer1::INetworkDefinition> network(
+      builder->createNetworkV2(1U << static_cast<int>(kFlag)));
+  const std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
+  nvinfer1::IOptimizationProfile& profile = *builder->createOptimizationProfile();
+
+  std::vector<ITensor*> inputs;
+  const auto add = [&](const char* name, DataType type, const Shape& least, const Shape& most) {
+    Shape shape = least;
+    for (size_t i = 0; i < shape.size(); ++i) {
+      if (least[i] != most[i]) shape[i] = -1;
+    }
+    inputs.push_back(network->addInput(name, type, to_dims(shape)));
+    if (least == most) return;
+    profile.setDimensions(name, nvinfer1::OptProfileSelector::kMIN, to_dims(least));
+    profile.setDimensions(name, nvinfer1::OptProfileSelector::kOPT, to_dims(most));
+    profile.setDimensions(name, nvinfer1::OptProfileSelector::kMAX, to_dims(most));
+  };
+  add("qkv", DataType::kHALF, {1, kQkvWidth}, {kMaxTokens, kQkvWidth});
+  add("position_ids", DataType::kINT32, {1}, {kMaxTokens});
+  add("cu_seqlens_q", DataType::kINT32, {2}, {kMaxSeqs + 1});
+  add("kv_lens", DataType::kINT32, {1}, {kMaxSeqs});
+  add("page_table", DataType::kINT32, {1, 1}, {kMaxSeqs, kMaxPages});
+  add("slot_mapping", DataType::kINT32, {1}, {kMaxTokens});
+  add("rotary", DataType::kFLOAT, {1, kHeadDim}, {kPositions, kHeadDim});
+  add("runtime_context", DataType::kINT32, {2}, {2});
+
+  const int32_t values[] = {kLayer, kQHeads, kKvHeads, kHeadDim};
+  constexpr auto kInt = nvinfer1::PluginFieldType::kINT32;
+  const nvinfer1::PluginField fields[] = {{"layer", &values[0], kInt, 1},
+                                          {"num_q_heads", &values[1], kInt, 1},
+                                          {"num_kv_heads", &values[2], kInt, 1},
+                                          {"head_dim", &values[3], kInt, 1}};
+  const nvinfer1::PluginFieldCollection collection{4, fields};
+  auto* creator = builder->getPluginRegistry().getPluginCreator("StarAttention", "1", "");
+  expect(creator != nullptr, "the plugin's creator in the builder's registry");
+  nvinfer1::IPluginV2* plugin = creator->createPlugin("attention", &collection);
+  expect(plugin != nullptr, "a plugin");
+  nvinfer1::IPluginV2Layer* layer =
+      network->addPluginV2(inputs.data(), static_cast<int32_t>(inputs.size()), *plugin);
+  expect(layer != nullptr, "a plugin layer");
+  plugin->destroy();  // the network has a copy
+  ITensor& out = *layer->getOutput(0);
+  out.setName("out");
+  network->markOutput(out);
+#if NV_TENSORRT_MAJOR < 9
+  out.setType(DataType::kHALF);
+  config->setFlag(nvinfer1::BuilderFlag::kFP16);
+#endif
+  config->setTacticSources(0);
+  config->addOptimizationProfile(&profile);
+  const std::unique_ptr<nvinfer1::IHostMemory> engine(
+      builder->buildSerializedNetwork(*network, *config));
+  expect(engine != nullptr, "an engine: " + Logger::instance().take_error());
+  std::ofstream(file, std::ios::binary)
+      .write(static_cast<const char*>(engine->data()),
+             static_cast<std::streamsize>(engine->size()));
+}
+
+void expect_equal(const Engine& engine, const Direct& direct) {
+  expect(engine.out.host() == direct.out.host(), "the library's output");
+  expect(engine.kv_pool.host() == direct.kv_pool.host(), "the library's KV");
+}
+
+void test_context_and_decode(Engine& engine) {
+  Direct direct;
+  for (const Step& step : {context_step(), decode_step()}) {
+    direct.run(step);
+    engine.run(step);
+    expect_equal(engine, direct);
+  }
+}
+
+void test_graph(Engine& engine) {
+  Direct direct;
+  direct.run(context_step());
+  const Step step = decode_step();
+  engine.run(step);  // prepares the shapes
+  direct.run(step);
+  check_cuda(cudaMemcpy(engine.kv_pool.data(), direct.kv_pool.data(), direct.kv_pool.bytes(),
+                        cudaMemcpyDefault),
+             "copy");
+  check_cuda(cudaMemset(engine.out.data(), 0, engine.out.bytes()), "cudaMemset");
+  check_cuda(cudaMemset(direct.out.data(), 0, direct.out.bytes()), "cudaMemset");
+  direct.run(step);
+  engine.run_graph(step);
+  expect_equal(engine, direct);
+}
+
+void test_merge(Engine& engine) {
+  PeerMerge peers(/*rank=*/0, /*size=*/1, /*capacity=*/1 << 20, /*timeout_seconds=*/10, 0);
+  const PeerMerge::Handle handle = peers.handle();
+  peers.open(&handle);
+  const RankMerge merge(peers);
+  engine.context.merge = &merge;
+  Direct direct;
+  const Step step = context_step();
+  direct.run(step, &merge);
+  engine.run(step);
+  expect_equal(engine, direct);
+
+  engine.context.workspace_bytes = 256;
+  expect_text(expect_failure([&] { engine.run(step); }), "workspace");
+}
+
+void test_storing_layer(Engine& engine) {
+  engine.context.attending_layers = kLayer;
+  Direct direct;
+  const Step step = context_step();
+  direct.run(step);
+  engine.run(step);
+  expect(engine.kv_pool.host() == direct.kv_pool.host(), "the library's KV");
+  const std::vector<char> out = engine.out.host();
+  expect(out == std::vector<char>(out.size(), 0), "an output that nobody wrote");
+}
+
+void test_wrong_context(Engine& engine) {
+  const Step step = context_step();
+  engine.context.magic ^= 1;
+  errors.clear();
+  expect_text(expect_failure([&] { engine.run(step); }), "runtime_context");
+  expect(!errors.empty(), "a logged line");
+
+  engine.context.magic = StepContext::kMagic;
+  engine.context.num_layers = kLayer;
+  expect_text(expect_failure([&] { engine.run(step); }), "kv_pool");
+}
+
+void test_limits(Engine& engine) {
+  const auto set = [&](int64_t tokens) {
+    engine.execution().set_input("position_ids", {tokens}, engine.out.data());
+  };
+  const std::string text = expect_failure([&] { set(kMaxTokens + 1); });
+  expect_text(text, "position_ids");
+  expect_text(text, "[257]");
+  expect_text(text, "[256]");
+  expect_text(expect_failure([&] { engine.session().tensor("x"); }), "no tensor x");
+  expect_text(expect_failure([&] { Execution(engine.session(), 7); }), "profile");
+}
+
+void test_bad_engines(const std::string& file) {
+  std::ifstream input(file, std::ios::binary);
+  const std::string whole{std::istreambuf_iterator<char>(input), {}};
+  const std::string bad = file + ".bad";
+  for (const std::string& content :
+       {std::string(), std::string("not an engine"), whole.substr(0, whole.size() / 2)}) {
+    std::ofstream(bad, std::ios::binary) << content;
+    expect_text(expect_failure([&] { Session(bad, 0, &keep_errors); }), bad.c_str());
+  }
+  std::remove(bad.c_str());
+  expect_text(expect_failure([&] { Session(bad, 0, &keep_errors); }), "No such file");
+}
+
+bool passes(const char* name, const std::function<void()>& test) {
+  try {
+    test();
+    std::printf("%s: ok\n", name);
+    return true;
+  } catch (const std::exception& error) {
+    std::printf("%s: FAILED: %s\n", name, error.what());
+    return false;
+  }
+}
+
+int run(const std::string& folder) {
+  if (!passes("TensorRT", [&] { load_tensorrt(folder); })) return 77;
+  std::printf("TensorRT %s, compiled with %s\n", tensorrt_version().c_str(),
+              compiled_version().c_str());
+  const LogScope scope(&keep_errors);
+  const std::string file = "/tmp/plugin_test." + std::to_string(getpid()) + ".plan";
+  bool ok = passes("build", [&] { build(file); });
+  const auto with_engine = [&](const char* name, const std::function<void(Engine&)>& test) {
+    ok &= passes(name, [&] {
+      Engine engine(file);
+      test(engine);
+    });
+  };
+  if (ok) {
+    with_engine("context and decode", test_context_and_decode);
+    with_engine("CUDA graph", test_graph);
+    with_engine("merge", test_merge);
+    with_engine("layer that stores only", test_storing_layer);
+    with_engine("wrong context", test_wrong_context);
+    with_engine("limits", test_limits);
+    ok &= passes("bad engines", [&] { test_bad_engines(file); });
+  }
+  std::remove(file.c_str());
+  return ok ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace star_attention
+
+int main(int argc, char** argv) {
+  std::setbuf(stdout, nullptr);
+  return star_attention::run(argc > 1 ? argv[1] : "");
+}

@@ -1,0 +1,310 @@
+// star_attention._trt: engines built and run. Streams are integers, tensors those of TensorView.
+// Errors of arguments become ValueError, those of TensorRT and CUDA RuntimeError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <tuple>
+
+#include "bindings/tensor_view.h"
+#include "builder.h"
+#include "common/check.h"
+#include "common/device_guard.h"
+#include "session.h"
+
+namespace star_attention {
+namespace {
+
+namespace py = pybind11;
+using py::arg;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+cudaStream_t to_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// Calls Python's `function`, from threads that do not hold the interpreter's lock.
+Log to_log(py::function function) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](auto* f) {
+    const py::gil_scoped_acquire acquire;
+    delete f;
+  });
+  return [held](const char* level, const std::string& message) {
+    const py::gil_scoped_acquire acquire;
+    // Bytes that are no UTF-8 become "?": TensorRT promises none.
+    const auto text = py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(message.data(), static_cast<Py_ssize_t>(message.size()), "replace"));
+    (*held)(level, text);
+  };
+}
+
+const char* name_of(nvinfer1::DataType type) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT:
+      return "float32";
+    case nvinfer1::DataType::kHALF:
+      return "float16";
+#if NV_TENSORRT_MAJOR >= 9
+    case nvinfer1::DataType::kBF16:
+      return "bfloat16";
+#endif
+    case nvinfer1::DataType::kINT32:
+      return "int32";
+    default:
+      return "another type";
+  }
+}
+
+ScalarType scalar_type(nvinfer1::DataType type) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT:
+      return kFloat32;
+    case nvinfer1::DataType::kHALF:
+      return kFloat16;
+#if NV_TENSORRT_MAJOR >= 9
+    case nvinfer1::DataType::kBF16:
+      return kBFloat16;
+#endif
+    case nvinfer1::DataType::kINT32:
+      return kInt32;
+    default:
+      return ScalarType::kOther;
+  }
+}
+
+// A StepContext together with the Python objects that it points into.
+class PyStepContext {
+ public:
+  StepContext context;
+
+  py::object kv_pool() const { return kv_pool_; }
+  void set_kv_pool(py::object tensor) {
+    const TensorView view("kv_pool", tensor);
+    view.rank(6).shape({-1, -1, 2, -1, -1, -1}).contiguous().device();
+    context.kv_pool = view.data();
+    context.num_layers = to_int(view.size(0), "kv_pool.shape[0]");
+    context.num_pages = view.size(1);
+    context.tokens_per_block = to_int(view.size(4), "kv_pool.shape[4]");
+    kv_pool_ = std::move(tensor);
+  }
+
+  py::object merge() const { return merge_; }
+  void set_merge(py::object merge) {
+    context.merge = merge.is_none() ? nullptr : merge.cast<const RankMerge*>();
+    merge_ = std::move(merge);
+  }
+
+  py::object shared_pages() const { return shared_pages_; }
+  void set_shared_pages(py::object pages) {
+    context.shared_pages = pages.is_none() ? nullptr : pages.cast<SharedPages*>();
+    shared_pages_ = std::move(pages);
+  }
+
+  py::object workspace() const { return workspace_; }
+  void set_workspace(py::object tensor) {
+    if (tensor.is_none()) {
+      context.workspace = nullptr;
+      context.workspace_bytes = 0;
+    } else {
+      const TensorView view("workspace", tensor);
+      view.contiguous().device();
+      context.workspace = view.data();
+      context.workspace_bytes = view.bytes();
+    }
+    workspace_ = std::move(tensor);
+  }
+
+ private:
+  py::object kv_pool_, merge_ = py::none(), shared_pages_ = py::none(), workspace_ = py::none();
+};
+
+// An Execution together with what is bound to it.
+class PyExecution {
+ public:
+  PyExecution(Session& session, int profile) : session_(session), execution_(session, profile) {}
+
+  void bind(const std::string& name, py::object tensor) {
+    const IoTensor& io = session_.tensor(name);
+    const TensorView view(name.c_str(), tensor);
+    const int rank = static_cast<int>(io.shape.size());
+    view.dtype({scalar_type(io.type)}).rank(rank).contiguous();
+    require(view.device() == session_.device(), name.c_str(),
+            "device " + std::to_string(view.device()),
+            "device " + std::to_string(session_.device()) + ", the engine's");
+    Shape shape;
+    for (int i = 0; i < rank; ++i) shape.push_back(view.size(i));
+    if (io.is_input) {
+      execution_.set_input(name, shape, view.data());
+    } else {
+      execution_.set_output(name, shape, view.data());
+    }
+    bound_[name] = std::move(tensor);
+  }
+
+  void bind_context(py::object context) {
+    execution_.set_context(context.cast<PyStepContext&>().context);
+    bound_["runtime_context"] = std::move(context);
+  }
+
+  void enqueue(uintptr_t stream) { execution_.enqueue(to_stream(stream)); }
+  std::unique_ptr<Graph> capture(uintptr_t stream) { return execution_.capture(to_stream(stream)); }
+
+ private:
+  Session& session_;
+  std::map<std::string, py::object> bound_;
+  Execution execution_;
+};
+
+using PyRange = std::tuple<Shape, Shape, Shape>;
+
+Profile to_profile(const std::map<std::string, PyRange>& ranges) {
+  Profile profile;
+  for (const auto& [name, range] : ranges) {
+    profile[name] = {std::get<0>(range), std::get<1>(range), std::get<2>(range)};
+  }
+  return profile;
+}
+
+void build(const std::string& onnx, const std::string& engine,
+           const std::vector<std::map<std::string, PyRange>>& profiles, const std::string& dtype,
+           int optimization_level, const std::string& timing_cache, int64_t workspace_bytes,
+           int workers, py::function log, int device) {
+  BuildOptions options;
+  options.onnx_file = onnx;
+  options.engine_file = engine;
+  for (const auto& ranges : profiles) options.profiles.push_back(to_profile(ranges));
+  options.dtype = dtype;
+  options.optimization_level = optimization_level;
+  options.timing_cache = timing_cache;
+  options.workspace_bytes = workspace_bytes;
+  options.workers = workers;
+  const Log to = to_log(std::move(log));
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(device);
+  build_engine(options, to);
+}
+
+// Of each tensor: name, dtype, whether it is an input, shape, (min, opt, max) of each profile.
+py::list io_of(const Session& session) {
+  py::list io;
+  for (const IoTensor& tensor : session.io()) {
+    std::vector<PyRange> profiles;
+    for (const ShapeRange& range : tensor.profiles) {
+      profiles.emplace_back(range.min, range.opt, range.max);
+    }
+    io.append(
+        py::make_tuple(tensor.name, name_of(tensor.type), tensor.is_input, tensor.shape, profiles));
+  }
+  return io;
+}
+
+void bind_step(py::module_& m) {
+  py::class_<SharedPages>(m, "SharedPages")
+      .def(py::init([](NcclCommunicator& nccl, int rank,
+                       const std::vector<std::pair<int64_t, int64_t>>& runs) {
+             std::vector<SharedPages::Run> converted;
+             for (const auto& [first, count] : runs) converted.push_back({first, count});
+             return std::make_unique<SharedPages>(nccl, rank, std::move(converted));
+           }),
+           arg("nccl"), arg("rank"), arg("runs"), py::keep_alive<1, 2>())
+      .def("wait_seconds", &SharedPages::wait_seconds);
+
+  using Context = PyStepContext;
+  const auto field = [](auto StepContext::* member) {
+    return std::pair(
+        [member](const Context& c) { return c.context.*member; },
+        [member](Context& c, decltype(StepContext{}.*member) value) { c.context.*member = value; });
+  };
+  const auto [causal, set_causal] = field(&StepContext::causal);
+  const auto [max_q_len, set_max_q_len] = field(&StepContext::max_q_len);
+  const auto [max_kv_len, set_max_kv_len] = field(&StepContext::max_kv_len);
+  const auto [layers, set_layers] = field(&StepContext::attending_layers);
+  py::class_<Context>(m, "StepContext")
+      .def(py::init([](py::object kv_pool, bool causal, int max_q_len, int max_kv_len,
+                       int attending_layers, py::object merge, py::object shared_pages,
+                       py::object workspace) {
+             auto made = std::make_unique<Context>();
+             made->set_kv_pool(std::move(kv_pool));
+             made->context.causal = causal;
+             made->context.max_q_len = max_q_len;
+             made->context.max_kv_len = max_kv_len;
+             made->context.attending_layers = attending_layers;
+             made->set_merge(std::move(merge));
+             made->set_shared_pages(std::move(shared_pages));
+             made->set_workspace(std::move(workspace));
+             return made;
+           }),
+           py::kw_only(), arg("kv_pool"), arg("causal"), arg("max_q_len"), arg("max_kv_len"),
+           arg("attending_layers"), arg("merge") = py::none(), arg("shared_pages") = py::none(),
+           arg("workspace") = py::none())
+      // What the input runtime_context holds, for who runs an engine without Execution.
+      .def_property_readonly(
+          "address", [](const Context& c) { return reinterpret_cast<uintptr_t>(&c.context); })
+      .def_property("kv_pool", &Context::kv_pool, &Context::set_kv_pool)
+      .def_property("causal", causal, set_causal)
+      .def_property("max_q_len", max_q_len, set_max_q_len)
+      .def_property("max_kv_len", max_kv_len, set_max_kv_len)
+      .def_property("attending_layers", layers, set_layers)
+      .def_property("merge", &Context::merge, &Context::set_merge)
+      .def_property("shared_pages", &Context::shared_pages, &Context::set_shared_pages)
+      .def_property("workspace", &Context::workspace, &Context::set_workspace);
+
+  m.def(
+      "step_workspace_bytes",
+      [](int num_q_heads, int num_kv_heads, int head_dim, int max_q_len, int max_merge_tokens,
+         int device) {
+        const DeviceGuard guard(device);
+        return step_workspace_bytes(num_q_heads, num_kv_heads, head_dim, max_q_len,
+                                    max_merge_tokens);
+      },
+      py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"), arg("max_q_len"),
+      arg("max_merge_tokens"), arg("device"));
+}
+
+void bind_session(py::module_& m) {
+  py::class_<Graph>(m, "Graph")
+      .def(
+          "launch", [](const Graph& graph, uintptr_t stream) { graph.launch(to_stream(stream)); },
+          arg("stream"), ReleaseGil());
+  py::class_<PyExecution>(m, "Execution")
+      .def("bind", &PyExecution::bind, arg("name"), arg("tensor"))
+      .def("bind_context", &PyExecution::bind_context, arg("context"))
+      .def("enqueue", &PyExecution::enqueue, arg("stream"), ReleaseGil())
+      .def("capture", &PyExecution::capture, arg("stream"), ReleaseGil(), py::keep_alive<0, 1>());
+  py::class_<Session>(m, "Session")
+      .def(py::init([](const std::string& engine_file, int device, py::function log) {
+             Log to = to_log(std::move(log));
+             const py::gil_scoped_release release;
+             return std::make_unique<Session>(engine_file, device, std::move(to));
+           }),
+           arg("engine_file"), arg("device"), arg("log"))
+      .def_property_readonly("io", &io_of)
+      .def_property_readonly("num_profiles", &Session::num_profiles)
+      .def_property_readonly("weight_bytes", &Session::weight_bytes)
+      .def_property_readonly("activation_bytes", &Session::activation_bytes)
+      .def(
+          "execution",
+          [](Session& session, int profile) {
+            return std::make_unique<PyExecution>(session, profile);
+          },
+          arg("profile"), ReleaseGil(), py::keep_alive<0, 1>());
+}
+
+PYBIND11_MODULE(_trt, m) {
+  py::module_::import("star_attention._C");  // has NcclCommunicator and RankMerge
+  m.attr("HEADERS_VERSION") = compiled_version();
+#ifdef STAR_ATTENTION_ONNX_PARSER
+  m.attr("HAS_PARSER") = true;
+#else
+  m.attr("HAS_PARSER") = false;
+#endif
+  m.def("load", &load_tensorrt, arg("folder") = "", ReleaseGil());
+  m.def("version", &tensorrt_version);
+  m.def("build", &build, py::kw_only(), arg("onnx"), arg("engine"), arg("profiles"), arg("dtype"),
+        arg("optimization_level"), arg("timing_cache"), arg("workspace_bytes"), arg("workers"),
+        arg("log"), arg("device") = 0);
+  bind_step(m);
+  bind_session(m);
+}
+
+}  // namespace
+}  // namespace star_attention

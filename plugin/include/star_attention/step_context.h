@@ -1,0 +1,41 @@
+// What the StarAttention nodes of an engine need of a step beside its tensors: where the KV is, and
+// what the ranks exchange. The engine's input `runtime_context`, an int32[2] in host memory, holds
+// its address, low half first; it has to stay there until the step is enqueued.
+//
+// A step captured in a CUDA graph keeps the values of the capture.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "star_attention/rank_merge.h"
+#include "star_attention/shared_pages.h"
+
+namespace star_attention {
+
+struct StepContext {
+  static constexpr uint64_t kMagic = 0x0001'5354'4550'4154;  // a version and a signature
+
+  uint64_t magic = kMagic;
+  void* kv_pool = nullptr;  // [num_layers, num_pages, 2, num_kv_heads, tokens_per_block, head_dim]
+  int num_layers = 0;
+  int64_t num_pages = 0;
+  int tokens_per_block = 128;
+  bool causal = true;
+  int max_q_len = 0;  // of a sequence; with max_kv_len, sizes the kernels' grids
+  int max_kv_len = 0;
+  int attending_layers = 0;  // later layers store their KV only: nobody wants their output
+
+  const RankMerge* merge = nullptr;     // null: this rank's attention is the whole
+  SharedPages* shared_pages = nullptr;  // null: no KV comes from another rank
+
+  void* workspace = nullptr;  // step_workspace_bytes() of device memory
+  int64_t workspace_bytes = 0;
+};
+
+// What StepContext::workspace needs on the current device for all steps with sequences of up to
+// `max_q_len` rows, of which those that are merged over ranks have up to `max_merge_tokens` tokens.
+size_t step_workspace_bytes(int num_q_heads, int num_kv_heads, int head_dim, int max_q_len,
+                            int max_merge_tokens);
+
+}  // namespace star_attention
