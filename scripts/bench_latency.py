@@ -22,6 +22,7 @@ import os
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -135,16 +136,10 @@ def generate(
     """Seconds of the question's pass and of a decode step."""
     times = []
     for _ in range(2):  # the first captures the graph of a step
-        batch = runtime.questions(context)
+        batch = runtime.questions()
         runtime.comm.gather_objects(None)
         begin = time.perf_counter()
-        batch.ask(
-            context.pages,
-            context.kv_len,
-            context.plan.context_len,
-            [question],
-            count,
-        )
+        batch.ask([context], [question], count)
         query = time.perf_counter() - begin
         times = []
         for _ in range(count):
@@ -288,12 +283,13 @@ def plot(results: Path, folder: Path) -> None:
     runs = json.loads(results.read_text())
     runs = [run for run in runs if run["shape"] == runs[0]["shape"]]
     rows = [row for run in runs for row in run["rows"]]
-    shape, most = SHAPES[runs[0]["shape"]], max(row["ranks"] for row in rows)
-    ringed = [row for row in rows if row["ranks"] in (1, most)]
+    shape, counts = SHAPES[runs[0]["shape"]], Counter(row["ranks"] for row in rows)
+    usual, most = max(counts, key=counts.__getitem__), max(counts)
+    of_usual = [row for row in rows if row["ranks"] in (1, usual)]
     gpu = f"{runs[0]['shape']}, bf16, {{}} x {runs[0]['environment']['gpu']}"
     folder.mkdir(parents=True, exist_ok=True)
-    plot_first_token(ringed, shape, gpu.format(most), folder / "first_token.png")
-    plot_speed_up(ringed, shape, gpu.format(most), folder / "speed_up.png")
+    plot_first_token(of_usual, shape, gpu.format(usual), folder / "first_token.png")
+    plot_speed_up(rows, shape, gpu.format(f"1 to {most}"), folder / "speed_up.png")
     plot_scaling(rows, gpu.format(f"1 to {most}"), folder / "scaling.png")
     plot_breakdown(rows, gpu, folder / "phase1.png")
 
@@ -354,24 +350,29 @@ def plot_speed_up(rows: list[dict[str, Any]], shape: ModelConfig, title: str, pa
     """How many times as long ring takes, beside what the paper reports over its ring."""
     from matplotlib import pyplot as plt
 
-    ring = ring_by_flops(rows, shape) | first_tokens(rows, "ring")
-    if not ring:
+    if not first_tokens(rows, "ring"):
         return
-    fig, ax = plt.subplots(figsize=(7.5, 3.6))
-    for method in ("broadcast", "recompute"):
-        times = first_tokens(rows, method)
-        points = {length: ring[length] / times[length] for length in times if length in ring}
-        ax.plot(*zip(*points.items(), strict=True), marker="o", label=LABELS[method])
+    fig, ax = plt.subplots(figsize=(7.5, 4))
+    for method, style in (("broadcast", "-"), ("recompute", ":")):
+        for index, ranks in enumerate(sorted({row["ranks"] for row in rows} - {1})):
+            ours = [row for row in rows if row["ranks"] == ranks]
+            ring = ring_by_flops(ours, shape) | first_tokens(ours, "ring")
+            times = first_tokens(ours, method)
+            points = {length: ring[length] / times[length] for length in times if length in ring}
+            label = f"{LABELS[method]}, {ranks} ranks"
+            color = f"C{index}"
+            points = zip(*points.items(), strict=True)
+            ax.plot(*points, style, color=color, marker="o", label=label)
     label = "the paper, over its own ring, 8 A100"
     ax.plot(*zip(*PAPER_SPEED_UPS.items(), strict=True), "k--", marker="x", label=label)
     length_axis(ax, rows)
     ax.set_yscale("log")
-    ax.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    ax.set_yticks([0.5, 1, 2, 3, 5, 10], ["0.5", "1", "2", "3", "5", "10"])
     ax.minorticks_off()
     ax.set_ylabel("speed-up over ring")
     ax.set_title(title)
     ax.grid(alpha=0.3)
-    ax.legend()
+    ax.legend(fontsize="small")
     fig.savefig(path, dpi=150, bbox_inches="tight")
 
 
