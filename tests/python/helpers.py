@@ -81,10 +81,8 @@ def hf_logits(model, tokens, mask):
 
 def forced_logits(runtime, context, question, answer):
     """Logits of every question and answer token, as if the answer had been generated."""
-    batch = runtime.questions(context)
-    logits = batch.ask(
-        context.pages, context.kv_len, context.plan.context_len, [question], len(answer), True
-    )
+    batch = runtime.questions()
+    logits = batch.ask([context], [question], len(answer), all_rows=True)
     rows = [to_numpy(logits).copy()]
     rows += [to_numpy(batch.step([0], [int(token)])).copy() for token in answer]
     batch.release()

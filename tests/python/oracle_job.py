@@ -18,7 +18,7 @@ import numpy as np
 from helpers import forced_logits
 from star_attention.config import StarConfig
 from star_attention.distributed import default_communicator
-from star_attention.engines.loader import EngineOptions, load_engine, share_cores, star_ranks
+from star_attention.engines.loader import EngineOptions, load_engine, star_ranks
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.runtime import Runtime
 
@@ -29,7 +29,6 @@ def main() -> None:
     context_ids, question, answer = np.split(text, [-2 * num_question, -num_question])
     cases = json.loads(Path(cases).read_text())
     comm = default_communicator()
-    share_cores(comm)
     page = cases[0]["tokens_per_block"]
     options = EngineOptions(**json.loads(options))
     ranks = star_ranks(comm, options.tp)
@@ -37,7 +36,8 @@ def main() -> None:
     results = {}
     for index, case in enumerate(cases):
         placements = case.pop("kv_placement")
-        runtime.engine.max_step_tokens = case.pop("max_step_tokens", None)
+        if "max_step_tokens" in case:
+            runtime.engine.max_step_tokens = case.pop("max_step_tokens")
         context = runtime.encode(context_ids, StarConfig(**case))
         for placement in placements:
             context.config = replace(context.config, kv_placement=placement)

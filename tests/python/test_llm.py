@@ -48,6 +48,17 @@ def test_batch_equals_one_by_one(llm, placement):
     context.release()
 
 
+def test_each_question_over_its_own_context(llm, context):
+    texts = [TEXT.replace("Tomasz", name) for name in ("Agnes", "Peter")]
+    contexts = [context, *map(llm.encode, texts)]
+    params = SamplingParams(max_tokens=12)
+    together = llm.ask(contexts, [QUESTION] * 3, params)
+    assert together == [llm.ask(context, QUESTION, params) for context in contexts]
+    assert ["Peter" in answer.text for answer in together] == [False, False, True]
+    with pytest.raises(UserError, match="2 questions over 3 contexts: use one context, or one for"):
+        llm.ask(contexts, [QUESTION] * 2)
+
+
 def test_seed(llm, context):
     def answer(seed):
         params = SamplingParams(max_tokens=12, temperature=1.5, seed=seed)

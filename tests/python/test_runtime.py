@@ -44,7 +44,7 @@ def test_no_room_for_questions():
     runtime = make_runtime(63)
     context = runtime.encode(CONTEXT, CONFIG)
     with pytest.raises(UserError, match="room for 0: use more ranks, or a larger --kv-cache-gib"):
-        runtime.questions(context).ask(context.pages, 1000, 1000, [CONTEXT[:20]], 4)
+        runtime.questions().ask([context], [CONTEXT[:20]], 4)
     context.release()
     assert runtime.pool.pages_in_use == 0
 

@@ -84,7 +84,10 @@ class ModelEngine(Protocol):
 
     Attributes:
         max_pages: pages that the pool can hold; None: as many as memory allows.
-        max_step_tokens: tokens whose activations fit into memory in one pass; None: any number.
+        max_step_tokens: tokens that one pass can have; None: any number.
+        step_limit: what would allow more, for the user.
+        max_input_len, max_seq_len: tokens of context and question, and with the answer, that it was
+            built for; None: any number.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
     """
@@ -93,6 +96,9 @@ class ModelEngine(Protocol):
     tokens_per_block: int
     max_pages: int | None
     max_step_tokens: int | None
+    step_limit: str
+    max_input_len: int | None
+    max_seq_len: int | None
     wait_seconds: float
 
     @property

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from star_attention.config import MERGE_PATHS, MergePath, ModelConfig
+from star_attention.config import MERGE_PATHS, MergePath, ModelConfig, StarConfig
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
+from star_attention.models.checkpoint import is_engine_folder
 
 if TYPE_CHECKING:
     import torch
@@ -85,10 +86,33 @@ def star_ranks(world: Communicator, tp: int) -> Communicator:
     return world if tp == 1 else world.split(world.rank % tp)
 
 
+def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarConfig:
+    """`config`, completed by what a TensorRT engine was built for, if `path` is one's folder.
+
+    Raises:
+        UserError: the engine allows neither this nor `options`.
+    """
+    if not is_engine_folder(path):
+        return config
+    from star_attention.engines.trt_folder import read_engine_config
+
+    engine = read_engine_config(path)
+    if options.dtype not in (None, engine.dtype):
+        raise UserError(
+            f"--dtype is {options.dtype}, but the engine computes in {engine.dtype}: leave it away"
+        )
+    if options.tp > 1:
+        raise UserError(f"--tp is {options.tp}: TensorRT engines have no tensor parallelism")
+    if options.load_format != "auto":
+        raise UserError(f"--load-format is {options.load_format}: an engine has its weights")
+    return engine.limits.divide(config)
+
+
 def load_engine(
     path: Path, comm: Communicator, tokens_per_block: int, options: EngineOptions
 ) -> ModelEngine:
-    """The torch engine with the weights of `path`. Every process of the job takes part.
+    """The TensorRT engine of the folder `path`, or the torch engine with the weights of `path`.
+    Every process of the job takes part.
 
     Args:
         comm: `star_ranks` of the job.
@@ -97,6 +121,12 @@ def load_engine(
         UserError: on every rank, if the weights cannot be used or a rank lacks the device or its
             memory.
     """
+    if is_engine_folder(path):
+        from star_attention.engines.trt_engine import load_trt_engine
+
+        share = functools.partial(_kv_cache_bytes, kv_cache_gib=options.kv_cache_gib)
+        return load_trt_engine(path, comm, share, options.merge)
+
     from star_attention.models.checkpoint import open_checkpoint
     from star_attention.models.llama import load_weights
 
@@ -141,6 +171,7 @@ def _make_engine(
     dtype = getattr(torch, options.dtype or DTYPES[options.device][0])
     device = torch.device("cpu")
     world = comm.world
+    share_cores(world)
     group = world.split(world.rank // options.tp) if options.tp > 1 else None
     if options.device == "cuda":
         device = _take_gpu(world)
@@ -157,7 +188,7 @@ def _make_engine(
     max_pages = None
     if options.device == "cuda":
         page_bytes = config.shard(options.tp).kv_bytes(tokens_per_block, dtype.itemsize)
-        room = agree(world, lambda: _gpu_bytes(comm, options.kv_cache_gib))
+        room = agree(world, lambda: _kv_cache_bytes(_free_gpu_bytes(comm), options.kv_cache_gib))
         max_pages = min(world.gather_objects(room // page_bytes))
     return TorchEngine(config, weights, comm, tokens_per_block, max_pages, group)
 
@@ -193,11 +224,15 @@ def _on_gpu(comm: Communicator, device: torch.device, merge: MergePath) -> Commu
     return GpuCommunicator(comm, device.index, merge=merge)
 
 
-def _gpu_bytes(comm: Communicator, kv_cache_gib: float | None) -> int:
-    """Memory that the KV cache may take, now that the weights of all ranks are there."""
+def _free_gpu_bytes(comm: Communicator) -> int:
+    """This rank's share of what the weights of all ranks have left of its GPU's memory."""
     import torch
 
-    free = torch.cuda.mem_get_info()[0] // (comm.ranks_here if comm.size > 1 else 1)
+    return torch.cuda.mem_get_info()[0] // (comm.ranks_here if comm.size > 1 else 1)
+
+
+def _kv_cache_bytes(free: int, kv_cache_gib: float | None) -> int:
+    """Memory that the KV cache may take of `free` bytes."""
     if kv_cache_gib is None:
         return int(_KV_CACHE_SHARE * free)
     if kv_cache_gib * 2**30 > free:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from star_attention.config import ModelConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint, open_checkpoint
 
@@ -36,8 +37,44 @@ if TYPE_CHECKING:
 DOMAIN = "star_attention"
 GRAPH, WEIGHTS = "model.onnx", "model.data"
 EXPORT_DTYPES = ("float16", "bfloat16", "float32")
+PLUGIN, PLUGIN_VERSION = "StarAttention", "1"
+# What the plugin takes behind the fused QKV projection.
+PLUGIN_INPUTS = (
+    "position_ids",
+    "cu_seqlens_q",
+    "kv_lens",
+    "page_table",
+    "slot_mapping",
+    "rotary",
+    "runtime_context",
+)
 _OPSET = 17
 _ALIGNMENT = 64  # of weights in the file of their own
+
+
+def graph_inputs(config: ModelConfig) -> dict[str, tuple[str, list[str | int]]]:
+    """Type and dimensions of the graph's inputs."""
+    return {
+        "input_ids": ("int32", ["T"]),
+        "position_ids": ("int32", ["T"]),
+        "slot_mapping": ("int32", ["T"]),
+        "cu_seqlens_q": ("int32", ["S + 1"]),
+        "kv_lens": ("int32", ["S"]),
+        "page_table": ("int32", ["S", "P"]),
+        "logit_rows": ("int32", ["R"]),
+        "runtime_context": ("int32", [2]),
+        "rotary": ("float", ["M", config.head_dim]),
+    }
+
+
+def plugin_fields(config: ModelConfig, layer: int) -> dict[str, int]:
+    """The plugin's attributes."""
+    return {
+        "layer": layer,
+        "num_q_heads": config.num_q_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
 
 
 def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
@@ -48,8 +85,6 @@ def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
     Raises:
         UserError: the model cannot be read, or the folder not be written.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise UserError("export needs onnx: pip install 'star-attention-trt[trt]'")
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype is {dtype!r}: use {', '.join(EXPORT_DTYPES)}")
     checkpoint = open_checkpoint(path)
@@ -58,8 +93,7 @@ def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         folder.mkdir(parents=True, exist_ok=True)
-        graph = _Graph(checkpoint, unfinished, folder, dtype)
-        graph.save()
+        write_graph(checkpoint, unfinished, folder, dtype)
         for file in unfinished.iterdir():
             os.replace(file, folder / file.name)
     except OSError as error:
@@ -67,6 +101,17 @@ def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder / GRAPH
+
+
+def write_graph(checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -> None:
+    """Writes graph and weights into `folder`, to be moved to `final`.
+
+    Raises:
+        UserError: a weight is missing or has another shape than the config asks for.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
+    _Graph(checkpoint, folder, final, dtype).save()
 
 
 class _Graph:
@@ -86,22 +131,10 @@ class _Graph:
         from onnx import TensorProto, helper
 
         logits = self._decoder()
-        inputs = {
-            "input_ids": ["T"],
-            "position_ids": ["T"],
-            "slot_mapping": ["T"],
-            "cu_seqlens_q": ["S + 1"],
-            "kv_lens": ["S"],
-            "page_table": ["S", "P"],
-            "logit_rows": ["R"],
-            "runtime_context": [2],
-        }
         infos = [
-            helper.make_tensor_value_info(name, TensorProto.INT32, shape)
-            for name, shape in inputs.items()
+            helper.make_tensor_value_info(name, getattr(TensorProto, dtype.upper()), dims)
+            for name, (dtype, dims) in graph_inputs(self._config).items()
         ]
-        rotary = ["M", self._config.head_dim]
-        infos.append(helper.make_tensor_value_info("rotary", TensorProto.FLOAT, rotary))
         output = helper.make_tensor_value_info(
             logits, TensorProto.FLOAT, ["R", self._config.vocab_size]
         )
@@ -121,7 +154,6 @@ class _Graph:
         x = self._node("Gather", [embedding, "input_ids"], axis=0)
         for index in range(config.num_layers):
             x = self._layer(x, index, f"model.layers.{index}.")
-        x = self._node("Gather", [x, "logit_rows"], axis=0)
         x = self._norm(x, "model.norm.weight")
         lm_head = embedding
         if not config.tie_embeddings:
@@ -146,6 +178,10 @@ class _Graph:
         normed = self._norm(x, prefix + "input_layernorm.weight")
         qkv = self._linear(normed, fused("weight", (None,)), bias)
         attended = self._attend(qkv, index)
+        if index == config.num_layers - 1:  # from here on nobody wants the other rows
+            x, attended = (
+                self._node("Gather", [rows, "logit_rows"], axis=0) for rows in (x, attended)
+            )
         out = self._weights.add(attention + "o_proj.weight", None, q_rows)
         x = self._node("Add", [x, self._linear(attended, out)])
 
@@ -160,18 +196,13 @@ class _Graph:
         return self._node("Add", [x, self._linear(self._node("Mul", [silu, up]), down)])
 
     def _attend(self, qkv: str, layer: int) -> str:
-        config = self._config
-        tables = ("position_ids", "cu_seqlens_q", "kv_lens", "page_table", "slot_mapping")
         return self._node(
-            "StarAttention",
-            [qkv, *tables, "rotary", "runtime_context"],
+            PLUGIN,
+            [qkv, *PLUGIN_INPUTS],
             domain=DOMAIN,
-            plugin_version="1",
+            plugin_version=PLUGIN_VERSION,
             plugin_namespace="",
-            layer=layer,
-            num_q_heads=config.num_q_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
+            **plugin_fields(self._config, layer),
         )
 
     def _norm(self, x: str, weight: str) -> str:

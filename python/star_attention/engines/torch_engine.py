@@ -44,6 +44,9 @@ class TorchEngine:
             parallelism); `comm` connects this rank with those that have the same part.
     """
 
+    step_limit = "a smaller --kv-cache-gib"
+    max_input_len = max_seq_len = None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -195,8 +198,8 @@ class TorchEngine:
         can be a collective call."""
         if self.max_pages is None or not (self._comm.capturable and self._group.capturable):
             return None
-        count = len(attention.slot_mapping)
-        one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count
+        count = len(attention.slot_mapping)  # none, of a rank without blocks, is no decode step
+        one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count > 0
         if not one_token_each or not np.array_equal(logit_rows, np.arange(count)):
             return None
         if count not in self._graphs:

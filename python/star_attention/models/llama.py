@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -79,13 +80,35 @@ def random_weights(
     numbers whatever part of them is asked for."""
 
     def draw(name: str, *shape: int) -> torch.Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype, device=device)
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        weight = torch.randn(shape, generator=generator, dtype=dtype, device=device)
-        return weight.mul_(shape[-1] ** -0.5)
+        return _random_weight(name, shape, dtype, device)
 
     return _assemble(config, draw, dtype, device, part, parts)
+
+
+def random_checkpoint(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    """A checkpoint, on no disk, of the numbers that `random_weights` gives."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, *shape: int) -> torch.Tensor:
+        shapes[name] = shape
+        return torch.empty(shape, device="meta")
+
+    _assemble(config, note, dtype, torch.device("meta"), 0, 1)
+    return Checkpoint(
+        Path("random weights"),
+        config,
+        lambda name: _random_weight(name, shapes[name], dtype, device).cpu(),
+    )
+
+
+def _random_weight(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    weight = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    return weight.mul_(shape[-1] ** -0.5)
 
 
 def _assemble(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from star_attention.errors import UserError
+from star_attention.models.checkpoint import is_engine_folder
 
 Template = Literal["auto", "chat", "none"]
 TEMPLATES: tuple[Template, ...] = ("auto", "chat", "none")
@@ -20,7 +22,7 @@ _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face folder or a GGUF file.
+    """The tokenizer of a Hugging Face folder, a GGUF file, or a TensorRT engine's folder.
 
     With a chat template, context tokens + question tokens are the tokens of the template applied
     to one user turn, the context, a line break and the question, with the generation prompt behind
@@ -146,6 +148,12 @@ class TextStream:
         return piece
 
 
+def save_tokenizer(path: Path, folder: Path) -> None:
+    """Writes the tokenizer of `path` into `folder`. Raises UserError if there is none."""
+    _load(path).save_pretrained(folder)
+
+
+@functools.cache
 def _load(path: Path):
     # Tokenizing forks no process, and transformers' advice is not for the user.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -153,6 +161,8 @@ def _load(path: Path):
     from transformers import AutoTokenizer
 
     try:
+        if is_engine_folder(path):
+            path = path / "tokenizer"
         if path.is_file():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return AutoTokenizer.from_pretrained(path)

@@ -1,9 +1,10 @@
-"""Phase 2, query encoding and token generation, over one encoded context."""
+"""Phase 2, query encoding and token generation, over encoded contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from star_attention.config import KvPlacement
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.engines.base import Logits, ModelEngine
+from star_attention.errors import UserError
 from star_attention.runtime.pages import PagePool, Rows, paged_step
+
+if TYPE_CHECKING:
+    from star_attention.runtime.runtime import EncodedContext
 
 
 @dataclass
@@ -21,11 +26,12 @@ class _Sequence:
     pages: np.ndarray
     kv_len: int
     position: int
+    placement: KvPlacement
     generated: int = 0
 
 
 class QuestionBatch:
-    """Several questions over one encoded context; all ranks step together.
+    """Several questions, each over an encoded context; all ranks step together.
 
     Every rank runs every token through the model and attends to what it caches; the engine merges
     the outputs. The question's KV is kept on the query rank, the last one. A generated token's goes
@@ -34,27 +40,18 @@ class QuestionBatch:
     Source: Star Attention, arXiv 2411.17116, section 2.2.
     """
 
-    def __init__(
-        self,
-        engine: ModelEngine,
-        pool: PagePool,
-        comm: Communicator,
-        placement: KvPlacement,
-    ) -> None:
+    def __init__(self, engine: ModelEngine, pool: PagePool, comm: Communicator) -> None:
         self._engine = engine
         self._pool = pool
         self._comm = comm
         self._rank = comm.rank
         self._num_ranks = comm.size
-        self._placement = placement
         self._allocated: list[int] = []
         self._sequences: list[_Sequence] = []
 
     def ask(
         self,
-        context_pages: Sequence[int],
-        context_kv_len: int,
-        context_len: int,
+        contexts: Sequence[EncodedContext],
         questions: Sequence[np.ndarray],
         max_tokens: int,
         all_rows: bool = False,
@@ -62,9 +59,7 @@ class QuestionBatch:
         """Encodes the questions in one pass.
 
         Args:
-            context_pages: this rank's pages of the context; they stay as they are.
-            context_kv_len: tokens in them.
-            context_len: tokens of the whole context.
+            contexts: of each question; they stay as they are.
             questions: int32 token ids of each.
             max_tokens: room that is kept for each answer.
             all_rows: return the logits of all question tokens, not only the last of each.
@@ -74,17 +69,17 @@ class QuestionBatch:
             the engine's next step.
 
         Raises:
-            UserError: on every rank, if a rank has no room for questions and answers.
+            UserError: on every rank, if a context was released, or a rank has no room for questions
+                and answers.
         """
+        if any(context.released for context in contexts):
+            raise UserError("the context was released: encode the text again")
         here = self._rank == self._num_ranks - 1
 
         def open_all() -> list[_Sequence]:
-            answer = self._kept_here(max_tokens)
             return [
-                self._open(
-                    context_pages, context_kv_len, context_len, answer + here * len(question)
-                )
-                for question in questions
+                self._open(context, here * len(question), max_tokens)
+                for context, question in zip(contexts, questions, strict=True)
             ]
 
         self._sequences = agree(self._comm, open_all)
@@ -100,7 +95,10 @@ class QuestionBatch:
         """
         every = self._sequences
         self._sequences = [every[index] for index in active]
-        stored = [self._owner(sequence.generated) == self._rank for sequence in self._sequences]
+        stored = [
+            self._owner(sequence.generated, sequence.placement) == self._rank
+            for sequence in self._sequences
+        ]
         inputs = [np.array([token], np.int32) for token in tokens]
         logits = self._step(inputs, stored, np.arange(len(active)))
         for sequence in self._sequences:
@@ -113,32 +111,29 @@ class QuestionBatch:
         self._pool.release(self._allocated)
         self._allocated = []
 
-    def _owner(self, generated: int) -> int:
+    def _owner(self, generated: int, placement: KvPlacement) -> int:
         """The rank that keeps the KV of the generated token of this index."""
         query_rank = self._num_ranks - 1
-        if self._placement == "tail":
+        if placement == "tail":
             return query_rank
         page = generated // self._engine.tokens_per_block
         return (query_rank + 1 + page) % self._num_ranks
 
-    def _kept_here(self, max_tokens: int) -> int:
-        owners = (self._owner(generated) for generated in range(max_tokens))
-        return sum(owner == self._rank for owner in owners)
-
-    def _open(
-        self, context_pages: Sequence[int], context_kv_len: int, context_len: int, kept: int
-    ) -> _Sequence:
+    def _open(self, context: EncodedContext, question: int, max_tokens: int) -> _Sequence:
         """A sequence that shares the context's full pages and has a copy of the last, partial one,
-        with room for `kept` tokens."""
-        page = self._engine.tokens_per_block
-        shared = list(context_pages[: context_kv_len // page])
-        count = -(-(context_kv_len + kept) // page) - len(shared) if kept else 0
+        with room for what is kept here of `question` tokens and the answer."""
+        page, cached = self._engine.tokens_per_block, context.kv_len
+        placement = context.config.kv_placement
+        owners = [self._owner(generated, placement) for generated in range(max_tokens)]
+        kept = question + owners.count(self._rank)
+        shared = context.pages[: cached // page]
+        count = -(-(cached + kept) // page) - len(shared) if kept else 0
         own = self._pool.allocate(count)
         self._allocated += own
-        if own and context_kv_len % page:
-            self._engine.copy_page(context_pages[len(shared)], own[0])
-        pages = shared + own if kept else list(context_pages)
-        return _Sequence(np.array(pages, np.int32), context_kv_len, context_len)
+        if own and cached % page:
+            self._engine.copy_page(context.pages[len(shared)], own[0])
+        pages = shared + own if kept else context.pages
+        return _Sequence(np.array(pages, np.int32), cached, context.plan.context_len, placement)
 
     def _step(
         self, inputs: Sequence[np.ndarray], stored: Sequence[bool], logit_rows: np.ndarray

@@ -167,24 +167,21 @@ class Runtime:
             problem = f"{cached} tokens of KV cache on a rank, there is room for {room * page}"
             advice += ", or a larger --kv-cache-gib"
         else:
-            problem = f"{at_once} tokens in one pass, there is memory for {step}"
-            advice += ", or a smaller --kv-cache-gib"
+            problem = f"{at_once} tokens in one pass, there is room for {step}"
+            advice += f", or {engine.step_limit}"
         raise UserError(f"the context needs {problem}: {advice}")
 
     def logits(self, context: EncodedContext, question: np.ndarray) -> np.ndarray:
         """Logits of every token of a question, int32 [n], behind the context: [n, vocab_size]."""
-        batch = self.questions(context)
+        batch = self.questions()
         try:
-            logits = batch.ask(
-                context.pages, context.kv_len, context.plan.context_len, [question], 1, True
-            )
-            return to_numpy(logits)
+            return to_numpy(batch.ask([context], [question], 1, all_rows=True))
         finally:
             batch.release()
 
     def generate(
         self,
-        context: EncodedContext,
+        contexts: Sequence[EncodedContext],
         questions: Sequence[np.ndarray],
         params: SamplingParams,
         ends: Callable[[int, int], bool],
@@ -194,22 +191,17 @@ class Runtime:
         Rank 0 chooses the tokens and tells the others, which therefore cannot come apart.
 
         Args:
+            contexts: of each question.
             questions: int32 token ids of each.
             params: how tokens are chosen, and how many at most.
             ends: called on rank 0 with (question index, token): whether the answer ends with it.
         """
-        batch = self.questions(context)
+        batch = self.questions()
         rngs = [np.random.default_rng(params.seed) for _ in questions]
         active = list(range(len(questions)))
         try:
             with self._timed("query", sum(map(len, questions))):
-                logits = batch.ask(
-                    context.pages,
-                    context.kv_len,
-                    context.plan.context_len,
-                    questions,
-                    params.max_tokens,
-                )
+                logits = batch.ask(contexts, questions, params.max_tokens)
             for count in range(1, params.max_tokens + 1):
                 chosen = np.empty((len(active), 2), np.int32)
                 if self.comm.rank == 0:
@@ -241,11 +233,9 @@ class Runtime:
             {"rank": self.comm.rank, "peak_memory_bytes": peak, "phases": stats}
         )
 
-    def questions(self, context: EncodedContext) -> QuestionBatch:
-        """A batch of questions over `context`, to be stepped by hand. Release it when done."""
-        if context.released:
-            raise UserError("the context was released: encode the text again")
-        return QuestionBatch(self.engine, self.pool, self.comm, context.config.kv_placement)
+    def questions(self) -> QuestionBatch:
+        """A batch of questions, to be stepped by hand. Release it when done."""
+        return QuestionBatch(self.engine, self.pool, self.comm)
 
     @contextmanager
     def _timed(self, phase: str, tokens: int) -> Iterator[None]:

@@ -1,0 +1,452 @@
+"""The model as a TensorRT engine. Buffers are CuPy's; nothing here needs torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from star_attention.distributed import Communicator
+from star_attention.distributed.base import agree, require_same
+from star_attention.engines.base import AttentionStep, PagedStep
+from star_attention.engines.trt_folder import (
+    ROTARY,
+    EngineConfig,
+    EngineLimits,
+    plan_file,
+    read_engine_config,
+)
+from star_attention.engines.trt_library import load_tensorrt, session_log
+from star_attention.errors import UserError
+from star_attention.trtllm.engine_folder import load_plugins
+
+CONTEXT, GENERATION = 0, 1  # an engine's profiles
+_ALIGNMENT = 64  # int32 elements: TensorRT takes tensors at multiples of 256 bytes
+# Tokens of all questions of a pass, over several ranks: their partial attention takes memory.
+_MAX_MERGE_TOKENS = 4096
+_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "slot_mapping",
+    "cu_seqlens_q",
+    "kv_lens",
+    "page_table",
+    "logit_rows",
+)
+
+
+def max_sequences(limits: EngineLimits) -> int:
+    """Blocks of a context pass, or questions, at most."""
+    return max(limits.max_batch_size, limits.max_num_tokens // limits.tokens_per_block)
+
+
+def max_logit_rows(limits: EngineLimits) -> int:
+    """Rows of a pass whose logits can be had: of all questions, or of a question's tokens."""
+    return max(limits.max_batch_size, 128)
+
+
+def max_pages_of_sequence(limits: EngineLimits) -> int:
+    return -(-limits.max_seq_len // limits.tokens_per_block)
+
+
+def runs_of(pages: np.ndarray, every: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """A rank's pages as runs (first page, count), cut wherever `every` rank's are not consecutive:
+    all ranks get runs of the same counts."""
+    cuts = {0, len(pages)}
+    for theirs in every:
+        cuts.update((np.flatnonzero(np.diff(theirs) != 1) + 1).tolist())
+    return [(int(pages[a]), b - a) for a, b in itertools.pairwise(sorted(cuts))]
+
+
+class TensorRtEngine:
+    """Runs a TensorRT engine on this rank's GPU. See `ModelEngine`.
+
+    Steps of one token a sequence take the generation profile and are captured in a CUDA graph, one
+    for each number of sequences; all others take the context profile.
+
+    Args:
+        folder: the engine's.
+        comm: connects the ranks; a `GpuCommunicator` if there are several.
+        device: this rank's GPU, CuPy's current one.
+
+    Raises:
+        UserError: the engine cannot run here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: EngineConfig,
+        comm: Communicator,
+        device: int,
+    ) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._trt = load_tensorrt()
+        self._check_machine(config, device)
+        self.config, self._limits = config.model, config.limits
+        self.tokens_per_block = config.limits.tokens_per_block
+        self.max_input_len = config.limits.max_input_len
+        self.max_seq_len = config.limits.max_seq_len
+        self.max_step_tokens = config.limits.max_num_tokens
+        self.step_limit = f"an engine with more than --max_num_tokens {self.max_step_tokens}"
+        self.wait_seconds = 0.0
+        self._comm = comm
+        self._device = device
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._log = session_log()
+        try:
+            self._session = self._trt.Session(str(plan_file(folder)), device, self._log)
+            self._execution = self._session.execution(CONTEXT)
+        except (RuntimeError, ValueError) as error:
+            raise self._log.explain(error) from None
+        self._rotary = self._read_rotary(folder / ROTARY)
+        self._workspace = self._make_workspace()
+        self.allocate_pool(0)
+        self._graphs: dict[int, _DecodeGraph] = {}  # by sequences
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        ours = self._cupy.get_default_memory_pool().total_bytes()
+        return self._session.weight_bytes + self._session.activation_bytes + ours
+
+    @property
+    def memory_report(self) -> dict[str, int]:
+        """Bytes of device memory by use."""
+        return {
+            "weights": self._session.weight_bytes,
+            "activations": self._session.activation_bytes,
+            "kv_cache": self._pool.nbytes,
+            "workspace": self._workspace.nbytes,
+        }
+
+    def allocate_pool(self, num_pages: int) -> None:
+        """Makes room for so many pages, once, before the first step."""
+        config = self.config
+        shape = (
+            config.num_layers,
+            num_pages,
+            2,
+            config.num_kv_heads,
+            self.tokens_per_block,
+            config.head_dim,
+        )
+        # Nobody but the kernels knows the type of its 16-bit elements.
+        self._pool = self._cupy.empty(shape, self._cupy.uint16)
+        self.max_pages = num_pages
+
+    def reserve_pages(self, num_pages: int) -> None:
+        pass  # all are there from the start
+
+    def copy_page(self, source: int, target: int) -> None:
+        with self._stream:
+            self._pool[:, target] = self._pool[:, source]
+
+    def step(
+        self,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        attention: AttentionStep,
+        logit_rows: np.ndarray,
+        on_layer: Callable[[float], None] | None = None,
+    ) -> Any:
+        if not isinstance(attention, PagedStep):
+            raise UserError(
+                "TensorRT engines have no ring attention: use --attention star or dense"
+            )
+        self._check_step(positions, attention, logit_rows)
+        with self._stream:
+            try:
+                if self._is_decode(attention, logit_rows):
+                    logits = self._decode(token_ids, positions, attention)
+                else:
+                    logits = self._run(token_ids, positions, attention, logit_rows)
+                self._stream.synchronize()
+            except RuntimeError as error:
+                raise self._log.explain(error) from None
+        self._comm.check()
+        return logits
+
+    def _run(
+        self,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        step: PagedStep,
+        logit_rows: np.ndarray,
+    ) -> Any:
+        wanted = len(logit_rows)
+        inputs = [token_ids, positions, step.slot_mapping, step.cu_seqlens_q, step.kv_lens]
+        inputs += [step.page_table, logit_rows]
+        if not len(token_ids):  # TensorRT knows no empty tensors: one token that nobody sees
+            inputs = [np.zeros(1, np.int32)] * 2 + [np.full(1, -1, np.int32)]
+            inputs += [np.array([0, 1], np.int32), np.zeros(1, np.int32)]
+            inputs += [np.zeros((1, 1), np.int32), np.zeros(1, np.int32)]
+        if not wanted:
+            inputs[-1] = np.zeros(1, np.int32)
+        if not inputs[-2].shape[1]:
+            inputs[-2] = np.zeros((len(inputs[4]), 1), np.int32)
+        shared = self._shared_pages(step.shared_pages)
+        context = self._context(step, attends_last=wanted > 0, shared_pages=shared)
+        context.max_q_len = int(np.diff(inputs[3]).max())
+        context.max_kv_len = int(inputs[4].max())
+        arrays = _Inputs(self._cupy, [array.shape for array in inputs])
+        for array, value in zip(arrays.host, inputs, strict=True):
+            array[...] = value
+        logits = self._bind(self._execution, arrays, context)
+        arrays.upload()
+        self._execution.enqueue(self._stream.ptr)
+        self._stream.synchronize()
+        if shared:
+            self.wait_seconds += shared.wait_seconds()
+        self._count_traffic(len(token_ids), step, wanted > 0)
+        return logits[:wanted]
+
+    def _decode(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
+        count = len(step.kv_lens)
+        graph = self._graphs.get(count)
+        logits = None
+        if graph is None:
+            graph = self._graphs[count] = _DecodeGraph(self, count, step)
+        logits = graph.run(token_ids, positions, step)
+        self._count_traffic(count, step, True)
+        return logits
+
+    def _bind(self, execution: Any, inputs: _Inputs, context: Any) -> Any:
+        """Gives a step its tensors and returns the one for its logits."""
+        cupy = self._cupy
+        for name, array in zip(_INPUTS, inputs.device, strict=True):
+            execution.bind(name, array)
+        execution.bind("rotary", self._rotary)
+        execution.bind_context(context)
+        logits = cupy.empty((inputs.shapes[-1][0], self.config.vocab_size), cupy.float32)
+        execution.bind("logits", logits)
+        return logits
+
+    def _context(self, step: PagedStep, *, attends_last: bool, shared_pages: Any = None) -> Any:
+        merges = step.merge and self._comm.size > 1
+        return self._trt.StepContext(
+            kv_pool=self._pool,
+            causal=step.causal,
+            max_q_len=1,
+            max_kv_len=0,
+            attending_layers=self.config.num_layers - (not attends_last),
+            merge=self._comm.rank_merge if merges else None,
+            shared_pages=shared_pages,
+            workspace=self._workspace,
+        )
+
+    def _shared_pages(self, pages: np.ndarray | None) -> Any:
+        if pages is None or self._comm.size == 1:
+            return None
+        runs = runs_of(pages, self._comm.gather_objects(pages))
+        return self._trt.SharedPages(self._comm.nccl, self._comm.rank, runs)
+
+    def _is_decode(self, step: PagedStep, logit_rows: np.ndarray) -> bool:
+        count = len(step.slot_mapping)
+        one_token_each = 0 < count == len(step.kv_lens)
+        return one_token_each and np.array_equal(logit_rows, np.arange(count))
+
+    def _check_step(self, positions: np.ndarray, step: PagedStep, logit_rows: np.ndarray) -> None:
+        limits = self._limits
+        if step.merge and self._comm.size > 1 and len(positions) > _MAX_MERGE_TOKENS:
+            raise UserError(
+                f"questions asked together have {len(positions)} tokens: ask with at most "
+                f"{_MAX_MERGE_TOKENS}, and put long text into the context"
+            )
+        if step.shared_pages is not None and self._comm.size > 1 and self._comm.nccl is None:
+            raise UserError(
+                "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
+            )
+        most_sequences = max_sequences(limits)
+        if self._is_decode(step, logit_rows):
+            most_sequences = limits.max_batch_size
+        for flag, needed, most in (
+            ("--max_seq_len", int(positions.max(initial=-1)) + 1, limits.max_seq_len),
+            ("--max_num_tokens", len(positions), limits.max_num_tokens),
+            ("--max_batch_size", len(step.kv_lens), most_sequences),
+            ("--max_batch_size", len(logit_rows), max_logit_rows(limits)),
+        ):
+            if needed > most:
+                raise UserError(
+                    f"the engine was built for {flag} {getattr(limits, flag[2:])}, this needs "
+                    f"{needed}: ask for less, or build it for more"
+                )
+
+    def _check_machine(self, config: EngineConfig, device: int) -> None:
+        runtime = self._cupy.cuda.runtime
+        properties = runtime.getDeviceProperties(device)
+        capability = f"{properties['major']}.{properties['minor']}"
+        if capability != config.compute_capability:
+            raise UserError(
+                f"the engine was built for {config.gpu} (compute capability "
+                f"{config.compute_capability}), this GPU is {properties['name'].decode()} "
+                f"({capability}): build it on this machine"
+            )
+        if self._trt.version() != config.tensorrt:
+            raise UserError(
+                f"the engine was built with TensorRT {config.tensorrt}, here is "
+                f"{self._trt.version()}: build it again, or name the other's folder"
+            )
+
+    def _count_traffic(self, tokens: int, step: PagedStep, attends_last: bool) -> None:
+        """What the plugin sends and receives, per peer, as `GpuCommunicator` counts."""
+        config, peers = self.config, self._comm.size - 1
+        traffic = self._comm.traffic
+        if step.merge and peers:
+            each = 4 * config.num_q_heads * (config.head_dim + 1)
+            merged = each * tokens * config.num_layers * peers
+            traffic.sent += merged
+            traffic.received += merged
+        if step.shared_pages is not None and peers:
+            layers = config.num_layers - (not attends_last)
+            page_bytes = config.kv_bytes(self.tokens_per_block, 2) // config.num_layers
+            shared = len(step.shared_pages) * page_bytes * layers
+            if self._comm.rank == 0:
+                traffic.sent += shared * peers
+            else:
+                traffic.received += shared
+
+    def _read_rotary(self, path: Path) -> Any:
+        table = np.memmap(path, np.float32, "r").reshape(-1, self.config.head_dim)
+        if len(table) != self._limits.max_seq_len:
+            raise UserError(f"{path} is damaged: build the engine again")
+        return self._cupy.asarray(table)
+
+    def _make_workspace(self) -> Any:
+        config = self.config
+        size = self._trt.step_workspace_bytes(
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_q_len=self._limits.max_num_tokens,
+            max_merge_tokens=_MAX_MERGE_TOKENS if self._comm.size > 1 else 0,
+            device=self._device,
+        )
+        return self._cupy.empty(size, self._cupy.uint8)
+
+
+class _Inputs:
+    """The int32 inputs of a step, in one piece of host and one of device memory.
+
+    Attributes:
+        host, device: views of them, in the order of `_INPUTS`.
+    """
+
+    def __init__(self, cupy: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+        import cupyx
+
+        self.shapes = list(shapes)
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])
+        self._pinned = cupyx.zeros_pinned(int(starts[-1]), np.int32)
+        self._memory = cupy.empty(int(starts[-1]), np.int32)
+
+        def views(whole: Any) -> list[Any]:
+            return [
+                whole[start : start + size].reshape(shape)
+                for start, size, shape in zip(starts[:-1], sizes, shapes, strict=True)
+            ]
+
+        self.host, self.device = views(self._pinned), views(self._memory)
+
+    def upload(self) -> None:
+        """Follows what CuPy's current stream holds."""
+        self._memory.set(self._pinned)
+
+
+class _DecodeGraph:
+    """One token for each of `count` sequences. The first step runs as it is, which prepares
+    TensorRT for its shapes, and is captured then; the others replay it."""
+
+    def __init__(self, engine: TensorRtEngine, count: int, step: PagedStep) -> None:
+        width = min(engine.max_pages, max_pages_of_sequence(engine._limits))
+        shapes = [(count,)] * 3 + [(count + 1,), (count,), (count, width), (count,)]
+        self._stream = engine._stream
+        self._execution = engine._session.execution(GENERATION)
+        self._inputs = _Inputs(engine._cupy, shapes)
+        self._context = engine._context(step, attends_last=True)
+        self._context.causal = False  # a row is the last of what it sees
+        self._context.max_kv_len = width * engine.tokens_per_block
+        self._graph: Any = None
+        self._logits = engine._bind(self._execution, self._inputs, self._context)
+        self._inputs.host[3][:] = np.arange(count + 1)
+        self._inputs.host[6][:] = np.arange(count)
+
+    def run(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
+        ids, places, slots, _, kv_lens, table, _ = self._inputs.host
+        ids[:], places[:], slots[:], kv_lens[:] = (
+            token_ids,
+            positions,
+            step.slot_mapping,
+            step.kv_lens,
+        )
+        table[:, : step.page_table.shape[1]] = step.page_table
+        self._inputs.upload()
+        if self._graph:
+            self._graph.launch(self._stream.ptr)
+        else:
+            self._execution.enqueue(self._stream.ptr)
+            self._stream.synchronize()
+            self._graph = self._execution.capture(self._stream.ptr)
+        return self._logits
+
+
+def load_trt_engine(
+    folder: Path, comm: Communicator, kv_bytes: Callable[[int], int], merge: str
+) -> TensorRtEngine:
+    """The engine of `folder` on this rank; every rank of the job takes part.
+
+    Args:
+        comm: of all ranks, for host memory.
+        kv_bytes: from a GPU's free bytes for a rank to those that the KV cache takes.
+        merge: as in `GpuCommunicator`.
+
+    Raises:
+        UserError: on every rank, if it cannot run on any.
+    """
+
+    def prepare() -> tuple[EngineConfig, int]:
+        if importlib.util.find_spec("cupy") is None:
+            raise UserError("TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'")
+        load_tensorrt()
+        load_plugins(folder)
+        return read_engine_config(folder)
+
+    config = agree(comm, prepare)
+    require_same(comm, weights=config.weights_sha256, engine=config.tensorrt)
+    ranks = config.limits.cp_size
+    if ranks is not None and ranks != comm.size:
+        raise UserError(
+            f"the engine was built for --cp_size {ranks}, there are {comm.size} ranks: use "
+            f"mpirun -n {ranks}, or build it without --cp_size"
+        )
+    import cupy
+
+    from star_attention.distributed.gpu import GpuCommunicator, local_device
+
+    device = local_device(comm)
+    cupy.cuda.Device(device).use()
+    ranks_here = 1
+    if comm.size > 1:
+        comm = GpuCommunicator(comm, device, merge=merge)
+        agree(comm, lambda: _check_merge(comm))
+        ranks_here = comm.ranks_here
+    engine = agree(comm, lambda: TensorRtEngine(folder, config, comm, device))
+    page_bytes = config.model.kv_bytes(config.limits.tokens_per_block, itemsize=2)
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    pages = agree(comm, lambda: kv_bytes(free // ranks_here)) // page_bytes
+    engine.allocate_pool(min(comm.gather_objects(pages)))
+    return engine
+
+
+def _check_merge(comm: Any) -> None:
+    if comm.rank_merge is None:
+        raise UserError(
+            "ranks that share a GPU merge over peer memory, which these cannot reach: "
+            "use a GPU for each rank"
+        )

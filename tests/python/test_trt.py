@@ -1,0 +1,231 @@
+"""TensorRT engines as far as a machine without TensorRT can tell: limits, profiles, the folder, the
+command line, and that none of it needs torch to run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import save_tiny_model, train_tokenizer
+from star_attention import cli
+from star_attention.config import LLAMA_3_1_8B, StarConfig
+from star_attention.engines import trt_build, trt_cli
+from star_attention.engines.loader import EngineOptions, division_of
+from star_attention.engines.trt_build import BuildOptions, build_engine, limits_for, profiles
+from star_attention.engines.trt_engine import max_sequences, runs_of
+from star_attention.engines.trt_folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.trt_library import LogFile
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import find_model
+from star_attention.models.llama import rotary_table
+from star_attention.models.tokenizer import Tokenizer
+
+
+class TensorRt:
+    """Stands for star_attention._trt."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def version(self):
+        return "8.6.0"
+
+    def build(self, *, onnx, engine, log, **options):
+        log("verbose", f"reading {onnx}")
+        log("progress", "timing a GEMM")
+        if self.error:
+            raise RuntimeError(self.error)
+        self.options = options
+        with open(engine, "w") as file:
+            file.write("plan")
+
+
+@pytest.fixture
+def tensorrt(monkeypatch):
+    trt = TensorRt()
+    monkeypatch.setattr(trt_build, "load_tensorrt", lambda: trt)
+    monkeypatch.setattr(trt_build, "_gpu", lambda: ("a GPU", "9.0"))
+    return trt
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_tiny_model(tmp_path / "model", vocab_size=700, max_position_embeddings=2048)
+    return train_tokenizer(tmp_path / "model", "llama3")
+
+
+def test_limits_follow_the_model():
+    limits = limits_for(LLAMA_3_1_8B, block_size=16384, max_batch_size=None)
+    assert (limits.max_seq_len, limits.max_input_len) == (131072, 130048)
+    assert limits.max_num_tokens == 16384
+    assert limits_for(LLAMA_3_1_8B).max_num_tokens == 32768
+    assert limits_for(LLAMA_3_1_8B, max_seq_len=1 << 20).max_num_tokens == 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_batch_size": 0}, "--max_batch_size is 0: use 1 or more"),
+        ({"max_input_len": 4096, "max_seq_len": 4096}, "use a --max_seq_len that leaves room"),
+        ({"tokens_per_block": 32}, "--tokens_per_block is 32: use 64 or 128"),
+        ({"block_size": 16384, "max_num_tokens": 8192}, "use at least --block_size, 16384"),
+        ({"block_size": 1000}, "block size 1000 is not a multiple"),
+        ({"block_size": 1024, "anchor_size": 2048}, "anchor size is 2048: use 0 to 1024"),
+        ({"cp_size": 0}, "--cp_size is 0"),
+    ],
+)
+def test_limits_that_do_not_fit(given, message):
+    with pytest.raises(UserError, match=message):
+        limits_for(LLAMA_3_1_8B, **given)
+
+
+def test_profiles():
+    limits = EngineLimits(4, 4000, 4096, 1024, 64)
+    context, generation = profiles(LLAMA_3_1_8B, limits)
+    assert set(context) == set(generation)
+    assert context["input_ids"] == ([1], [1024], [1024])
+    assert context["page_table"] == ([1, 1], [1, 64], [max_sequences(limits), 64])
+    assert generation["cu_seqlens_q"] == ([2], [2], [5])
+    assert generation["rotary"] == ([4096, 128],) * 3
+
+
+def test_shared_pages_are_cut_alike():
+    every = np.array([0, 1, 2, 3, 4]), np.array([7, 8, 3, 4, 5]), np.array([0, 1, 2, 3, 9])
+    assert [runs_of(pages, every) for pages in every] == [
+        [(0, 2), (2, 2), (4, 1)],
+        [(7, 2), (3, 2), (5, 1)],
+        [(0, 2), (2, 2), (9, 1)],
+    ]
+
+
+def test_folder(tmp_path, tensorrt, model):
+    limits = EngineLimits(2, 900, 1024, 512, 64, block_size=256, anchor_size=64)
+    steps = []
+    folder = tmp_path / "engine"
+    written = build_engine(model, folder, limits, BuildOptions(workers=3), steps.append)
+    assert "timing a GEMM" in steps
+    assert tensorrt.options["workers"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "engine",
+        "engine.build.log",
+        "model",
+    ]
+    assert read_engine_config(folder) == written
+    assert written.model == cli_config(model)
+    assert find_model(str(folder)) == folder
+    rope, head_dim = written.model.rope, written.model.head_dim
+    table = np.fromfile(folder / "rotary.bin", np.float32).reshape(-1, head_dim)
+    expected = rotary_table(rope, head_dim, 1024, torch.device("cpu"))
+    np.testing.assert_array_equal(table, expected)
+    assert Tokenizer(folder).context_tokens("a fox") == Tokenizer(model).context_tokens("a fox")
+    again = build_engine(model, folder, limits)
+    assert again.weights_sha256 == written.weights_sha256
+
+
+def cli_config(model):
+    from star_attention.models.checkpoint import open_checkpoint
+
+    return open_checkpoint(model).config
+
+
+def test_nothing_is_left_of_a_build_that_fails(tmp_path, tensorrt, model):
+    tensorrt.error = "node 7: no kernel"
+    folder = tmp_path / "engine"
+    with pytest.raises(UserError, match=r"node 7: no kernel \(log: .*engine.build.log\)"):
+        build_engine(model, folder, limits_for(cli_config(model)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.build.log", "model"]
+
+
+def test_other_folders_are_not_overwritten(tmp_path, tensorrt, model):
+    with pytest.raises(UserError, match="has other files in it: name another folder"):
+        build_engine(model, model, limits_for(cli_config(model)))
+
+
+def engine_folder(tmp_path, **limits):
+    limits = EngineLimits(2, 900, 1024, 512, 64, **limits)
+    config = EngineConfig(LLAMA_3_1_8B, limits, "float16", "8.6.0", "a GPU", "9.0", "abc", "0.1")
+    (tmp_path / "engine.plan").touch()
+    config.write(tmp_path)
+    return tmp_path
+
+
+def test_division_of_an_engine(tmp_path):
+    folder = engine_folder(tmp_path, block_size=512, anchor_size=128)
+    config = StarConfig(tokens_per_block=64)
+    assert division_of(folder, config, EngineOptions()) == StarConfig(512, 128, tokens_per_block=64)
+    whole = StarConfig(256, tokens_per_block=64)
+    assert division_of(folder, whole, EngineOptions()) == whole
+    for options, message in (
+        (EngineOptions("cuda", "bfloat16"), "the engine computes in float16: leave it away"),
+        (EngineOptions(load_format="dummy"), "an engine has its weights"),
+        (EngineOptions(tp=2), "TensorRT engines have no tensor parallelism"),
+    ):
+        with pytest.raises(UserError, match=message):
+            division_of(folder, config, options)
+    with pytest.raises(UserError, match="use --tokens-per-block 64"):
+        division_of(folder, StarConfig(), EngineOptions())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: "{", "config.json cannot be read"),
+        (lambda config: json.dumps({}), "is not one that star-attn build of this version wrote"),
+        (lambda config: json.dumps({**config, "limits": 1}), "is damaged"),
+        (
+            lambda config: json.dumps({name: config[name] for name in config if name != "gpu"}),
+            r"is damaged \('gpu'\): build the engine again",
+        ),
+    ],
+)
+def test_damaged_config(tmp_path, change, message):
+    path = engine_folder(tmp_path) / "config.json"
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(UserError, match=message):
+        read_engine_config(tmp_path)
+
+
+def test_command_line(monkeypatch, tmp_path, model, capsys):
+    """trtllm-build's names for the options, and sizes as everywhere here."""
+    seen = {}
+
+    def stand_in(path, folder, limits, options, on_progress):
+        seen.update(path=path, folder=folder, limits=limits, options=options)
+        return SimpleNamespace(gpu="a GPU", tensorrt="8.6.0", dtype="float16")
+
+    monkeypatch.setattr(trt_cli, "build_engine", stand_in)
+    options = "--max_batch_size 2 --max_input_len 1K --max_seq_len 1280 --max_num_tokens 512"
+    sizes = "--tokens_per_block 64 --block_size 256 --anchor_size 64 --cp_size 2 --workers 4"
+    command = ["build", "--checkpoint_dir", str(model), "--output_dir", str(tmp_path / "engine")]
+    monkeypatch.setattr(sys, "argv", ["star-attn", *command, *options.split(), *sizes.split()])
+    cli.main()
+    assert seen["limits"] == EngineLimits(2, 1024, 1280, 512, 64, 256, 64, 2)
+    assert asdict(seen["options"]) == asdict(BuildOptions(workers=4))
+    assert "star-attn ask --engine_dir" in capsys.readouterr().out
+
+
+def test_log_file(tmp_path):
+    progress = []
+    log = LogFile(tmp_path / "log", ("error",), progress.append)
+    log("info", "nothing")
+    log("progress", "step 1")
+    assert progress == ["step 1"]
+    assert str(log.explain(RuntimeError("bad"))) == "bad"
+    log("error", "very bad")
+    assert str(log.explain(RuntimeError("bad"))) == f"bad (log: {tmp_path / 'log'})"
+    assert "very bad" in log.path.read_text()
+
+
+def test_running_an_engine_needs_no_torch():
+    """Everything on the way to a session imports where torch is missing."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import star_attention.cli, star_attention.llm, star_attention.engines.trt_engine\n"
+        "import star_attention.runtime.runtime, star_attention.models.tokenizer\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
