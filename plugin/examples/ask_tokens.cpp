@@ -56,19 +56,22 @@ struct Config {
     if (!file) throw std::runtime_error(folder + "/config.json cannot be read");
     const nlohmann::json json = nlohmann::json::parse(file);
     const auto& model = json.at("model");
-    const auto& engine = json.at("engine");
+    const auto& limits = json.at("limits");
     num_layers = model.at("num_layers");
     num_q_heads = model.at("num_q_heads");
     num_kv_heads = model.at("num_kv_heads");
     head_dim = model.at("head_dim");
     vocab_size = model.at("vocab_size");
-    engine_file = folder + "/" + engine.at("file").get<std::string>();
-    max_num_tokens = engine.at("max_num_tokens");
-    max_batch_size = engine.at("max_batch_size");
-    max_seq_len = engine.at("max_seq_len");
-    tokens_per_block = engine.at("tokens_per_block");
-    block_size = engine.at("block_size");
-    anchor_size = engine.at("anchor_size");
+    engine_file = folder + "/engine.plan";
+    max_num_tokens = limits.at("max_num_tokens");
+    max_batch_size = limits.at("max_batch_size");
+    max_seq_len = limits.at("max_seq_len");
+    tokens_per_block = limits.at("tokens_per_block");
+    block_size = limits.at("block_size").is_null()
+                     ? max_num_tokens / tokens_per_block * tokens_per_block
+                     : limits.at("block_size").get<int>();
+    anchor_size =
+        limits.at("anchor_size").is_null() ? block_size : limits.at("anchor_size").get<int>();
   }
 
   int num_pages() const { return (max_seq_len + tokens_per_block - 1) / tokens_per_block; }

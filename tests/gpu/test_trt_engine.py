@@ -4,15 +4,18 @@ engine's tokens. STAR_ATTENTION_TEST_ENGINES names a folder that keeps engines b
 import json
 import os
 import shutil
+import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
 from test_engine import MODES, check
+from test_plugin import built
 
 from helpers import run_job
 from star_attention.errors import UserError
+from star_attention.models.tokenizer import Tokenizer
 
 pytest.importorskip("star_attention._trt", exc_type=ImportError)
 pytest.importorskip("cupy", exc_type=ImportError)
@@ -96,6 +99,27 @@ def test_without_torch(engine, text):
     result = json.loads(run.stdout)
     assert "7421" in result["answers"][0]["text"]
     assert result["plan"]["block_size"] == 512
+
+
+def test_example_without_python(engine, text, smollm2):
+    """The C++ example over token ids, in blocks as the engine has them."""
+    tokenizer = Tokenizer(smollm2)
+    question = tokenizer.question_tokens("What is the magic number?")
+    ids = tokenizer.context_tokens(text.read_text()) + question
+    command = [built("ask_tokens"), engine, str(len(question)), "24"]
+    libraries = os.environ.get("TENSORRT_LIB_DIR", "") + ":" + os.environ.get("LD_LIBRARY_PATH", "")
+    run = subprocess.run(
+        command,
+        input=" ".join(map(str, ids)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": libraries},
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    answer = list(map(int, run.stdout.split()))
+    expected = job(1, engine, text, "float16", "recompute")["answers"]["recompute"][2]
+    assert answer[: len(expected)] == expected
 
 
 def edit(folder, change):

@@ -221,6 +221,17 @@ def test_log_file(tmp_path):
     assert "very bad" in log.path.read_text()
 
 
+def test_what_was_compiled():
+    """Every target compiles where nvcc and TensorRT's headers are; the parser's needs one more."""
+    trt = pytest.importorskip("star_attention._trt", exc_type=ImportError)
+    assert int(trt.HEADERS_VERSION.split(".")[0]) >= 8
+    if not trt.HAS_PARSER:
+        pytest.skip(
+            f"plugin/onnx_parser.cpp is not compiled: TensorRT {trt.HEADERS_VERSION}'s headers "
+            "lack NvOnnxParser.h"
+        )
+
+
 def test_running_an_engine_needs_no_torch():
     """Everything on the way to a session imports where torch is missing."""
     code = (
