@@ -434,6 +434,9 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """The program `star-attn`."""
+    # Threads of torch that wait for one another sleep: where ranks or other programs share their
+    # cores, spinning takes the time that those who work would need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from star_attention.engines.trt_cli import build
     from star_attention.evals.cli import register
     from star_attention.trtllm.cli import trtllm

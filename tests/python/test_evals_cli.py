@@ -11,7 +11,9 @@ import time
 import pytest
 
 from star_attention import cli
+from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
+from test_trt import engine_folder
 
 SMALL = ["--tokens-per-block", 32, "--model"]
 
@@ -142,6 +144,17 @@ def test_bad_options(here, tiny_chat_model, tmp_path, options, monkeypatch):
     assert all(" is left out: " in line for line in left_out)
     assert (run.returncode, run.stdout) == (2, "")
     assert not (tmp_path / "results").exists()
+
+
+def test_results_of_an_engine(here, tiny_chat_model, tmp_path):
+    """They say what the engine computes in."""
+    folder = engine_folder(tmp_path)
+    save_tokenizer(tiny_chat_model, folder / "tokenizer")
+    sizes = ["--tokens-per-block", 64, "--lengths", 640, "--tasks", "niah_single_1"]
+    run = here("eval", "ruler", "--model", folder, *sizes, "--results", tmp_path / "results")
+    assert run.returncode == 2  # there is no TensorRT, or no such engine
+    content = json.loads((tmp_path / "results" / "dense.json").read_text())["configuration"]
+    assert (content["device"], content["dtype"]) == ("tensorrt", "float16")
 
 
 def test_dense_under_mpirun(tiny_chat_model):

@@ -147,8 +147,8 @@ def test_templates(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = opening
-    tokenizer.save_pretrained(folder)
-    opened = PromptTokenizer(folder)
+    tokenizer.save_pretrained(tmp_path / "opening")
+    opened = PromptTokenizer(tmp_path / "opening")
     assert opened.context(sample) == "<|user|>\nSome text."
     assert opened.context_tokens(opened.context(sample)).count(tokenizer.bos_token_id) == 1
 

@@ -1,6 +1,8 @@
 """Running samples, the results folder, and what reports and plots make of made-up results."""
 
 import json
+import re
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -13,6 +15,7 @@ from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
 from star_attention.evals.runner import Method, Run, evaluate
 from star_attention.evals.sample import Task
+from star_attention.runtime.pages import PagePool
 
 CONFIGURATION = {
     "benchmark": "ruler",
@@ -172,6 +175,29 @@ def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):
     assert alone["pred"] == together[13]["pred"]
 
 
+def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, monkeypatch):
+    """They are asked together; answers are those of one by one, and so they are where the KV cache
+    has no room for several."""
+    batches = []
+    ask = llm.ask
+    monkeypatch.setattr(llm, "ask", lambda *args: batches.append(len(args[1])) or ask(*args))
+    together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, Method("dense"), 10))
+    assert batches == [8, 2]
+    room = property(lambda pool: 2 * 640 // 32 - pool.pages_in_use)
+    monkeypatch.setattr(PagePool, "room", room)
+    alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 3))
+    assert batches[-3:] == [1, 1, 1]
+    assert [r["pred"] for r in alone] == [r["pred"] for r in together[:3]]
+    assert llm.runtime.pool.pages_in_use == 0
+
+
+def test_without_times(llm, prompts, short_task, tmp_path):
+    run = run_of(tmp_path, short_task, Method("dense"), 1)
+    (record,) = recorded(llm, prompts, replace(run, timed=False))
+    assert "score" in record
+    assert not record.keys() & {"seconds", "context_seconds"}
+
+
 def test_results_of_another_run_are_not_mixed(tmp_path):
     open_results(tmp_path, configuration())
     open_results(tmp_path, configuration(**STAR))
@@ -263,6 +289,32 @@ def test_report_table(made_up, capsys):
     assert "star quarter/block: 1 failed, first: no memory" in out
 
 
+def test_times_of_some_samples(made_up, capsys):
+    """Medians are over samples that all have times of."""
+    path = made_up / "dense.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["length"] == 8192 or record["index"] == 1:
+            del record["context_seconds"], record["seconds"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = load_results(made_up)
+    rows = comparison.compare(found)
+    dense, star, _, untimed, *_ = rows
+    assert (dense.seconds, star.seconds, star.speedup, star.timed) == (4, 2, 2, 2)
+    assert (untimed.accuracy, untimed.seconds, untimed.speedup, untimed.timed) == (
+        87.5,
+        None,
+        None,
+        0,
+    )
+    comparison.print_report(found, rows)
+    assert re.search(r"dense +87\.5 % +\+0\.0 +100\.0 % +- +- +- +4", capsys.readouterr().out)
+    assert len(plots.draw(rows, made_up)) == 4
+    found[0].write_scores()
+    scores = json.loads((made_up / "dense.json").read_text())["scores"]
+    assert [score["seconds"] for score in scores] == [202, 4, None, None]
+
+
 def test_report_without_baseline(tmp_path, capsys):
     star = open_results(tmp_path, configuration(**STAR))
     star.append(record("vt", None, 0, 0.0, 1.0))
@@ -273,6 +325,31 @@ def test_report_without_baseline(tmp_path, capsys):
     assert (row.accuracy, row.difference, row.retention, row.speedup) == (0, None, None, None)
     comparison.print_report(found, rows)
     assert "ring: not compared" in capsys.readouterr().out
+
+
+def test_many_configurations(tmp_path, monkeypatch, capsys):
+    """Tables of 80 columns, pictures of a page's width."""
+    monkeypatch.setenv("COLUMNS", "80")
+    tasks, sizes = list(ruler.TASKS), ["block", "half", "quarter", "page", "0"]
+    stars = [(block, anchor) for block in ("half", "quarter") for anchor in sizes]
+    for block, anchor in [(None, None), *stars]:
+        method = {"block_size": block, "anchor_size": anchor}
+        attention = "star" if block else "dense"
+        results = open_results(tmp_path, configuration(attention=attention, **method))
+        for length in (1024, 2048, 4096, 8192):
+            for task in tasks:
+                results.append(record(task, length, 0, 1.0, 100.0))
+    found = load_results(tmp_path)
+    rows = comparison.compare(found)
+    comparison.print_report(found, rows)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert out.count("niah_multivalue") == 2 * 4
+    for path in plots.draw(rows, tmp_path):
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert width <= 14 * 130, path
+        assert height <= 20 * 130, path
 
 
 def test_plots(made_up, tmp_path_factory):

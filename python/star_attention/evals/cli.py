@@ -144,6 +144,12 @@ def lengths_option(default: str | None, explanation: str) -> Callable:
     )
 
 
+times_option = click.option(
+    "--times/--no-times",
+    default=True,
+    help="Record what samples took, or not: where others use the machine as well.",
+)
+
 _INCLUSIVE = "Tokens of prompt and answer together: 4096,8K."
 
 
@@ -163,6 +169,7 @@ def evals() -> None:
 @tasks_option()
 @lengths_option("4096", _INCLUSIVE)
 @run_options()
+@times_option
 def ruler(**options: Any) -> None:
     """RULER's 13 tasks, generated."""
     _evaluate("ruler", options)
@@ -172,6 +179,7 @@ def ruler(**options: Any) -> None:
 @tasks_option()
 @lengths_option("4096", _INCLUSIVE)
 @run_options()
+@times_option
 def babilong(**options: Any) -> None:
     """BABILong qa1 to qa5, from public files or generated."""
     _evaluate("babilong", options)
@@ -181,6 +189,7 @@ def babilong(**options: Any) -> None:
 @tasks_option()
 @lengths_option(None, "Longer texts lose their middle.  [default: no limit]")
 @run_options()
+@times_option
 def infinitebench(**options: Any) -> None:
     """InfiniteBench, ten tasks, from its public files."""
     _evaluate("infinitebench", options)
@@ -195,6 +204,7 @@ def infinitebench(**options: Any) -> None:
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @run_options()
+@times_option
 def custom(**options: Any) -> None:
     """Your own contexts, questions and answers."""
     _evaluate("custom", {**options, "tasks": ("all",), "lengths": None})
@@ -231,7 +241,8 @@ def tune(length: int, min_retention: float, **options: Any) -> None:
     """Find the block and anchor size for a length: a grid of them on tasks of RULER."""
     default = Path("results", f"tune-{length}-{Path(options['model']).name}")
     options["results"] = options["results"] or default
-    _evaluate("ruler", {**options, "lengths": (length,), "report": False}, distinct=True)
+    options |= {"lengths": (length,), "times": True}
+    _evaluate("ruler", {**options, "report": False}, distinct=True)
     if options["report"] and world_rank() == 0:
         from star_attention.evals.report import compare
         from star_attention.evals.results import load_results
@@ -367,7 +378,9 @@ def _prepare(
     from star_attention.evals.runner import Run
     from star_attention.models.checkpoint import find_model
 
-    prompts = PromptTokenizer(find_model(options["model"]), options["template"])
+    path = find_model(options["model"], options["load_format"] != "dummy")
+    prompts = PromptTokenizer(path, options["template"])
+    device, dtype = _device_and_dtype(path, options)
     if benchmark == "custom":
         from star_attention.evals.custom import load_task
 
@@ -379,8 +392,9 @@ def _prepare(
         configuration = {
             "benchmark": benchmark,
             "data": data,
-            **{name: options[name] for name in ("model", "template", "device", "seed")},
-            "dtype": options["dtype"] or DTYPES[options["device"]][0],
+            **{name: options[name] for name in ("model", "template", "seed")},
+            "device": device,
+            "dtype": dtype,
             **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
             "ranks": ranks,
             **vars(method),
@@ -391,8 +405,19 @@ def _prepare(
             tokens_per_block=options["tokens_per_block"],
         )
         results = open_results(options["results"], configuration)
-        runs.append(Run(results, tasks, options["samples"], config))
+        runs.append(Run(results, tasks, options["samples"], config, options["times"]))
     return prompts, runs
+
+
+def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
+    """What the model runs on, as results say it, and computes in."""
+    from star_attention.models.checkpoint import is_engine_folder
+
+    if is_engine_folder(path):
+        from star_attention.engines.trt_folder import read_engine_config
+
+        return "tensorrt", read_engine_config(path).dtype
+    return options["device"], options["dtype"] or DTYPES[options["device"]][0]
 
 
 def _load_tasks(
@@ -402,13 +427,14 @@ def _load_tasks(
     from star_attention.evals.texts import MissingFileError
 
     wanted, data_dir = options["tasks"], options["data_dir"]
+    lengths = options["lengths"] or (None,)
     names = list(benchmark.TASKS) if "all" in wanted else wanted
     tasks = []
     for name in names:
         try:
             tasks += [
                 benchmark.load_task(name, prompts, length, options["seed"], data_dir)
-                for length in options["lengths"] or (None,)
+                for length in lengths
             ]
         except MissingFileError as error:
             if "all" not in wanted:
@@ -416,7 +442,8 @@ def _load_tasks(
             terminal.say(f"{name} is left out: {error}")
     if not tasks:
         raise UserError(f"--data-dir {data_dir} has no file of any task; docs/evals.md names them")
-    return sorted(tasks, key=lambda task: task.length or 0), benchmark.data_label(data_dir)
+    tasks.sort(key=lambda task: lengths.index(task.length))
+    return tasks, benchmark.data_label(data_dir)
 
 
 def _benchmark(name: str) -> ModuleType:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DEPTHS = 10
+# Inches of a picture's width; panels that do not fit go below.
+_PAGE = 14
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -83,7 +85,7 @@ def _retention(rows: Sequence[Row], stars: Sequence[Row]) -> Figure:
     lengths, labels = _lengths(stars), _labels(stars)
     tasks = list(dict.fromkeys(task for row in stars for task in row.tasks))
     figure, axes = _panels(
-        len(labels), width=2.5 + 0.7 * len(lengths), height=1.5 + 0.35 * len(tasks)
+        len(labels), width=1.5 + 0.45 * len(lengths), height=1 + 0.3 * len(tasks)
     )
     baseline = {row.length: row for row in reversed(rows)}  # the first row of each length
     for ax, label in zip(axes, labels, strict=True):
@@ -101,7 +103,7 @@ def _retention(rows: Sequence[Row], stars: Sequence[Row]) -> Figure:
 
 def _depth(rows: Sequence[Row]) -> Figure:
     lengths, labels = _lengths(rows), _labels(rows)
-    figure, axes = _panels(len(labels), width=2 + 0.7 * len(lengths), height=4)
+    figure, axes = _panels(len(labels), width=1.5 + 0.45 * len(lengths), height=3.5)
     shares = [f"{100 * i // _DEPTHS}" for i in range(_DEPTHS)]
     for ax, label in zip(axes, labels, strict=True):
         found = np.zeros((_DEPTHS, len(lengths)))
@@ -123,7 +125,7 @@ def _depth(rows: Sequence[Row]) -> Figure:
 
 def _ablation(stars: Sequence[Row]) -> Figure:
     lengths = _lengths(stars)
-    figure, axes = _panels(len(lengths), width=1.5 + 0.9 * len(_labels(stars)), height=4)
+    figure, axes = _panels(len(lengths), width=1.5 + 0.55 * len(_labels(stars)), height=4)
     for ax, length in zip(axes, lengths, strict=True):
         here = [row for row in stars if row.length == length]
         here.sort(key=lambda row: (row.block_size, row.anchor_size))
@@ -134,6 +136,8 @@ def _ablation(stars: Sequence[Row]) -> Figure:
         ax.set_ylabel("accuracy, % (bars)", color="tab:blue")
         ax.set_ylim(0, 103)
         ax.set_title(f"{_tick(length)} tokens", fontsize=9)
+        if not here[0].timed:
+            continue
         times = ax.twinx()
         times.plot(range(len(here)), [row.context_seconds for row in here], "o", color="tab:red")
         times.set_ylim(0, 1.1 * max(row.context_seconds for row in here))
@@ -155,10 +159,13 @@ def _heat_map(
 def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, count, figsize=(width * count, height), squeeze=False, layout="constrained"
-    )
-    return figure, axes[0]
+    columns = min(count, max(1, int(_PAGE / width)))
+    lines = -(-count // columns)
+    size = width * columns, height * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for unused in axes.flat[count:]:
+        unused.set_axis_off()
+    return figure, axes.flat[:count]
 
 
 def _lengths(rows: Sequence[Row]) -> list[int | None]:

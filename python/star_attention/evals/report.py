@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from star_attention.evals.results import Key, Results
+
+# Characters of a configuration's column in the table of tasks: `quarter` and a space.
+_COLUMN = 8
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,10 @@ class Row:
         tasks: each task's accuracy, in per cent.
         difference: from the baseline's accuracy, in points; None without one.
         retention: share of the baseline's accuracy, in per cent.
-        context_seconds: median time of phase 1 per sample.
+        context_seconds: median time of phase 1 per sample; None if none was timed.
         seconds: median time per sample, whose answers may differ in length.
         speedup: the baseline's `seconds` over this one's.
+        timed: how many samples all configurations have times of; medians are over these.
         records: the samples that are compared.
         failed: how many failed here, and are compared nowhere.
     """
@@ -36,9 +41,10 @@ class Row:
     tasks: dict[str, float]
     difference: float | None
     retention: float | None
-    context_seconds: float
-    seconds: float
+    context_seconds: float | None
+    seconds: float | None
     speedup: float | None
+    timed: int
     records: list[dict[str, Any]]
     failed: int
 
@@ -83,6 +89,7 @@ def compare(all_results: Sequence[Results]) -> list[Row]:
 def _rows(length: int | None, all_results: Sequence[Results], keys: set[Key]) -> list[Row]:
     rows: list[Row] = []
     baseline = None
+    timed = [key for key in keys if all("seconds" in r.records[key] for r in all_results)]
     for results in all_results:
         records = [record for key, record in results.records.items() if key in keys]
         names = sorted({task for _, task, _ in keys}, key=_task_order)
@@ -92,7 +99,8 @@ def _rows(length: int | None, all_results: Sequence[Results], keys: set[Key]) ->
         }
         accuracy = mean(tasks.values())
         context_seconds, seconds = (
-            median(record[name] for record in records) for name in ("context_seconds", "seconds")
+            median(results.records[key][name] for key in timed) if timed else None
+            for name in ("context_seconds", "seconds")
         )
         if not rows and results.configuration["attention"] != "star":
             baseline = accuracy, seconds
@@ -106,7 +114,8 @@ def _rows(length: int | None, all_results: Sequence[Results], keys: set[Key]) ->
                 100 * accuracy / baseline[0] if baseline and baseline[0] else None,
                 context_seconds,
                 seconds,
-                baseline[1] / seconds if baseline else None,
+                baseline[1] / seconds if baseline and timed else None,
+                len(timed),
                 records,
                 sum(key[0] == length for key in results.records.keys() - results.finished.keys()),
             )
@@ -124,7 +133,7 @@ def print_report(all_results: Sequence[Results], rows: Sequence[Row]) -> None:
     )
     table = _table()
     table.add_column("attention", no_wrap=True)
-    for title in ("accuracy", "diff.", "retention", "phase 1", "in all", "speed-up", "n"):
+    for title in ("accuracy", "diff.", "retention", "phase 1", "in all", "speedup", "n"):
         table.add_column(title, justify="right")
     length = -1
     for row in rows:
@@ -136,17 +145,15 @@ def print_report(all_results: Sequence[Results], rows: Sequence[Row]) -> None:
             f"{row.accuracy:.1f} %",
             _number(row.difference, "+.1f"),
             _number(row.retention, ".1f", " %"),
-            f"{row.context_seconds:.2f}",
-            f"{row.seconds:.2f}",
+            _number(row.context_seconds, ".2f"),
+            _number(row.seconds, ".2f"),
             _number(row.speedup, ".2f"),
             str(row.samples),
         )
     console.print(table)
-    console.print(
-        "star: block/anchor size; times: seconds per sample; n: samples that all answered"
-    )
+    console.print("star: block/anchor size; times: seconds per timed sample; n: compared samples")
     if any(len(row.tasks) > 1 for row in rows):
-        console.print(_task_table(rows))
+        console.print(*_task_tables(rows, console.width), sep="")
     for results in all_results:
         errors = [record["error"] for record in results.records.values() if "error" in record]
         if errors:
@@ -155,14 +162,24 @@ def print_report(all_results: Sequence[Results], rows: Sequence[Row]) -> None:
             console.print(f"{results.label}: not compared, no sample that all answered")
 
 
-def _task_table(rows: Sequence[Row]) -> Table:
+def _task_tables(rows: Sequence[Row], width: int) -> Iterator[Table]:
+    """Each task's accuracy, a column per configuration, in as many tables as `width` asks for."""
     labels = list(dict.fromkeys(row.label for row in rows))
-    table = _table()
-    table.add_column("task")
+    names = max(len(task) for row in rows for task in row.tasks)
+    beside = max(1, (width - names) // _COLUMN)
+    for first in range(0, len(labels), beside):
+        yield _task_table(rows, labels[first : first + beside])
+
+
+def _task_table(rows: Sequence[Row], labels: Sequence[str]) -> Table:
+    table = _table(padding=0)
+    table.add_column("task", no_wrap=True)
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(re.sub("[ /]", "\n", label), justify="right", no_wrap=True)
     for length in dict.fromkeys(row.length for row in rows):
-        here = {row.label: row for row in rows if row.length == length}
+        here = {row.label: row for row in rows if row.length == length and row.label in labels}
+        if not here:
+            continue
         table.add_row(_length(length))
         for task in next(iter(here.values())).tasks:
             cells = [f"{here[label].tasks[task]:.1f}" if label in here else "" for label in labels]
@@ -172,12 +189,13 @@ def _task_table(rows: Sequence[Row]) -> Table:
 
 def as_json(rows: Sequence[Row]) -> list[dict]:
     names = ("length", "accuracy", "tasks", "difference", "retention")
-    names += ("context_seconds", "seconds", "speedup", "samples", "failed")
+    names += ("context_seconds", "seconds", "speedup", "timed", "samples", "failed")
     return [{"attention": row.label} | {name: getattr(row, name) for name in names} for row in rows]
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+def _table(padding: int = 1) -> Table:
+    """`padding` is in front of a column, beside the space between columns."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, padding), pad_edge=False, show_edge=False)
 
 
 def _task_order(name: str) -> tuple[int, str]:

@@ -25,7 +25,7 @@ class Results:
     Attributes:
         path: its predictions, `<folder>/<name>.jsonl`; the scores are beside it, `<name>.json`.
         configuration: what it was run with.
-        records: the newest line of each sample: `score` 0 to 1, or `error`; times in seconds.
+        records: the newest line of each sample: `score` 0 to 1, or `error`; seconds if timed.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Results:
         scores = []
         for (length, task), records in cells.items():
             good = [record for record in records if "error" not in record]
+            times = [record["seconds"] for record in good if "seconds" in record]
             scores.append(
                 {
                     "length": length,
@@ -62,7 +63,7 @@ class Results:
                     "samples": len(good),
                     "failed": len(records) - len(good),
                     "score": round(100 * mean(r["score"] for r in good), 2) if good else None,
-                    "seconds": round(median(r["seconds"] for r in good), 3) if good else None,
+                    "seconds": round(median(times), 3) if times else None,
                 }
             )
         path = self.path.with_suffix(".json")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from star_attention.config import AnchorMode, AttentionMethod, StarConfig
@@ -15,12 +15,13 @@ from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import Results
 from star_attention.evals.sample import Sample, Task
 from star_attention.llm import LLM
+from star_attention.runtime.runtime import EncodedContext
 from star_attention.runtime.sampling import SamplingParams
 
 # Sizes that follow the length: of the block, a share of it; of the anchor, a share of the block.
 SHARES = {"whole": 1, "block": 1, "half": 2, "quarter": 4, "eighth": 8}
-# Questions about one context that are asked together.
-_BATCH = 8
+# Samples that are asked together, and tokens of their contexts, unless they share one.
+_BATCH, _BATCH_TOKENS = 8, 32768
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,9 @@ class Method:
 
 @dataclass(frozen=True)
 class Job:
-    """What all ranks run together: questions about one context."""
+    """What all ranks run together: contexts, each with its division and its questions."""
 
-    context: str
-    queries: Sequence[str]
-    config: StarConfig
+    parts: Sequence[tuple[str, StarConfig, Sequence[str]]]
     max_tokens: int
 
 
@@ -75,12 +74,14 @@ class Run:
     Attributes:
         samples: of each task at most.
         config: the division for a length, in tokens.
+        timed: whether records say what answers took.
     """
 
     results: Results
     tasks: Sequence[Task]
     samples: int
     config: Callable[[int], StarConfig]
+    timed: bool = True
 
     def pending(self, task: Task) -> list[int | str]:
         """The indices of samples without an answer."""
@@ -95,7 +96,7 @@ OnSample = Callable[[Run, Task, dict[str, Any]], None]
 def evaluate(
     llm: LLM, prompts: PromptTokenizer | None, runs: Sequence[Run], on_sample: OnSample
 ) -> None:
-    """Answers what is pending, context after context; ranks other than 0 follow rank 0.
+    """Answers what is pending, batch after batch; ranks other than 0 follow rank 0.
 
     A sample that fails is recorded with its error. On several ranks an answer may only fail with
     what all of them meet (UserError); anything else ends the job.
@@ -121,7 +122,7 @@ def evaluate(
 
 
 def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterator[dict[str, Any]]:
-    """Makes the pending samples of a task and has them answered, those of one context together."""
+    """Makes the pending samples of a task and has them answered."""
     failures: dict[int | str, Exception] = {}
 
     def samples() -> Iterator[Sample]:
@@ -131,28 +132,48 @@ def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterat
             except Exception as error:
                 failures[index] = error
 
-    for _, group in groupby(samples(), key=lambda sample: sample.context):
-        while batch := list(islice(group, _BATCH)):
-            yield from _ask(llm, prompts, run, task, batch)
+    for batch in _batches(samples(), task.length):
+        yield from _ask(llm, prompts, run, task, batch)
     for index, error in failures.items():
         yield _failure(task, index, error)
+
+
+def _batches(samples: Iterator[Sample], length: int | None) -> Iterator[list[Sample]]:
+    """What is asked together: samples of one context, or of as many as their length allows."""
+    most = max(1, _BATCH_TOKENS // length) if length else 1
+    batch: list[Sample] = []
+    for sample in samples:
+        contexts = {other.context for other in (*batch, sample)}
+        if len(batch) == _BATCH or len(contexts) > most:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
 
 
 def _ask(
     llm: LLM, prompts: PromptTokenizer, run: Run, task: Task, batch: Sequence[Sample]
 ) -> Iterator[dict[str, Any]]:
+    """The records of a batch; if it fails, its samples are asked one by one."""
     recoverable = UserError if llm.comm.size > 1 else Exception
     try:
-        config = run.config(task.length or prompts.count(batch[0]) + task.max_tokens)
-        queries = [prompts.query(sample) for sample in batch]
-        job = Job(prompts.context(batch[0]), queries, config, task.max_tokens)
+        parts = []
+        for context, group in groupby(batch, key=prompts.context):
+            samples = list(group)
+            config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
+            parts.append((context, config, [prompts.query(sample) for sample in samples]))
+        job = Job(parts, task.max_tokens)
         llm.comm.broadcast_object(job)
-        predictions, times = _answer(llm, job)
+        answers = _answer(llm, job)
     except recoverable as error:
-        for sample in batch:
-            yield _failure(task, sample.index, error)
+        if len(batch) == 1:
+            yield _failure(task, batch[0].index, error)
+        else:
+            for sample in batch:
+                yield from _ask(llm, prompts, run, task, [sample])
         return
-    for sample, prediction in zip(batch, predictions, strict=True):
+    for sample, (prediction, sizes, times) in zip(batch, answers, strict=True):
         yield {
             "task": task.name,
             "length": task.length,
@@ -162,7 +183,8 @@ def _ask(
             "outputs": list(sample.outputs),
             "score": task.score(prediction, sample),
             "depths": [round(depth, 4) for depth in sample.depths],
-            **times,
+            **sizes,
+            **(times if run.timed else {}),
         }
 
 
@@ -171,20 +193,31 @@ def _failure(task: Task, index: int | str, error: Exception) -> dict[str, Any]:
     return {"task": task.name, "length": task.length, "index": index, "error": reason}
 
 
-def _answer(llm: LLM, job: Job) -> tuple[list[str], dict[str, float]]:
-    """The answers (rank 0), and what an answer took: tokens and seconds of both phases."""
-    begin = time.perf_counter()
-    context = llm.encode(job.context, job.config)
-    encoded = time.perf_counter()
+def _answer(llm: LLM, job: Job) -> list[tuple[str, dict[str, int], dict[str, float]]]:
+    """Each answer (rank 0), sizes in tokens, and its share of the seconds of phase 1 and both."""
+    asked: list[tuple[EncodedContext, str, float]] = []
     try:
-        answers = llm.ask(context, job.queries, SamplingParams(max_tokens=job.max_tokens))
+        for text, config, queries in job.parts:
+            begin = time.perf_counter()
+            context = llm.encode(text, config)
+            seconds = (time.perf_counter() - begin) / len(queries)
+            asked += [(context, query, seconds) for query in queries]
+        begin = time.perf_counter()
+        contexts, queries, _ = zip(*asked, strict=True)
+        answers = llm.ask(contexts, queries, SamplingParams(max_tokens=job.max_tokens))
+        share = (time.perf_counter() - begin) / len(asked)
     finally:
-        context.release()
-    plan, share = context.plan, 1 / len(job.queries)
-    return [answer.text for answer in answers], {
-        "context_tokens": plan.context_len,
-        "block_size": plan.block_size,
-        "anchor_size": plan.anchor_size,
-        "context_seconds": (encoded - begin) * share,
-        "seconds": (time.perf_counter() - begin) * share,
-    }
+        for context, *_ in asked:
+            context.release()
+    return [
+        (
+            answer.text,
+            {
+                "context_tokens": context.plan.context_len,
+                "block_size": context.plan.block_size,
+                "anchor_size": context.plan.anchor_size,
+            },
+            {"context_seconds": seconds, "seconds": seconds + share},
+        )
+        for answer, (context, _, seconds) in zip(answers, asked, strict=True)
+    ]

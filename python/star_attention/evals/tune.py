@@ -39,7 +39,7 @@ def flags(row: Row) -> str:
 
 def print_choice(rows: Sequence[Row], min_retention: float) -> None:
     """The frontier of accuracy and time, and the setting to use, as flags."""
-    stars = [row for row in rows if row.is_star]
+    stars = [row for row in rows if row.is_star and row.timed]
     console, chosen = Console(), choose(stars, min_retention)
     table = Table("frontier of accuracy and time", box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("retention", "accuracy", "phase 1, s"):
