@@ -77,7 +77,7 @@ def test_killed_and_started_again(here, tiny_chat_model, tmp_path):
     options = ["--lengths", 640, "--tasks", "niah_single_1", "--attention", "dense", "--samples"]
     command = ["eval", "ruler", "--results", results, *SMALL, tiny_chat_model, *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "star_attention", *map(str, command), "100"],
+        [sys.executable, "-m", "star_attention", *map(str, command), "5000"],
         stderr=subprocess.PIPE,
         text=True,
     )
