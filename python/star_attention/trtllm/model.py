@@ -93,11 +93,10 @@ class _StarDecoder:
         super().__init__(config)
         for index, layer in enumerate(self.transformer.layers):
             layer.attention = StarAttention(layer.attention, plugin_fields(self.star_model, index))
-        major, minor = torch.cuda.get_device_capability()
         engine = {
             "tensorrt": ".".join(trt.__version__.split(".")[:3]),
             "gpu": torch.cuda.get_device_name(),
-            "compute_capability": f"{major}.{minor}",
+            "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()),
             "build_id": uuid.uuid4().hex,
         }
         setattr(config, STAR, engine)
@@ -135,11 +134,11 @@ class _StarDecoder:
 
 
 class StarLlamaForCausalLM(_StarDecoder, LLaMAForCausalLM):
-    pass
+    """Checkpoints whose architecture is LlamaForCausalLM."""
 
 
 class StarQwen2ForCausalLM(_StarDecoder, QWenForCausalLM):
-    pass
+    """Checkpoints whose architecture is Qwen2ForCausalLM."""
 
 
 def _network_input(
