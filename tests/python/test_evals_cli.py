@@ -80,6 +80,8 @@ def test_killed_and_started_again(here, tiny_chat_model, tmp_path):
         [sys.executable, "-m", "star_attention", *map(str, command), "5000"],
         stderr=subprocess.PIPE,
         text=True,
+        # Programs that a shell runs in the background ignore it, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = results / "dense.jsonl"
     deadline = time.monotonic() + 120
