@@ -102,7 +102,7 @@ void load_tensorrt(const std::string& folder) {
   if (loaded_version() < NV_TENSORRT_VERSION) {
     throw std::runtime_error("TensorRT " + tensorrt_version() +
                              " was loaded, and this is built for " + compiled_version() +
-                             " or newer: build it with TENSORRT_ROOT set to " + "the older one");
+                             " or newer: build it with TENSORRT_ROOT set to the older one");
   }
 }
 

@@ -135,6 +135,11 @@ class ModelConfig:
         """Bytes of the KV of `tokens` tokens in all layers, in elements of `itemsize` bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * tokens * itemsize
 
+    def kv_shape(self, num_pages: int, tokens_per_block: int) -> tuple[int, ...]:
+        """Of the KV pool of all layers."""
+        page = 2, self.num_kv_heads, tokens_per_block, self.head_dim
+        return self.num_layers, num_pages, *page
+
     def shard(self, parts: int) -> ModelConfig:
         """What one of `parts` GPUs computes of every layer: its heads and its part of the MLP.
 

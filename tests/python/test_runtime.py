@@ -6,9 +6,11 @@ import torch
 
 from star_attention.config import ModelConfig, RopeConfig, StarConfig
 from star_attention.distributed import SingleProcess
+from star_attention.engines.base import is_decode_step
 from star_attention.engines.torch_engine import TorchEngine
 from star_attention.errors import UserError
 from star_attention.models.llama import random_weights
+from star_attention.runtime.pages import Rows, paged_step
 from star_attention.runtime.runtime import Runtime
 
 TINY = ModelConfig(1, 32, 32, 4, 2, 8, 64, 1024, 1e-5, RopeConfig())
@@ -61,3 +63,12 @@ def test_activations_that_do_not_fit():
         UserError, match=r"1000 tokens in one pass, .* for 127: use 11 ranks or more"
     ):
         runtime.encode(CONTEXT, ring)
+
+
+def test_what_a_decode_step_is():
+    one_each = paged_step([Rows([0], 5, 1), Rows([1], 7, 1)], 16)
+    assert is_decode_step(one_each, np.arange(2))
+    assert not is_decode_step(one_each, np.arange(1))
+    assert not is_decode_step(paged_step([Rows([0], 5, 2)], 16), np.arange(2))
+    # A rank without blocks still takes part in what the others send.
+    assert not is_decode_step(paged_step([], 16, shared_pages=[0]), np.arange(0))

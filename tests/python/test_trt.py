@@ -49,7 +49,7 @@ class TensorRt:
 def tensorrt(monkeypatch):
     trt = TensorRt()
     monkeypatch.setattr(trt_build, "load_tensorrt", lambda: trt)
-    monkeypatch.setattr(trt_build, "_gpu", lambda: ("a GPU", "9.0"))
+    monkeypatch.setattr(trt_build, "gpu_of", lambda: ("a GPU", "9.0"))
     return trt
 
 

@@ -75,6 +75,13 @@ class RingStep:
 AttentionStep = PagedStep | RingStep
 
 
+def is_decode_step(attention: AttentionStep, logit_rows: np.ndarray) -> bool:
+    """One token for each sequence, with the logits of all; a pass without tokens is none."""
+    count = len(attention.slot_mapping)
+    one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count > 0
+    return one_token_each and np.array_equal(logit_rows, np.arange(count))
+
+
 # float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
 Logits = Any
 

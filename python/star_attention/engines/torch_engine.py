@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from star_attention import ops
 from star_attention.config import ModelConfig
 from star_attention.distributed import Communicator, SingleProcess, Traffic
-from star_attention.engines.base import AttentionStep, PagedStep
+from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
 from star_attention.engines.torch_attention import (
     Attention,
     PagedAttention,
@@ -198,10 +198,9 @@ class TorchEngine:
         can be a collective call."""
         if self.max_pages is None or not (self._comm.capturable and self._group.capturable):
             return None
-        count = len(attention.slot_mapping)  # none, of a rank without blocks, is no decode step
-        one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count > 0
-        if not one_token_each or not np.array_equal(logit_rows, np.arange(count)):
+        if not is_decode_step(attention, logit_rows):
             return None
+        count = len(attention.slot_mapping)
         if count not in self._graphs:
             self._graphs[count] = None
         elif self._graphs[count] is None:
@@ -218,15 +217,8 @@ class TorchEngine:
             self._layer_done = event
 
     def _empty_pool(self, num_pages: int) -> torch.Tensor:
-        config, embedding = self._part, self._weights.embedding
-        return embedding.new_empty(
-            config.num_layers,
-            num_pages,
-            2,
-            config.num_kv_heads,
-            self.tokens_per_block,
-            config.head_dim,
-        )
+        shape = self._part.kv_shape(num_pages, self.tokens_per_block)
+        return self._weights.embedding.new_empty(shape)
 
     def _tokens_that_fit(self) -> int:
         """Tokens whose activations the GPU's free memory holds: x, q and attention's output of all

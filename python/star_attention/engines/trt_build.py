@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from star_attention.engines.trt_folder import (
     EngineConfig,
     EngineLimits,
 )
-from star_attention.engines.trt_library import LogFile, load_tensorrt
+from star_attention.engines.trt_library import LogFile, gpu_of, load_tensorrt
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint, is_engine_folder, open_checkpoint
 
@@ -115,7 +114,7 @@ def build_folder(
     if folder.exists() and not is_engine_folder(folder) and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} has other files in it: name another folder")
     trt = load_tensorrt()
-    gpu, capability = _gpu()
+    gpu, capability = gpu_of()
     log = LogFile(folder.with_name(f"{folder.name}.build.log"), on_progress=on_progress)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     graph = unfinished / "graph"
@@ -229,16 +228,3 @@ def write_rotary(model: ModelConfig, positions: int, path: Path) -> None:
 def _default_cache() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches) / "star_attention" / "tensorrt.timing"
-
-
-def _gpu() -> tuple[str, str]:
-    """Name and compute capability of the GPU that engines are built for."""
-    if importlib.util.find_spec("cupy") is None:
-        raise UserError("TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'")
-    import cupy
-
-    try:
-        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise UserError(f"an engine is built on the GPU that will run it: {error}") from None
-    return properties["name"].decode(), f"{properties['major']}.{properties['minor']}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree, require_same
-from star_attention.engines.base import AttentionStep, PagedStep
+from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
 from star_attention.engines.trt_folder import (
     ROTARY,
     EngineConfig,
@@ -20,7 +20,7 @@ from star_attention.engines.trt_folder import (
     plan_file,
     read_engine_config,
 )
-from star_attention.engines.trt_library import load_tensorrt, session_log
+from star_attention.engines.trt_library import NO_CUPY, gpu_of, load_tensorrt, session_log
 from star_attention.errors import UserError
 from star_attention.trtllm.engine_folder import load_plugins
 
@@ -127,15 +127,7 @@ class TensorRtEngine:
 
     def allocate_pool(self, num_pages: int) -> None:
         """Makes room for so many pages, once, before the first step."""
-        config = self.config
-        shape = (
-            config.num_layers,
-            num_pages,
-            2,
-            config.num_kv_heads,
-            self.tokens_per_block,
-            config.head_dim,
-        )
+        shape = self.config.kv_shape(num_pages, self.tokens_per_block)
         # Nobody but the kernels knows the type of its 16-bit elements.
         self._pool = self._cupy.empty(shape, self._cupy.uint16)
         self.max_pages = num_pages
@@ -159,10 +151,12 @@ class TensorRtEngine:
             raise UserError(
                 "TensorRT engines have no ring attention: use --attention star or dense"
             )
-        self._check_step(positions, attention, logit_rows)
+        limits, decodes = self._limits, is_decode_step(attention, logit_rows)
+        most_sequences = limits.max_batch_size if decodes else max_sequences(limits)
+        self._check_step(positions, attention, len(logit_rows), most_sequences)
         with self._stream:
             try:
-                if self._is_decode(attention, logit_rows):
+                if decodes:
                     logits = self._decode(token_ids, positions, attention)
                 else:
                     logits = self._run(token_ids, positions, attention, logit_rows)
@@ -209,7 +203,6 @@ class TensorRtEngine:
     def _decode(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
         count = len(step.kv_lens)
         graph = self._graphs.get(count)
-        logits = None
         if graph is None:
             graph = self._graphs[count] = _DecodeGraph(self, count, step)
         logits = graph.run(token_ids, positions, step)
@@ -246,12 +239,9 @@ class TensorRtEngine:
         runs = runs_of(pages, self._comm.gather_objects(pages))
         return self._trt.SharedPages(self._comm.nccl, self._comm.rank, runs)
 
-    def _is_decode(self, step: PagedStep, logit_rows: np.ndarray) -> bool:
-        count = len(step.slot_mapping)
-        one_token_each = 0 < count == len(step.kv_lens)
-        return one_token_each and np.array_equal(logit_rows, np.arange(count))
-
-    def _check_step(self, positions: np.ndarray, step: PagedStep, logit_rows: np.ndarray) -> None:
+    def _check_step(
+        self, positions: np.ndarray, step: PagedStep, num_rows: int, most_sequences: int
+    ) -> None:
         limits = self._limits
         if step.merge and self._comm.size > 1 and len(positions) > _MAX_MERGE_TOKENS:
             raise UserError(
@@ -262,14 +252,11 @@ class TensorRtEngine:
             raise UserError(
                 "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
             )
-        most_sequences = max_sequences(limits)
-        if self._is_decode(step, logit_rows):
-            most_sequences = limits.max_batch_size
         for flag, needed, most in (
             ("--max_seq_len", int(positions.max(initial=-1)) + 1, limits.max_seq_len),
             ("--max_num_tokens", len(positions), limits.max_num_tokens),
             ("--max_batch_size", len(step.kv_lens), most_sequences),
-            ("--max_batch_size", len(logit_rows), max_logit_rows(limits)),
+            ("--max_batch_size", num_rows, max_logit_rows(limits)),
         ):
             if needed > most:
                 raise UserError(
@@ -278,14 +265,12 @@ class TensorRtEngine:
                 )
 
     def _check_machine(self, config: EngineConfig, device: int) -> None:
-        runtime = self._cupy.cuda.runtime
-        properties = runtime.getDeviceProperties(device)
-        capability = f"{properties['major']}.{properties['minor']}"
+        name, capability = gpu_of(device)
         if capability != config.compute_capability:
             raise UserError(
                 f"the engine was built for {config.gpu} (compute capability "
-                f"{config.compute_capability}), this GPU is {properties['name'].decode()} "
-                f"({capability}): build it on this machine"
+                f"{config.compute_capability}), this GPU is {name} ({capability}): "
+                "build it on this machine"
             )
         if self._trt.version() != config.tensorrt:
             raise UserError(
@@ -410,9 +395,9 @@ def load_trt_engine(
         UserError: on every rank, if it cannot run on any.
     """
 
-    def prepare() -> tuple[EngineConfig, int]:
+    def prepare() -> EngineConfig:
         if importlib.util.find_spec("cupy") is None:
-            raise UserError("TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'")
+            raise UserError(NO_CUPY)
         load_tensorrt()
         load_plugins(folder)
         return read_engine_config(folder)

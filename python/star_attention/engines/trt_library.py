@@ -15,6 +15,7 @@ from star_attention.errors import UserError
 
 # A folder that has libnvinfer.so; otherwise pip's package or the loader's search path.
 FOLDER = "TENSORRT_LIB_DIR"
+NO_CUPY = "TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'"
 
 
 @functools.cache
@@ -36,6 +37,23 @@ def load_tensorrt() -> Any:
     except RuntimeError as error:
         raise UserError(f"{error}; {FOLDER} names its folder") from None
     return _trt
+
+
+def gpu_of(device: int | None = None) -> tuple[str, str]:
+    """Name and compute capability of a GPU, by default CuPy's current one.
+
+    Raises:
+        UserError: there is no CuPy, or no GPU.
+    """
+    if importlib.util.find_spec("cupy") is None:
+        raise UserError(NO_CUPY)
+    from cupy.cuda import runtime
+
+    try:
+        properties = runtime.getDeviceProperties(runtime.getDevice() if device is None else device)
+    except runtime.CUDARuntimeError as error:
+        raise UserError(f"an engine is built on the GPU that will run it: {error}") from None
+    return properties["name"].decode(), f"{properties['major']}.{properties['minor']}"
 
 
 class LogFile:
