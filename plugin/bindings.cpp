@@ -297,6 +297,11 @@ PYBIND11_MODULE(_trt, m) {
 #else
   m.attr("HAS_PARSER") = false;
 #endif
+#ifdef STAR_ATTENTION_CUBLAS
+  m.attr("HAS_CUBLAS") = true;
+#else
+  m.attr("HAS_CUBLAS") = false;
+#endif
   m.def("load", &load_tensorrt, arg("folder") = "", ReleaseGil());
   m.def("version", &tensorrt_version);
   m.def("build", &build, py::kw_only(), arg("onnx"), arg("engine"), arg("profiles"), arg("dtype"),

@@ -83,23 +83,22 @@ void set_types(const std::string&, nvinfer1::INetworkDefinition&, nvinfer1::IBui
 constexpr auto kNetworkFlags =
     1U << static_cast<int>(nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
 
-// TensorRT 8 may run any layer in fp16 once it may run one, also those that the graph has in
-// float32 for good reason: the squares of RMSNorm overflow.
+// TensorRT 8 gives the types of plugins' tensors to nothing else: it may compute in float32 what
+// the graph has in float16, and convert on the way.
 void set_types(const std::string& dtype, nvinfer1::INetworkDefinition& network,
                nvinfer1::IBuilderConfig& config) {
-  if (dtype == "float32") return;
   if (dtype != "float16") throw std::invalid_argument(dtype + " needs TensorRT 9 or newer");
   config.setFlag(nvinfer1::BuilderFlag::kFP16);
   config.setFlag(nvinfer1::BuilderFlag::kOBEY_PRECISION_CONSTRAINTS);
   for (int i = 0; i < network.getNbLayers(); ++i) {
     nvinfer1::ILayer& layer = *network.getLayer(i);
-    using nvinfer1::LayerType;
-    const LayerType type = layer.getType();
-    const bool computes =
-        type == LayerType::kELEMENTWISE || type == LayerType::kREDUCE || type == LayerType::kUNARY;
-    if (!computes || layer.getOutput(0)->getType() != DataType::kFLOAT) continue;
-    layer.setPrecision(DataType::kFLOAT);
-    layer.setOutputType(0, DataType::kFLOAT);
+    const nvinfer1::LayerType type = layer.getType();
+    if (type != nvinfer1::LayerType::kMATRIX_MULTIPLY &&
+        type != nvinfer1::LayerType::kELEMENTWISE) {
+      continue;
+    }
+    layer.setPrecision(DataType::kHALF);
+    layer.setOutputType(0, DataType::kHALF);
   }
 }
 #endif

@@ -1,19 +1,25 @@
-// Programs get at the plugin in two ways, and the library does not know which one loads it:
-// - plain dlopen (trtexec --staticPlugins, Python): when loaded, the library registers the plugin
+// Programs get at the plugins in two ways, and the library does not know which one loads it:
+// - plain dlopen (trtexec --staticPlugins, Python): when loaded, the library registers the plugins
 //   with TensorRT's global registry, where builders and runtimes look too;
 // - IPluginRegistry::loadLibrary: dlopen, then TensorRT asks for the creators. It refuses a library
-//   that has none, and one whose plugin it knows: so the global registry gives the plugin up first.
-// Linked with -z nodelete: TensorRT keeps pointers to the creator.
+//   that has none, and one with a plugin it knows: so the global registry gives them up first.
+// Linked with -z nodelete: TensorRT keeps pointers to the creators.
 #include "plugin_library.h"
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
 
+#include "attention_plugin.h"
+#include "layer_plugins.h"
 #include "star_attention/plugin.h"
-#include "star_attention_plugin.h"
+#ifdef STAR_ATTENTION_CUBLAS
+#include "linear_plugin.h"
+#endif
 
 #define STAR_ATTENTION_STRING(x) #x
 #define STAR_ATTENTION_SONAME(major) "libnvinfer.so." STAR_ATTENTION_STRING(major)
@@ -31,9 +37,30 @@ Function* find_tensorrt(const char* symbol) {
   return reinterpret_cast<Function*>(dlsym(library ? library : RTLD_DEFAULT, symbol));
 }
 
-StarAttentionCreator& creator() {
-  static auto& creator = *new StarAttentionCreator;  // TensorRT may use it until the very end
-  return creator;
+#if NV_TENSORRT_MAJOR >= 10
+using Creator = nvinfer1::IPluginCreatorInterface;
+#define STAR_ATTENTION_GET_CREATORS getCreators
+#else
+using Creator = nvinfer1::IPluginCreator;
+#define STAR_ATTENTION_GET_CREATORS getPluginCreators
+#endif
+
+template <typename... Ops>
+struct Creators {
+  std::array<nvinfer1::IPluginCreator*, sizeof...(Ops)> all{new PluginCreator<Ops>...};
+  std::array<Creator*, sizeof...(Ops)> as_tensorrt_asks;
+
+  Creators() { std::copy(all.begin(), all.end(), as_tensorrt_asks.begin()); }
+};
+
+// TensorRT may use them until the very end.
+auto& creators() {
+  static auto& creators = *new Creators<
+#ifdef STAR_ATTENTION_CUBLAS
+      LinearOp, LinearAddOp,
+#endif
+      AttentionOp, GatherRowsOp, RmsNormOp, SiluMulOp>;
+  return creators;
 }
 
 nvinfer1::IPluginRegistry* global_registry() {
@@ -41,27 +68,30 @@ nvinfer1::IPluginRegistry* global_registry() {
   return get ? get() : nullptr;
 }
 
-// The plugin's creator, of this copy of the library or of another one; null: there is none.
-nvinfer1::IPluginCreator* registered_creator(const nvinfer1::IPluginRegistry& registry) {
+// A registered creator of the same plugin, of this copy of the library or of another one, or null.
+nvinfer1::IPluginCreator* registered_as(nvinfer1::IPluginCreator& creator,
+                                        const nvinfer1::IPluginRegistry& registry) {
   int32_t count = 0;
-  nvinfer1::IPluginCreator* const* creators = registry.getPluginCreatorList(&count);
+  nvinfer1::IPluginCreator* const* known = registry.getPluginCreatorList(&count);
   for (int32_t i = 0; i < count; ++i) {
-    if (std::strcmp(creators[i]->getPluginName(), StarAttentionPlugin::kName) == 0 &&
-        std::strcmp(creators[i]->getPluginVersion(), StarAttentionPlugin::kVersion) == 0) {
-      return creators[i];
+    if (std::strcmp(known[i]->getPluginName(), creator.getPluginName()) == 0 &&
+        std::strcmp(known[i]->getPluginVersion(), creator.getPluginVersion()) == 0) {
+      return known[i];
     }
   }
   return nullptr;
 }
 
-[[gnu::constructor]] void register_when_loaded() { register_plugin(); }
+[[gnu::constructor]] void register_when_loaded() { register_plugins(); }
 
 }  // namespace
 
-bool register_plugin() {
+bool register_plugins() {
   nvinfer1::IPluginRegistry* registry = global_registry();
   if (registry == nullptr) return false;
-  if (!registered_creator(*registry)) registry->registerCreator(creator(), "");
+  for (nvinfer1::IPluginCreator* creator : creators().all) {
+    if (!registered_as(*creator, *registry)) registry->registerCreator(*creator, "");
+  }
   return true;
 }
 
@@ -86,21 +116,18 @@ extern "C" {
   star_attention::logger_finder = finder;
 }
 
-#if NV_TENSORRT_MAJOR >= 10
-using Creator = nvinfer1::IPluginCreatorInterface;
-#define STAR_ATTENTION_GET_CREATORS getCreators
-#else
-using Creator = nvinfer1::IPluginCreator;
-#define STAR_ATTENTION_GET_CREATORS getPluginCreators
-#endif
-[[gnu::visibility("default")]] Creator* const* STAR_ATTENTION_GET_CREATORS(int32_t& count) {
+[[gnu::visibility("default")]] star_attention::Creator* const* STAR_ATTENTION_GET_CREATORS(
+    int32_t& count) {
   using namespace star_attention;
   if (nvinfer1::IPluginRegistry* registry = global_registry()) {
-    if (const auto* known = registered_creator(*registry)) registry->deregisterCreator(*known);
+    for (nvinfer1::IPluginCreator* creator : creators().all) {
+      if (const auto* known = registered_as(*creator, *registry)) {
+        registry->deregisterCreator(*known);
+      }
+    }
   }
-  static Creator* const creators[] = {&creator()};
-  count = 1;
-  return creators;
+  count = static_cast<int32_t>(creators().as_tensorrt_asks.size());
+  return creators().as_tensorrt_asks.data();
 }
 
 }  // extern "C"

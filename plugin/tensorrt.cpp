@@ -81,7 +81,7 @@ template <typename Interface>
 std::unique_ptr<Interface> create(const char* symbol, const char* what) {
   int num_devices = 0;  // TensorRT 8.6 crashes without a GPU
   check_cuda(cudaGetDeviceCount(&num_devices), "TensorRT needs a GPU");
-  register_plugin();
+  register_plugins();
   Logger& logger = Logger::instance();
   logger.take_error();
   const auto make = find<void*(void*, int32_t)>(symbol);

@@ -405,12 +405,19 @@ def _read_text(name: str) -> str:
     show_default=True,
     help="Of weights and computation; TensorRT before 9 knows no bfloat16.",
 )
-def export(model: str, output_dir: Path, dtype: str) -> None:
+@click.option(
+    "--gemm-plugin/--no-gemm-plugin",
+    default=True,
+    show_default=True,
+    help="Projections as nodes for TensorRT 8's plugin, or as Gemm.",
+)
+def export(model: str, output_dir: Path, dtype: str, gemm_plugin: bool) -> None:
     """Write a model as an ONNX graph with StarAttention nodes, for TensorRT."""
     from star_attention.engines.onnx_export import export_graph
     from star_attention.models.checkpoint import find_model
 
-    click.echo(f"Written: {export_graph(find_model(model), output_dir, dtype)}")
+    path = export_graph(find_model(model), output_dir, dtype, gemm_plugin=gemm_plugin)
+    click.echo(f"Written: {path}")
 
 
 @cli.command()

@@ -1,4 +1,5 @@
-// StarAttention inside a network of one node, against direct calls of the library: bit for bit.
+// StarAttention inside a network of one node, against direct calls of the library, bit for bit; and
+// the plugins of a layer's other operators, against sums on the host.
 //
 //   plugin_test [folder of TensorRT's libraries]
 //
@@ -7,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <functional>
@@ -260,71 +262,193 @@ class Engine {
   cudaStream_t stream_ = nullptr;
 };
 
-void build(const std::string& file) {
-  using nvinfer1::DataType;
-  using nvinfer1::ITensor;
-  const auto builder = create_builder();
-#if NV_TENSORRT_MAJOR >= 9
-  constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED;
-#else
-  constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH;
-#endif
-  const std::unique_ptr<nvinfer1::INetworkDefinition> network(
-      builder->createNetworkV2(1U << static_cast<int>(kFlag)));
-  const std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
-  nvinfer1::IOptimizationProfile& profile = *builder->createOptimizationProfile();
+// A network whose layers are plugins, and its engine.
+class Network {
+ public:
+  using DataType = nvinfer1::DataType;
+  using ITensor = nvinfer1::ITensor;
+  using Field = nvinfer1::PluginField;
 
-  std::vector<ITensor*> inputs;
-  const auto add = [&](const char* name, DataType type, const Shape& least, const Shape& most) {
+  // A dimension may vary from `least` to `most`.
+  ITensor* input(const char* name, DataType type, const Shape& least, const Shape& most) {
     Shape shape = least;
     for (size_t i = 0; i < shape.size(); ++i) {
       if (least[i] != most[i]) shape[i] = -1;
     }
-    inputs.push_back(network->addInput(name, type, to_dims(shape)));
-    if (least == most) return;
-    profile.setDimensions(name, nvinfer1::OptProfileSelector::kMIN, to_dims(least));
-    profile.setDimensions(name, nvinfer1::OptProfileSelector::kOPT, to_dims(most));
-    profile.setDimensions(name, nvinfer1::OptProfileSelector::kMAX, to_dims(most));
-  };
-  add("qkv", DataType::kHALF, {1, kQkvWidth}, {kMaxTokens, kQkvWidth});
-  add("position_ids", DataType::kINT32, {1}, {kMaxTokens});
-  add("cu_seqlens_q", DataType::kINT32, {2}, {kMaxSeqs + 1});
-  add("kv_lens", DataType::kINT32, {1}, {kMaxSeqs});
-  add("page_table", DataType::kINT32, {1, 1}, {kMaxSeqs, kMaxPages});
-  add("slot_mapping", DataType::kINT32, {1}, {kMaxTokens});
-  add("rotary", DataType::kFLOAT, {1, kHeadDim}, {kPositions, kHeadDim});
-  add("runtime_context", DataType::kINT32, {2}, {2});
+    ITensor* const tensor = network_->addInput(name, type, to_dims(shape));
+    if (least != most) {
+      profile_.setDimensions(name, nvinfer1::OptProfileSelector::kMIN, to_dims(least));
+      profile_.setDimensions(name, nvinfer1::OptProfileSelector::kOPT, to_dims(most));
+      profile_.setDimensions(name, nvinfer1::OptProfileSelector::kMAX, to_dims(most));
+    }
+    return tensor;
+  }
 
+  ITensor* plugin(const char* name, const std::vector<Field>& fields,
+                  const std::vector<ITensor*>& inputs) {
+    auto* creator = builder_->getPluginRegistry().getPluginCreator(name, "1", "");
+    expect(creator != nullptr, std::string(name) + "'s creator in the builder's registry");
+    const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(fields.size()),
+                                                     fields.data()};
+    nvinfer1::IPluginV2* made = creator->createPlugin(name, &collection);
+    expect(made != nullptr, std::string("a plugin ") + name);
+    nvinfer1::IPluginV2Layer* layer =
+        network_->addPluginV2(inputs.data(), static_cast<int32_t>(inputs.size()), *made);
+    expect(layer != nullptr, "a plugin layer");
+    made->destroy();  // the network has a copy
+    return layer->getOutput(0);
+  }
+
+  void build(ITensor& out, const std::string& file) {
+    out.setName("out");
+    network_->markOutput(out);
+    const std::unique_ptr<nvinfer1::IBuilderConfig> config(builder_->createBuilderConfig());
+#if NV_TENSORRT_MAJOR < 9
+    out.setType(DataType::kHALF);
+    config->setFlag(nvinfer1::BuilderFlag::kFP16);
+#endif
+    config->setTacticSources(0);
+    config->addOptimizationProfile(&profile_);
+    const std::unique_ptr<nvinfer1::IHostMemory> engine(
+        builder_->buildSerializedNetwork(*network_, *config));
+    expect(engine != nullptr, "an engine: " + Logger::instance().take_error());
+    std::ofstream(file, std::ios::binary)
+        .write(static_cast<const char*>(engine->data()),
+               static_cast<std::streamsize>(engine->size()));
+  }
+
+ private:
+#if NV_TENSORRT_MAJOR >= 9
+  static constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED;
+#else
+  static constexpr auto kFlag = nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH;
+#endif
+  std::unique_ptr<nvinfer1::IBuilder> builder_ = create_builder();
+  std::unique_ptr<nvinfer1::INetworkDefinition> network_{
+      builder_->createNetworkV2(1U << static_cast<int>(kFlag))};
+  nvinfer1::IOptimizationProfile& profile_ = *builder_->createOptimizationProfile();
+};
+
+void build(const std::string& file) {
+  using DataType = nvinfer1::DataType;
+  Network network;
+  const std::vector<nvinfer1::ITensor*> inputs = {
+      network.input("qkv", DataType::kHALF, {1, kQkvWidth}, {kMaxTokens, kQkvWidth}),
+      network.input("position_ids", DataType::kINT32, {1}, {kMaxTokens}),
+      network.input("cu_seqlens_q", DataType::kINT32, {2}, {kMaxSeqs + 1}),
+      network.input("kv_lens", DataType::kINT32, {1}, {kMaxSeqs}),
+      network.input("page_table", DataType::kINT32, {1, 1}, {kMaxSeqs, kMaxPages}),
+      network.input("slot_mapping", DataType::kINT32, {1}, {kMaxTokens}),
+      network.input("rotary", DataType::kFLOAT, {1, kHeadDim}, {kPositions, kHeadDim}),
+      network.input("runtime_context", DataType::kINT32, {2}, {2}),
+  };
   const int32_t values[] = {kLayer, kQHeads, kKvHeads, kHeadDim};
   constexpr auto kInt = nvinfer1::PluginFieldType::kINT32;
-  const nvinfer1::PluginField fields[] = {{"layer", &values[0], kInt, 1},
-                                          {"num_q_heads", &values[1], kInt, 1},
-                                          {"num_kv_heads", &values[2], kInt, 1},
-                                          {"head_dim", &values[3], kInt, 1}};
-  const nvinfer1::PluginFieldCollection collection{4, fields};
-  auto* creator = builder->getPluginRegistry().getPluginCreator("StarAttention", "1", "");
-  expect(creator != nullptr, "the plugin's creator in the builder's registry");
-  nvinfer1::IPluginV2* plugin = creator->createPlugin("attention", &collection);
-  expect(plugin != nullptr, "a plugin");
-  nvinfer1::IPluginV2Layer* layer =
-      network->addPluginV2(inputs.data(), static_cast<int32_t>(inputs.size()), *plugin);
-  expect(layer != nullptr, "a plugin layer");
-  plugin->destroy();  // the network has a copy
-  ITensor& out = *layer->getOutput(0);
-  out.setName("out");
-  network->markOutput(out);
-#if NV_TENSORRT_MAJOR < 9
-  out.setType(DataType::kHALF);
-  config->setFlag(nvinfer1::BuilderFlag::kFP16);
-#endif
-  config->setTacticSources(0);
-  config->addOptimizationProfile(&profile);
-  const std::unique_ptr<nvinfer1::IHostMemory> engine(
-      builder->buildSerializedNetwork(*network, *config));
-  expect(engine != nullptr, "an engine: " + Logger::instance().take_error());
-  std::ofstream(file, std::ios::binary)
-      .write(static_cast<const char*>(engine->data()),
-             static_cast<std::streamsize>(engine->size()));
+  nvinfer1::ITensor* out = network.plugin("StarAttention",
+                                          {{"layer", &values[0], kInt, 1},
+                                           {"num_q_heads", &values[1], kInt, 1},
+                                           {"num_kv_heads", &values[2], kInt, 1},
+                                           {"head_dim", &values[3], kInt, 1}},
+                                          inputs);
+  network.build(*out, file);
+}
+
+// out = h + down silu_mul(gate_up norm(h) + bias), h being some rows of a table.
+struct Mlp {
+  static constexpr int kTable = 50, kRows = 9, kHidden = 256, kInner = 320;
+  static constexpr float kEps = 1e-5f;
+
+  std::vector<int> rows = {3, 0, 49, 3, 17, 8, 1, 2, 30};
+  std::vector<__half> table = random_halfs(kTable * kHidden), norm = random_halfs(kHidden);
+  std::vector<__half> gate_up = random_halfs(2 * kInner * kHidden);
+  std::vector<__half> bias = random_halfs(2 * kInner), down = random_halfs(kHidden * kInner);
+
+  static void build(const std::string& file) {
+    using DataType = nvinfer1::DataType;
+    Network network;
+    const auto half = [&](const char* name, const Shape& shape) {
+      return network.input(name, DataType::kHALF, shape, shape);
+    };
+    auto* const rows = network.input("rows", DataType::kINT32, {1}, {kRows});
+    auto* const h = network.plugin("StarGatherRows", {}, {half("table", {kTable, kHidden}), rows});
+    constexpr auto kFloat = nvinfer1::PluginFieldType::kFLOAT32;
+    auto* const normed =
+        network.plugin("StarRmsNorm", {{"eps", &kEps, kFloat, 1}}, {h, half("norm", {kHidden})});
+    auto* const gate_up = network.plugin(
+        "StarLinearAdd", {},
+        {normed, half("gate_up", {2 * kInner, kHidden}), half("bias", {2 * kInner})});
+    auto* const product = network.plugin("StarSiluMul", {}, {gate_up});
+    auto* const out =
+        network.plugin("StarLinearAdd", {}, {product, half("down", {kHidden, kInner}), h});
+    network.build(*out, file);
+  }
+
+  std::vector<double> row(int index) const {
+    const auto at = [](const std::vector<__half>& values, size_t i) {
+      return double(__half2float(values[i]));
+    };
+    std::vector<double> h(kHidden), out;
+    double squares = 0;
+    for (int i = 0; i < kHidden; ++i) {
+      h[i] = at(table, size_t(rows[index]) * kHidden + i);
+      squares += h[i] * h[i] / kHidden;
+    }
+    std::vector<double> inner(2 * kInner);
+    for (int j = 0; j < 2 * kInner; ++j) {
+      inner[j] = at(bias, j);
+      for (int i = 0; i < kHidden; ++i) {
+        inner[j] += h[i] / std::sqrt(squares + kEps) * at(norm, i) * at(gate_up, j * kHidden + i);
+      }
+    }
+    for (int i = 0; i < kHidden; ++i) {
+      double sum = h[i];
+      for (int j = 0; j < kInner; ++j) {
+        const double gate = inner[j];
+        sum += gate / (1 + std::exp(-gate)) * inner[kInner + j] * at(down, i * kInner + j);
+      }
+      out.push_back(sum);
+    }
+    return out;
+  }
+};
+
+void test_layer_operators(const std::string& file) {
+  Mlp::build(file);
+  const Mlp mlp;
+  Session session(file, 0, &keep_errors);
+  Execution execution(session, 0);
+  const DeviceArray<int> rows(mlp.rows);
+  const DeviceArray<__half> table(mlp.table), norm(mlp.norm), gate_up(mlp.gate_up);
+  const DeviceArray<__half> bias(mlp.bias), down(mlp.down);
+  const DeviceArray<__half> out(size_t{Mlp::kRows} * Mlp::kHidden);
+  execution.set_input("rows", {Mlp::kRows}, rows.data());
+  execution.set_input("table", {Mlp::kTable, Mlp::kHidden}, table.data());
+  execution.set_input("norm", {Mlp::kHidden}, norm.data());
+  execution.set_input("gate_up", {2 * Mlp::kInner, Mlp::kHidden}, gate_up.data());
+  execution.set_input("bias", {2 * Mlp::kInner}, bias.data());
+  execution.set_input("down", {Mlp::kHidden, Mlp::kInner}, down.data());
+  execution.set_output("out", {Mlp::kRows, Mlp::kHidden}, out.data());
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreate(&stream), "cudaStreamCreate");
+  execution.enqueue(stream);
+  check_cuda(cudaStreamSynchronize(stream), "engine");
+  execution.capture(stream)->launch(stream);
+  check_cuda(cudaStreamSynchronize(stream), "graph");
+  cudaStreamDestroy(stream);
+
+  const std::vector<char> bytes = out.host();
+  const auto* halfs = reinterpret_cast<const __half*>(bytes.data());
+  double errors = 0, sizes = 0;
+  for (int r = 0; r < Mlp::kRows; ++r) {
+    const std::vector<double> expected = mlp.row(r);
+    for (int i = 0; i < Mlp::kHidden; ++i) {
+      const double error = __half2float(halfs[r * Mlp::kHidden + i]) - expected[i];
+      errors += error * error;
+      sizes += expected[i] * expected[i];
+    }
+  }
+  const double relative = std::sqrt(errors / sizes);
+  expect(relative < 2e-3, "an error under 2e-3, not " + std::to_string(relative));
 }
 
 void expect_equal(const Engine& engine, const Direct& direct) {
@@ -454,6 +578,11 @@ int run(const std::string& folder) {
     with_engine("limits", test_limits);
     ok &= passes("bad engines", [&] { test_bad_engines(file); });
   }
+#ifdef STAR_ATTENTION_CUBLAS
+  ok &= passes("layer operators", [&] { test_layer_operators(file); });
+#else
+  std::printf("layer operators: skipped, compiled without cuBLASLt\n");
+#endif
   std::remove(file.c_str());
   return ok ? 0 : 1;
 }

@@ -83,6 +83,7 @@ class OnnxEngine:
         return self._evaluator.run(None, feeds)[0]
 
 
+@pytest.mark.parametrize("gemm_plugin", [True, False], ids=["plugin", "gemm"])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
     [
@@ -92,10 +93,12 @@ class OnnxEngine:
     ],
     ids=["llama3-rope", "tied", "qwen2"],
 )
-def test_same_logits_as_torch(tmp_path, architecture, overrides):
+def test_same_logits_as_torch(tmp_path, architecture, overrides, gemm_plugin):
     save_tiny_model(tmp_path / "model", architecture, **overrides)
-    graph = export_graph(tmp_path / "model", tmp_path / "graph", "float32")
+    graph = export_graph(tmp_path / "model", tmp_path / "graph", "float32", gemm_plugin=gemm_plugin)
     onnx.checker.check_model(str(graph))
+    projections = {node.op_type for node in onnx.load(graph).graph.node}
+    assert ("Gemm" in projections) == (not gemm_plugin)
     engine = load_engine(tmp_path / "model", SingleProcess(), PAGE, EngineOptions())
     tokens = np.random.default_rng(6).integers(0, 97, 80).astype(np.int32)
     context, question, answer = np.split(tokens, [70, 76])
@@ -116,11 +119,24 @@ def weights_by_file(graph):
     return files
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def parts_of(name):
+    """Names in the checkpoint of what a weight of the graph holds."""
+    for fused, parts in FUSED.items():
+        if fused in name:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
+
+
 def check_weights(graph, hf_model):
-    initializers = {tensor.name: tensor for tensor in onnx.load(graph).graph.initializer}
-    for name, parameter in hf_model.state_dict().items():
-        stored = onnx.numpy_helper.to_array(initializers[name])
-        np.testing.assert_array_equal(stored, parameter.to(torch.float16).numpy())
+    parameters = hf_model.state_dict()
+    for tensor in onnx.load(graph).graph.initializer:
+        parts = [parameters.pop(part) for part in parts_of(tensor.name)]
+        stored = onnx.numpy_helper.to_array(tensor)
+        np.testing.assert_array_equal(stored, torch.cat(parts).to(torch.float16).numpy())
+    assert not parameters
 
 
 def test_weights_stay_where_they_are(tmp_path):
@@ -129,13 +145,15 @@ def test_weights_stay_where_they_are(tmp_path):
     onnx.checker.check_model(str(graph))
     check_weights(graph, hf_model)
     files = weights_by_file(graph)
+    fused = files.pop("model.data")
+    assert all(len(parts_of(name)) > 1 for name in fused)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     expected = {}
     for name, file in index["weight_map"].items():
-        expected.setdefault(file, set()).add(name)
+        if not any(name in parts_of(whole) for whole in fused):
+            expected.setdefault(file, set()).add(name)
     assert files == expected
     assert len(files) > 1
-    assert not (tmp_path / "model.data").exists()
 
 
 def test_other_dtypes_are_converted(tmp_path):

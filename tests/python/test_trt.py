@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from onnx import load
 
 from helpers import save_tiny_model, train_tokenizer
 from star_attention import cli
@@ -29,6 +30,8 @@ from star_attention.models.tokenizer import Tokenizer
 class TensorRt:
     """Stands for star_attention._trt."""
 
+    HAS_CUBLAS = True
+
     def __init__(self, error=None):
         self.error = error
 
@@ -41,6 +44,7 @@ class TensorRt:
         if self.error:
             raise RuntimeError(self.error)
         self.options = options
+        self.operators = {node.op_type for node in load(onnx, load_external_data=False).graph.node}
         with open(engine, "w") as file:
             file.write("plan")
 
@@ -125,6 +129,17 @@ def test_folder(tmp_path, tensorrt, model):
     assert Tokenizer(folder).context_tokens("a fox") == Tokenizer(model).context_tokens("a fox")
     again = build_engine(model, folder, limits)
     assert again.weights_sha256 == written.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("gemm_plugin", "has_cublas", "operator"),
+    [("auto", True, "StarLinear"), ("auto", False, "Gemm"), ("disable", True, "Gemm")],
+)
+def test_who_computes_projections(tmp_path, tensorrt, model, gemm_plugin, has_cublas, operator):
+    tensorrt.HAS_CUBLAS = has_cublas
+    limits = EngineLimits(2, 900, 1024, 512, 64)
+    build_engine(model, tmp_path / "engine", limits, BuildOptions(gemm_plugin=gemm_plugin))
+    assert tensorrt.operators & {"StarLinear", "Gemm"} == {operator}
 
 
 def cli_config(model):

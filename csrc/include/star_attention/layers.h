@@ -1,4 +1,4 @@
-// What a Llama layer needs between its GEMMs and attention, one pass over memory each.
+// What a Llama model needs between its GEMMs and attention, one pass over memory each.
 #pragma once
 
 #include "star_attention/attention.h"
@@ -33,8 +33,21 @@ struct SiluMulParams {
 
 void silu_mul(const SiluMulParams& params, cudaStream_t stream);
 
+// out[i] = x[rows[i]], of 16-bit elements.
+struct GatherRowsParams {
+  int num_rows;
+  int width;  // a multiple of 8
+
+  const void* x;        // [any, width], contiguous
+  const int32_t* rows;  // [num_rows], rows of x
+  void* out;            // [num_rows, width], contiguous
+};
+
+void gather_rows(const GatherRowsParams& params, cudaStream_t stream);
+
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
 void check(const RmsNormParams& params);
 void check(const SiluMulParams& params);
+void check(const GatherRowsParams& params);
 
 }  // namespace star_attention

@@ -2,17 +2,20 @@
 
 The node takes what a step of `ModelEngine` describes (tables of pages and slots) and the address of
 the step's runtime context, which knows the KV pools and the other ranks; a TensorRT plugin of that
-name computes it. Everything else is standard operators. Inputs of the graph, in tokens T,
-sequences S, pages P, rotary positions M and rows R whose logits are wanted:
+name computes it. What else a layer does are nodes of the same domain, whose definition by standard
+operators is in the graph (ONNX's functions): TensorRT 8 has plugins of their names, newer versions
+and other runtimes read the definitions. Inputs of the graph, in tokens T, sequences S, pages P,
+rotary positions M and rows R whose logits are wanted:
 
     input_ids, position_ids, slot_mapping  int32 [T]
     cu_seqlens_q int32 [S + 1], kv_lens int32 [S], page_table int32 [S, P]
     rotary float32 [M, head_dim], logit_rows int32 [R]
     runtime_context int32 [2], in host memory: a 64-bit address, low half first
 
-Output: logits float32 [R, vocab_size]. Weights are outside the graph: if it is written into the
-model's own folder, those that have its dtype stay where they are, in the safetensors files (ONNX
-follows no path out of the graph's folder, and no links); others go into one file of their own.
+Output: logits float32 [R, vocab_size]. Weights are outside the graph. Those that a layer reads as
+one (Q, K and V; gate and up) lie one behind the other in a file of their own, with all others that
+are not of the graph's type; what remains stays in the model's safetensors files if the graph is
+written beside them (ONNX follows no path out of the graph's folder, and no links).
 """
 
 from __future__ import annotations
@@ -21,11 +24,9 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from star_attention.config import ModelConfig
 from star_attention.errors import UserError
@@ -38,6 +39,9 @@ DOMAIN = "star_attention"
 GRAPH, WEIGHTS = "model.onnx", "model.data"
 EXPORT_DTYPES = ("float16", "bfloat16", "float32")
 PLUGIN, PLUGIN_VERSION = "StarAttention", "1"
+# Nodes that standard operators define.
+GATHER_ROWS, RMS_NORM, SILU_MUL = "StarGatherRows", "StarRmsNorm", "StarSiluMul"
+LINEAR, LINEAR_ADD = "StarLinear", "StarLinearAdd"
 # What the plugin takes behind the fused QKV projection.
 PLUGIN_INPUTS = (
     "position_ids",
@@ -77,8 +81,12 @@ def plugin_fields(config: ModelConfig, layer: int) -> dict[str, int]:
     }
 
 
-def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
+def export_graph(
+    path: Path, folder: Path, dtype: str = "float16", *, gemm_plugin: bool = True
+) -> Path:
     """Writes the graph of the model at `path` into `folder`; returns the graph's path.
+
+    Projections are nodes for TensorRT 8's plugin with `gemm_plugin`, and Gemm without.
 
     Nothing is left in `folder` if it fails: the files are written elsewhere and moved at the end.
 
@@ -93,7 +101,7 @@ def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_graph(checkpoint, unfinished, folder, dtype)
+        write_graph(checkpoint, unfinished, folder, dtype, gemm_plugin=gemm_plugin)
         for file in unfinished.iterdir():
             os.replace(file, folder / file.name)
     except OSError as error:
@@ -103,7 +111,9 @@ def export_graph(path: Path, folder: Path, dtype: str = "float16") -> Path:
     return folder / GRAPH
 
 
-def write_graph(checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -> None:
+def write_graph(
+    checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, *, gemm_plugin: bool
+) -> None:
     """Writes graph and weights into `folder`, to be moved to `final`.
 
     Raises:
@@ -111,20 +121,22 @@ def write_graph(checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
-    _Graph(checkpoint, folder, final, dtype).save()
+    _Graph(checkpoint, folder, final, dtype, gemm_plugin).save()
 
 
 class _Graph:
     """Collects nodes and weights in `folder`, to be moved to `final`. Methods that add nodes take
     and return names of values."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, gemm_plugin: bool
+    ) -> None:
         self._config = checkpoint.config
+        self._gemm_plugin = gemm_plugin
         self._weights = _Weights(checkpoint, folder, final, dtype)
         self._folder = folder
         self._type = _ONNX_TYPES[dtype]
         self._nodes: list[onnx.NodeProto] = []
-        self._small: list[onnx.TensorProto] = []
 
     def save(self) -> None:
         import onnx
@@ -138,12 +150,13 @@ class _Graph:
         output = helper.make_tensor_value_info(
             logits, TensorProto.FLOAT, ["R", self._config.vocab_size]
         )
-        weights = self._weights.finish()
-        graph = helper.make_graph(self._nodes, "llama", infos, [output], [*weights, *self._small])
+        graph = helper.make_graph(self._nodes, "llama", infos, [output], self._weights.finish())
+        used = {node.op_type for node in self._nodes}
         model = helper.make_model(
             graph,
             producer_name="star-attention-trt",
             opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(DOMAIN, 1)],
+            functions=[each for each in _definitions(self._type) if each.name in used],
         )
         model.ir_version = 9  # what TensorRT 8.6 and the runtimes of its time read
         onnx.save(model, self._folder / GRAPH)
@@ -151,49 +164,43 @@ class _Graph:
     def _decoder(self) -> str:
         config = self._config
         embedding = self._weights.add("model.embed_tokens.weight", config.vocab_size, None)
-        x = self._node("Gather", [embedding, "input_ids"], axis=0)
+        x = self._node(GATHER_ROWS, [embedding, "input_ids"], domain=DOMAIN)
         for index in range(config.num_layers):
             x = self._layer(x, index, f"model.layers.{index}.")
         x = self._norm(x, "model.norm.weight")
         lm_head = embedding
         if not config.tie_embeddings:
             lm_head = self._weights.add("lm_head.weight", config.vocab_size, None)
-        return self._cast(self._linear(x, lm_head), _FLOAT, "logits")
+        return self._node("Cast", [self._linear(x, lm_head)], "logits", to=_FLOAT)
 
     def _layer(self, x: str, index: int, prefix: str) -> str:
         config = self._config
         q_rows = config.num_q_heads * config.head_dim
         kv_rows = config.num_kv_heads * config.head_dim
-        projections = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-        attention = prefix + "self_attn."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
 
-        def fused(kind: str, columns: Sequence[None]) -> str:
-            parts = [
-                self._weights.add(f"{attention}{name}_proj.{kind}", rows, *columns)
-                for name, rows in projections.items()
-            ]
-            return self._node("Concat", parts, axis=0)  # of constants: done when an engine is built
+        def qkv_of(kind: str, *columns: None) -> str:
+            rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            parts = {f"{attention}{name}_proj.{kind}": size for name, size in rows.items()}
+            return self._weights.fuse(f"{attention}qkv_proj.{kind}", parts, *columns)
 
-        bias = fused("bias", ()) if config.qkv_bias else None
         normed = self._norm(x, prefix + "input_layernorm.weight")
-        qkv = self._linear(normed, fused("weight", (None,)), bias)
-        attended = self._attend(qkv, index)
+        bias = qkv_of("bias") if config.qkv_bias else None
+        attended = self._attend(self._linear(normed, qkv_of("weight", None), bias), index)
         if index == config.num_layers - 1:  # from here on nobody wants the other rows
             x, attended = (
-                self._node("Gather", [rows, "logit_rows"], axis=0) for rows in (x, attended)
+                self._node(GATHER_ROWS, [rows, "logit_rows"], domain=DOMAIN)
+                for rows in (x, attended)
             )
         out = self._weights.add(attention + "o_proj.weight", None, q_rows)
-        x = self._node("Add", [x, self._linear(attended, out)])
+        x = self._linear(attended, out, x)
 
         normed = self._norm(x, prefix + "post_attention_layernorm.weight")
         inner = config.intermediate_size
-        gate, up = (
-            self._linear(normed, self._weights.add(f"{prefix}mlp.{name}_proj.weight", inner, None))
-            for name in ("gate", "up")
-        )
-        silu = self._node("Mul", [gate, self._node("Sigmoid", [gate])])
-        down = self._weights.add(prefix + "mlp.down_proj.weight", None, inner)
-        return self._node("Add", [x, self._linear(self._node("Mul", [silu, up]), down)])
+        parts = {f"{mlp}{name}_proj.weight": inner for name in ("gate", "up")}
+        gate_up = self._linear(normed, self._weights.fuse(f"{mlp}gate_up_proj.weight", parts, None))
+        down = self._weights.add(mlp + "down_proj.weight", None, inner)
+        return self._linear(self._node(SILU_MUL, [gate_up], domain=DOMAIN), down, x)
 
     def _attend(self, qkv: str, layer: int) -> str:
         return self._node(
@@ -206,30 +213,15 @@ class _Graph:
         )
 
     def _norm(self, x: str, weight: str) -> str:
-        """RMSNorm, in float32 up to the product with the weight."""
-        wide = self._cast(x, _FLOAT)
-        mean = self._node("ReduceMean", [self._node("Mul", [wide, wide])], axes=[-1], keepdims=1)
-        eps = self._constant(np.array(self._config.rms_norm_eps, np.float32))
-        root = self._node("Sqrt", [self._node("Add", [mean, eps])])
-        normed = self._node("Div", [wide, root])
-        name = self._weights.add(weight, None)
-        if self._type != _FLOAT:
-            normed = self._cast(normed, self._type)
-        return self._node("Mul", [normed, name])
+        inputs = [x, self._weights.add(weight, None)]
+        return self._node(RMS_NORM, inputs, domain=DOMAIN, eps=self._config.rms_norm_eps)
 
-    def _linear(self, x: str, weight: str, bias: str | None = None) -> str:
-        """x weight^T + bias, weight [out, in] as checkpoints have it."""
-        return self._node("Gemm", [x, weight] + ([bias] if bias else []), transB=1)
-
-    def _cast(self, x: str, to: int, name: str | None = None) -> str:
-        return self._node("Cast", [x], name, to=to)
-
-    def _constant(self, value: np.ndarray) -> str:
-        from onnx import numpy_helper
-
-        name = f"constant_{len(self._small)}"
-        self._small.append(numpy_helper.from_array(value, name))
-        return name
+    def _linear(self, x: str, weight: str, addend: str | None = None) -> str:
+        """x weight^T + addend, weight [out, in] as checkpoints have it."""
+        inputs = [x, weight] + ([addend] if addend else [])
+        if not self._gemm_plugin:
+            return self._node("Gemm", inputs, transB=1)
+        return self._node(LINEAR_ADD if addend else LINEAR, inputs, domain=DOMAIN)
 
     def _node(
         self,
@@ -237,7 +229,7 @@ class _Graph:
         inputs: Sequence[str],
         name: str | None = None,
         domain: str = "",
-        **attributes: int | str | list[int],
+        **attributes: int | float | str,
     ) -> str:
         from onnx import helper
 
@@ -246,6 +238,47 @@ class _Graph:
             helper.make_node(operator, inputs, [name], name=name, domain=domain, **attributes)
         )
         return name
+
+
+def _definitions(dtype: int) -> list[onnx.FunctionProto]:
+    """What the nodes of our domain compute, for a graph of that type."""
+    from onnx import AttributeProto, helper
+
+    standard = [helper.make_opsetid("", _OPSET)]
+
+    def define(
+        name: str, inputs: Sequence[str], *nodes: onnx.NodeProto, attributes: Sequence[str] = ()
+    ) -> onnx.FunctionProto:
+        return helper.make_function(DOMAIN, name, inputs, ["out"], nodes, standard, attributes)
+
+    node = helper.make_node
+    eps = node("Constant", [], ["eps"])
+    eps.attribute.add(name="value_float", type=AttributeProto.FLOAT, ref_attr_name="eps")
+    rms_norm = (
+        eps,
+        node("Cast", ["x"], ["wide"], to=_FLOAT),
+        node("Mul", ["wide", "wide"], ["squares"]),
+        node("ReduceMean", ["squares"], ["mean"], axes=[-1], keepdims=1),
+        node("Add", ["mean", "eps"], ["sum"]),
+        node("Sqrt", ["sum"], ["root"]),
+        node("Div", ["wide", "root"], ["normed"]),
+        node("Cast", ["normed"], ["narrow"], to=dtype),
+        node("Mul", ["narrow", "weight"], ["out"]),
+    )
+    silu_mul = (
+        node("Split", ["gate_up"], ["gate", "up"], axis=-1),
+        node("Sigmoid", ["gate"], ["sigmoid"]),
+        node("Mul", ["gate", "sigmoid"], ["silu"]),
+        node("Mul", ["silu", "up"], ["out"]),
+    )
+    linear, addend = ["x", "weight"], ["x", "weight", "addend"]
+    return [
+        define(GATHER_ROWS, ["x", "rows"], node("Gather", ["x", "rows"], ["out"], axis=0)),
+        define(RMS_NORM, ["x", "weight"], *rms_norm, attributes=["eps"]),
+        define(SILU_MUL, ["gate_up"], *silu_mul),
+        define(LINEAR, linear, node("Gemm", linear, ["out"], transB=1)),
+        define(LINEAR_ADD, addend, node("Gemm", addend, ["out"], transB=1)),
+    ]
 
 
 class _Weights:
@@ -262,19 +295,19 @@ class _Weights:
 
     def add(self, name: str, *shape: int | None) -> str:
         """The weight as a value of the graph; `None` in shape stands for the hidden size."""
-        from onnx import TensorProto
-
         if name in self._tensors:
             return name
-        hidden = self._checkpoint.config.hidden_size
-        dims = [hidden if size is None else size for size in shape]
-        tensor = TensorProto(name=name, dims=dims, data_location=TensorProto.EXTERNAL)
-        tensor.data_type = _ONNX_TYPES[self._dtype]
-        location, offset, length = self._place(name, dims)
-        for key, value in (("location", location), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        self._tensors[name] = tensor
-        return name
+        dims = self._dims(shape)
+        place = self._places.get(name)
+        if place and place.dtype == self._dtype and place.shape == dims:
+            return self._declare(name, dims, place.file.name, place.offset, place.length)
+        return self._declare(name, dims, WEIGHTS, *self._write({name: dims}))
+
+    def fuse(self, name: str, parts: Mapping[str, int], *columns: int | None) -> str:
+        """Weights as one, each with so many rows."""
+        dims = self._dims(columns)
+        place = self._write({part: [rows, *dims] for part, rows in parts.items()})
+        return self._declare(name, [sum(parts.values()), *dims], WEIGHTS, *place)
 
     def finish(self) -> list[onnx.TensorProto]:
         self._own.close()
@@ -282,24 +315,36 @@ class _Weights:
             (self._folder / WEIGHTS).unlink()
         return list(self._tensors.values())
 
-    def _place(self, name: str, dims: list[int]) -> tuple[str, int, int]:
-        """File, offset and bytes of a weight; checks its shape."""
+    def _dims(self, shape: Sequence[int | None]) -> list[int]:
+        hidden = self._checkpoint.config.hidden_size
+        return [hidden if size is None else size for size in shape]
+
+    def _declare(self, name: str, dims: list[int], location: str, offset: int, length: int) -> str:
+        from onnx import TensorProto
+
+        tensor = TensorProto(name=name, dims=dims, data_location=TensorProto.EXTERNAL)
+        tensor.data_type = _ONNX_TYPES[self._dtype]
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._tensors[name] = tensor
+        return name
+
+    def _write(self, shapes: Mapping[str, list[int]]) -> tuple[int, int]:
+        """Weights, whose shapes are checked, one behind the other: offset and bytes."""
         import torch
 
-        place = self._places.get(name)
-        if place and place.dtype == self._dtype and place.shape == dims:
-            return place.file.name, place.offset, place.length
-        weight = self._checkpoint.tensor(name)
-        if list(weight.shape) != dims:
-            raise UserError(
-                f"{self._checkpoint.path}: {name} has shape {list(weight.shape)}, "
-                f"the config asks for {dims}"
-            )
-        data = weight.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
         self._own.write(b"\0" * (-self._own.tell() % _ALIGNMENT))
         offset = self._own.tell()
-        self._own.write(data.tobytes())
-        return WEIGHTS, offset, data.nbytes
+        for name, dims in shapes.items():
+            weight = self._checkpoint.tensor(name)
+            if list(weight.shape) != dims:
+                raise UserError(
+                    f"{self._checkpoint.path}: {name} has shape {list(weight.shape)}, "
+                    f"the config asks for {dims}"
+                )
+            data = weight.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
+            self._own.write(data.tobytes())
+        return offset, self._own.tell() - offset
 
 
 class _Place:

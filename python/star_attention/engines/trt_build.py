@@ -30,6 +30,7 @@ from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint, is_engine_folder, open_checkpoint
 
 BUILD_DTYPES = ("float16", "bfloat16")
+GEMM_PLUGIN = ("auto", "disable")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class BuildOptions:
 
     Attributes:
         dtype: of weights and computation; TensorRT before 9 knows no bfloat16.
+        gemm_plugin: "auto": projections by cuBLAS where TensorRT's own kernels add up in float16
+            (before 9); "disable": always by TensorRT.
         optimization_level: TensorRT's, 0 to 5: how long it looks for the fastest kernels.
         timing_cache: file of what it has timed, read and written; None: in the user's cache folder.
         workspace_gib: memory that a kernel may use beside its tensors; None: any.
@@ -45,6 +48,7 @@ class BuildOptions:
     """
 
     dtype: str = "float16"
+    gemm_plugin: str = "auto"
     optimization_level: int = 3
     timing_cache: Path | None = None
     workspace_gib: float | None = None
@@ -53,6 +57,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.dtype not in BUILD_DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}: use {' or '.join(BUILD_DTYPES)}")
+        if self.gemm_plugin not in GEMM_PLUGIN:
+            choices = " or ".join(GEMM_PLUGIN)
+            raise UserError(f"--gemm_plugin is {self.gemm_plugin!r}: use {choices}")
         if not 0 <= self.optimization_level <= 5:
             raise UserError(f"--optimization_level is {self.optimization_level}: use 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:
@@ -123,7 +130,8 @@ def build_folder(
         graph.mkdir(parents=True)
         add(unfinished)
         on_progress("writing the graph")
-        write_graph(checkpoint, graph, graph, options.dtype)
+        gemm_plugin = options.gemm_plugin == "auto" and trt.HAS_CUBLAS
+        write_graph(checkpoint, graph, graph, options.dtype, gemm_plugin=gemm_plugin)
         with (graph / WEIGHTS).open("rb") as weights:
             weights_sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
         on_progress("building the engine")

@@ -11,6 +11,7 @@ from rich.console import Console
 from star_attention.cli import TOKENS
 from star_attention.engines.trt_build import (
     BUILD_DTYPES,
+    GEMM_PLUGIN,
     BuildOptions,
     build_engine,
     limits_for,
@@ -32,6 +33,13 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     help="The engine's folder; one that is an engine's already is replaced.",
 )
 @click.option("--dtype", type=click.Choice(BUILD_DTYPES), default="float16", show_default=True)
+@click.option(
+    "--gemm_plugin",
+    type=click.Choice(GEMM_PLUGIN),
+    default="auto",
+    show_default=True,
+    help="Projections by cuBLAS where TensorRT adds up in float16, or always by TensorRT.",
+)
 @click.option("--max_batch_size", type=int, default=8, show_default=True, help="Questions at once.")
 @click.option(
     "--max_input_len",
@@ -75,7 +83,7 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
 @click.option("--workers", type=int, help="Threads that build.")
 def build(model: str, output_dir: Path, **options: Any) -> None:
     """Build a TensorRT engine: one for all ranks, to be asked with `ask --engine_dir`."""
-    how = ("dtype", "optimization_level", "timing_cache", "workspace_gib", "workers")
+    how = ("dtype", "gemm_plugin", "optimization_level", "timing_cache", "workspace_gib", "workers")
     build_options = BuildOptions(**{name: options.pop(name) for name in how})
     path = find_model(model)
     limits = limits_for(open_checkpoint(path).config, **options)

@@ -1,0 +1,29 @@
+// x weight^T + addend by cuBLAS, for TensorRT. TensorRT 8's own kernels for fp16 add up in fp16.
+#pragma once
+
+#include "plugin.h"
+
+namespace star_attention {
+
+// x [T, K], weight [N, K]; with an addend, a third input: a bias [N], or [T, N] as it is summed up.
+template <bool kAddend>
+class LinearOpOf {
+ public:
+  static constexpr const char* kName = kAddend ? "StarLinearAdd" : "StarLinear";
+  struct Attributes {};
+  static constexpr std::array<Field, 0> kFields = {};
+
+  explicit LinearOpOf(const Attributes&) {}
+
+  int num_inputs() const { return kAddend ? 3 : 2; }
+  nvinfer1::DataType input_type(int, nvinfer1::DataType dtype) const { return dtype; }
+  nvinfer1::DimsExprs output_dims(const nvinfer1::DimsExprs* inputs,
+                                  nvinfer1::IExprBuilder& builder) const;
+  size_t workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const;
+  void run(const PluginCall& call);
+};
+
+using LinearOp = LinearOpOf<false>;
+using LinearAddOp = LinearOpOf<true>;
+
+}  // namespace star_attention
