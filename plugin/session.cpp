@@ -203,7 +203,6 @@ Execution::Execution(Session& session, int profile) : session_(session), profile
     throw std::runtime_error(session.file_ + ", profile " + std::to_string(profile) + ": " +
                              logger.take_error());
   }
-  set_address(kRuntimeContext, &context_address_);
 }
 
 void Execution::set_input(const std::string& name, const Shape& shape, const void* data) {
@@ -228,13 +227,17 @@ void Execution::set_output(const std::string& name, const Shape& shape, void* da
   set_address(name, data);
 }
 
+void Execution::set_context(const StepContext& context) {
+  context_address_ = &context;
+  set_address(kRuntimeContext, &context_address_);
+}
+
 void Execution::set_address(const std::string& name, void* data) {
   if (context_->setTensorAddress(name.c_str(), data)) return;
   throw std::runtime_error(name + ": " + Logger::instance().take_error());
 }
 
 void Execution::enqueue(cudaStream_t stream) {
-  require(context_address_ != nullptr, kRuntimeContext, "nothing", "set_context() before a step");
   const DeviceGuard guard(session_.device_);
   Logger& logger = Logger::instance();
   logger.take_error();

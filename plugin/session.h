@@ -49,7 +49,7 @@ class Execution {
   // After the inputs.
   void set_output(const std::string& name, const Shape& shape, void* data);
   // The input runtime_context: read when a step is enqueued.
-  void set_context(const StepContext& context) { context_address_ = &context; }
+  void set_context(const StepContext& context);
 
   void enqueue(cudaStream_t stream);
   // After a step with the same shapes, which makes TensorRT prepare them. The graph is good until

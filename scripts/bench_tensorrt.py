@@ -29,7 +29,7 @@ from star_attention.cli import parse_tokens
 from star_attention.config import LLAMA_3_1_8B, ModelConfig, StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine
-from star_attention.engines.trt_build import BuildOptions, build_folder
+from star_attention.engines.trt_build import GEMM_PLUGIN, BuildOptions, build_folder
 from star_attention.engines.trt_folder import EngineLimits
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.llama import random_checkpoint
@@ -92,7 +92,9 @@ def by_kind(kernels: list[dict]) -> dict[str, float]:
     total = {"GEMMs": 0.0, "attention": 0.0, "rest": 0.0}
     for kernel in kernels:
         name = kernel["name"]
-        kind = "attention" if "attention" in name else "GEMMs" if GEMMS.search(name) else "rest"
+        kind = (
+            "attention" if "attention_kernel" in name else "GEMMs" if GEMMS.search(name) else "rest"
+        )
         total[kind] += kernel["ms"]
     return total
 
@@ -113,6 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--length", type=parse_tokens, default=1 << 17)
+    parser.add_argument("--gemm_plugin", choices=GEMM_PLUGIN, default=GEMM_PLUGIN[0])
     parser.add_argument("--optimization_level", type=int, default=3)
     parser.add_argument("--engine_dir", type=Path, default=Path("engines/bench"))
     parser.add_argument("--timing_cache", type=Path)
@@ -121,9 +124,12 @@ def main() -> None:
     options = parser.parse_args()
     model = replace(LLAMA_3_1_8B, num_layers=options.layers)
     build_options = BuildOptions(
-        optimization_level=options.optimization_level, timing_cache=options.timing_cache
+        gemm_plugin=options.gemm_plugin,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
     )
     result: dict[str, Any] = {"config": asdict(model), "environment": environment("auto")}
+    result["gemm_plugin"] = options.gemm_plugin
     result["optimization_level"] = options.optimization_level
     if options.rebuild:
         shutil.rmtree(options.engine_dir, ignore_errors=True)
