@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,18 @@ CONTEXT, GENERATION = 0, 1  # an engine's profiles
 _ALIGNMENT = 64  # int32 elements: TensorRT takes tensors at multiples of 256 bytes
 # Tokens of all questions of a pass, over several ranks: their partial attention takes memory.
 _MAX_MERGE_TOKENS = 4096
-_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "slot_mapping",
-    "cu_seqlens_q",
-    "kv_lens",
-    "page_table",
-    "logit_rows",
-)
+
+
+class _Inputs(NamedTuple):
+    """Of each of a step's int32 inputs something: values, a shape, a piece of memory."""
+
+    input_ids: Any
+    position_ids: Any
+    slot_mapping: Any
+    cu_seqlens_q: Any
+    kv_lens: Any
+    page_table: Any
+    logit_rows: Any
 
 
 def max_sequences(limits: EngineLimits) -> int:
@@ -174,21 +177,22 @@ class TensorRtEngine:
         logit_rows: np.ndarray,
     ) -> Any:
         wanted = len(logit_rows)
-        inputs = [token_ids, positions, step.slot_mapping, step.cu_seqlens_q, step.kv_lens]
-        inputs += [step.page_table, logit_rows]
-        if not len(token_ids):  # TensorRT knows no empty tensors: one token that nobody sees
-            inputs = [np.zeros(1, np.int32)] * 2 + [np.full(1, -1, np.int32)]
-            inputs += [np.array([0, 1], np.int32), np.zeros(1, np.int32)]
-            inputs += [np.zeros((1, 1), np.int32), np.zeros(1, np.int32)]
-        if not wanted:
-            inputs[-1] = np.zeros(1, np.int32)
-        if not inputs[-2].shape[1]:
-            inputs[-2] = np.zeros((len(inputs[4]), 1), np.int32)
+        inputs = _not_empty(
+            _Inputs(
+                token_ids,
+                positions,
+                step.slot_mapping,
+                step.cu_seqlens_q,
+                step.kv_lens,
+                step.page_table,
+                logit_rows,
+            )
+        )
         shared = self._shared_pages(step.shared_pages)
         context = self._context(step, attends_last=wanted > 0, shared_pages=shared)
-        context.max_q_len = int(np.diff(inputs[3]).max())
-        context.max_kv_len = int(inputs[4].max())
-        arrays = _Inputs(self._cupy, [array.shape for array in inputs])
+        context.max_q_len = int(np.diff(inputs.cu_seqlens_q).max())
+        context.max_kv_len = int(inputs.kv_lens.max())
+        arrays = _InputArrays(self._cupy, _Inputs(*(array.shape for array in inputs)))
         for array, value in zip(arrays.host, inputs, strict=True):
             array[...] = value
         logits = self._bind(self._execution, arrays, context)
@@ -209,14 +213,15 @@ class TensorRtEngine:
         self._count_traffic(count, step, True)
         return logits
 
-    def _bind(self, execution: Any, inputs: _Inputs, context: Any) -> Any:
+    def _bind(self, execution: Any, inputs: _InputArrays, context: Any) -> Any:
         """Gives a step its tensors and returns the one for its logits."""
         cupy = self._cupy
-        for name, array in zip(_INPUTS, inputs.device, strict=True):
+        for name, array in inputs.device._asdict().items():
             execution.bind(name, array)
         execution.bind("rotary", self._rotary)
         execution.bind_context(context)
-        logits = cupy.empty((inputs.shapes[-1][0], self.config.vocab_size), cupy.float32)
+        rows = len(inputs.host.logit_rows)
+        logits = cupy.empty((rows, self.config.vocab_size), cupy.float32)
         execution.bind("logits", logits)
         return logits
 
@@ -315,27 +320,41 @@ class TensorRtEngine:
         return self._cupy.empty(size, self._cupy.uint8)
 
 
-class _Inputs:
-    """The int32 inputs of a step, in one piece of host and one of device memory.
+def _not_empty(inputs: _Inputs) -> _Inputs:
+    """TensorRT knows no empty tensors: a token that is not kept stands for none, row 0 for none."""
+    if not len(inputs.input_ids):
+        zero = np.zeros(1, np.int32)
+        nowhere, starts = np.full(1, -1, np.int32), np.array([0, 1], np.int32)
+        return _Inputs(zero, zero, nowhere, starts, zero, zero[None], zero)
+    if not len(inputs.logit_rows):
+        inputs = inputs._replace(logit_rows=np.zeros(1, np.int32))
+    if not inputs.page_table.shape[1]:
+        inputs = inputs._replace(page_table=np.zeros((len(inputs.kv_lens), 1), np.int32))
+    return inputs
+
+
+class _InputArrays:
+    """A step's int32 inputs, in one piece of host and one of device memory.
 
     Attributes:
-        host, device: views of them, in the order of `_INPUTS`.
+        host, device: views of them.
     """
 
-    def __init__(self, cupy: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, cupy: Any, shapes: _Inputs) -> None:
         import cupyx
 
-        self.shapes = list(shapes)
         sizes = [int(np.prod(shape)) for shape in shapes]
         starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])
         self._pinned = cupyx.zeros_pinned(int(starts[-1]), np.int32)
         self._memory = cupy.empty(int(starts[-1]), np.int32)
 
-        def views(whole: Any) -> list[Any]:
-            return [
-                whole[start : start + size].reshape(shape)
-                for start, size, shape in zip(starts[:-1], sizes, shapes, strict=True)
-            ]
+        def views(whole: Any) -> _Inputs:
+            return _Inputs(
+                *(
+                    whole[start : start + size].reshape(shape)
+                    for start, size, shape in zip(starts[:-1], sizes, shapes, strict=True)
+                )
+            )
 
         self.host, self.device = views(self._pinned), views(self._memory)
 
@@ -350,27 +369,26 @@ class _DecodeGraph:
 
     def __init__(self, engine: TensorRtEngine, count: int, step: PagedStep) -> None:
         width = min(engine.max_pages, max_pages_of_sequence(engine._limits))
-        shapes = [(count,)] * 3 + [(count + 1,), (count,), (count, width), (count,)]
+        each = (count,)
+        shapes = _Inputs(each, each, each, (count + 1,), each, (count, width), each)
         self._stream = engine._stream
         self._execution = engine._session.execution(GENERATION)
-        self._inputs = _Inputs(engine._cupy, shapes)
+        self._inputs = _InputArrays(engine._cupy, shapes)
         self._context = engine._context(step, attends_last=True)
         self._context.causal = False  # a row is the last of what it sees
         self._context.max_kv_len = width * engine.tokens_per_block
         self._graph: Any = None
         self._logits = engine._bind(self._execution, self._inputs, self._context)
-        self._inputs.host[3][:] = np.arange(count + 1)
-        self._inputs.host[6][:] = np.arange(count)
+        self._inputs.host.cu_seqlens_q[:] = np.arange(count + 1)
+        self._inputs.host.logit_rows[:] = np.arange(count)
 
     def run(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
-        ids, places, slots, _, kv_lens, table, _ = self._inputs.host
-        ids[:], places[:], slots[:], kv_lens[:] = (
-            token_ids,
-            positions,
-            step.slot_mapping,
-            step.kv_lens,
-        )
-        table[:, : step.page_table.shape[1]] = step.page_table
+        host = self._inputs.host
+        host.input_ids[:] = token_ids
+        host.position_ids[:] = positions
+        host.slot_mapping[:] = step.slot_mapping
+        host.kv_lens[:] = step.kv_lens
+        host.page_table[:, : step.page_table.shape[1]] = step.page_table
         self._inputs.upload()
         if self._graph:
             self._graph.launch(self._stream.ptr)

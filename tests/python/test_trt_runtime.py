@@ -1,0 +1,179 @@
+"""The TensorRT engine's Python, over stand-ins for CuPy and TensorRT: ONNX's reference evaluator
+runs the graph, and checks every step's shapes against the profiles."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from helpers import forced_logits, save_tiny_model
+from star_attention.config import StarConfig
+from star_attention.distributed import SingleProcess
+from star_attention.engines import trt_engine
+from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.onnx_export import export_graph
+from star_attention.engines.trt_build import profiles, write_rotary
+from star_attention.engines.trt_engine import TensorRtEngine
+from star_attention.engines.trt_folder import ROTARY, EngineConfig, EngineLimits
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import open_checkpoint
+from star_attention.runtime.pages import paged_step
+from star_attention.runtime.runtime import Runtime
+from star_attention.runtime.sampling import to_numpy
+from test_export import STEPS, StarAttention
+
+PAGE = 64
+LIMITS = EngineLimits(2, 500, 512, 256, PAGE)
+ADDRESS = 11 << 32
+NONE = np.zeros(0, np.int32)
+
+
+class Array(np.ndarray):
+    def set(self, host):
+        self[...] = host
+
+
+class Stream:
+    ptr = 0
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Execution:
+    def __init__(self, evaluator, profile):
+        self.evaluator, self.profile = evaluator, profile
+        self.tensors = {}
+
+    def bind(self, name, array):
+        self.tensors[name] = array
+
+    def bind_context(self, context):
+        self.context = context
+
+    def enqueue(self, stream):
+        STEPS[ADDRESS] = (
+            torch.from_numpy(self.context.kv_pool.view(np.ndarray)),
+            self.context.causal,
+        )
+        feeds = {name: np.array(array) for name, array in self.tensors.items()}
+        logits = feeds.pop("logits")
+        for name, (least, _, most) in self.profile.items():
+            shape = feeds[name].shape
+            assert np.all(np.less_equal(least, shape) & np.less_equal(shape, most)), (name, shape)
+        feeds["runtime_context"] = np.array([ADDRESS]).view(np.int32)
+        self.tensors["logits"][...] = self.evaluator.run(None, feeds)[0]
+        assert self.tensors["logits"].shape == logits.shape
+
+    def capture(self, stream):
+        return SimpleNamespace(launch=self.enqueue)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, model):
+    graph = export_graph(model, tmp_path / "graph", "float32")
+    evaluator = ReferenceEvaluator(str(graph), new_ops=[StarAttention])
+    config = open_checkpoint(model).config
+    ranges = profiles(config, LIMITS)
+
+    def session(plan, device, log):
+        return SimpleNamespace(
+            execution=lambda profile: Execution(evaluator, ranges[profile]),
+            weight_bytes=1000,
+            activation_bytes=100,
+        )
+
+    def zeros(shape, dtype):
+        return np.zeros(shape, dtype).view(Array)
+
+    trt = SimpleNamespace(
+        version=lambda: "8.6.0",
+        Session=session,
+        StepContext=SimpleNamespace,
+        step_workspace_bytes=lambda **_: 10,
+    )
+    cupy = SimpleNamespace(
+        ndarray=(),  # nothing is one
+        empty=zeros,
+        asarray=np.asarray,
+        uint8=np.uint8,
+        uint16=np.float32,  # the elements of the KV pool, which only kernels look at
+        int32=np.int32,
+        float32=np.float32,
+        cuda=SimpleNamespace(Stream=Stream),
+        get_default_memory_pool=lambda: SimpleNamespace(total_bytes=lambda: 1),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(zeros_pinned=zeros))
+    monkeypatch.setattr(trt_engine, "load_tensorrt", lambda: trt)
+    monkeypatch.setattr(trt_engine, "gpu_of", lambda device: ("a GPU", "9.0"))
+    write_rotary(config, LIMITS.max_seq_len, tmp_path / ROTARY)
+    about = EngineConfig(config, LIMITS, "float16", "8.6.0", "a GPU", "9.0", "abc", "0.1")
+    engine = TensorRtEngine(tmp_path, about, SingleProcess(), 0)
+    engine.allocate_pool(32)
+    return engine
+
+
+@pytest.mark.parametrize("mode", ["recompute", "local"])
+def test_same_logits_as_torch(engine, model, mode):
+    tokens = np.random.default_rng(6).integers(0, 97, 280).astype(np.int32)
+    context, question, answer = np.split(tokens, [270, 276])
+    logits = []
+    for each in (load_engine(model, SingleProcess(), PAGE, EngineOptions()), engine):
+        runtime = Runtime(each, SingleProcess())
+        encoded = runtime.encode(context, StarConfig(64, 64, mode, tokens_per_block=PAGE))
+        logits.append(forced_logits(runtime, encoded, question, answer))
+    np.testing.assert_allclose(*logits, atol=2e-5)
+    assert engine._graphs.keys() == {1}
+
+
+def test_two_questions(engine, model):
+    tokens = np.random.default_rng(7).integers(0, 97, 200).astype(np.int32)
+    questions = np.split(tokens[190:], [4])
+    logits = []
+    for each in (load_engine(model, SingleProcess(), PAGE, EngineOptions()), engine):
+        runtime = Runtime(each, SingleProcess())
+        encoded = runtime.encode(tokens[:190], StarConfig(64, 64, "local", tokens_per_block=PAGE))
+        batch = runtime.questions()
+        steps = [to_numpy(batch.ask([encoded] * 2, questions, 3)).copy()]
+        steps += [to_numpy(batch.step([0, 1], [5, 6])).copy() for _ in range(2)]
+        steps.append(to_numpy(batch.step([1], [7])))
+        logits.append(np.concatenate(steps))
+    np.testing.assert_allclose(*logits, atol=2e-5)
+    assert engine._graphs.keys() == {1, 2}
+
+
+def test_a_rank_without_blocks(engine):
+    logits = engine.step(NONE, NONE, paged_step([], PAGE, shared_pages=NONE), NONE)
+    assert logits.shape == (0, 97)
+
+
+def test_more_than_the_engine_was_built_for(engine):
+    runtime = Runtime(engine, SingleProcess())
+    context = np.zeros(400, np.int32)
+    with pytest.raises(UserError, match=r"an engine with more than --max_num_tokens 256"):
+        runtime.encode(context, StarConfig(320, 0, tokens_per_block=PAGE))
+    encoded = runtime.encode(context, StarConfig(256, 0, tokens_per_block=PAGE))
+    batch = runtime.questions()
+    batch.ask([encoded] * 3, [np.zeros(3, np.int32)] * 3, 2)
+    with pytest.raises(UserError, match="--max_batch_size 2, this needs 3: ask for less"):
+        batch.step([0, 1, 2], [1, 1, 1])
