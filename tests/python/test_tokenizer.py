@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import train_tokenizer
-from star_attention.models.tokenizer import TextStream, Tokenizer
+from star_attention.models.tokenizer import TextStream, Tokenizer, _load
 
 
 @pytest.fixture(scope="module", params=["smollm2", "llama3", "llama2"])
@@ -31,6 +31,20 @@ def test_template_none(smollm2):
     assert not tokenizer.uses_chat
     assert tokenizer.decode(tokenizer.context_tokens(" a b\n")) == " a b\n"
     assert tokenizer.decode(tokenizer.question_tokens(" c?")) == " c?"
+
+
+def test_gguf_tokenizers_are_kept(tmp_path, monkeypatch, smollm2):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read, kept = (_load.__wrapped__(smollm2) for _ in range(2))
+    (folder,) = (tmp_path / "star_attention" / "tokenizers").iterdir()
+    assert (read.name_or_path, kept.name_or_path) == (str(smollm2.parent), str(folder))
+    assert kept.get_vocab() == read.get_vocab()
+    assert kept.special_tokens_map == read.special_tokens_map
+    turn = [{"role": "user", "content": "Hi, 2\u00a0you \U0001f600!"}]
+    assert kept.apply_chat_template(turn) == read.apply_chat_template(turn)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert _load.__wrapped__(smollm2).get_vocab() == read.get_vocab()
 
 
 def stream(tokenizer, text, stop=()):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from star_attention.cache import cache_folder
 from star_attention.config import ModelConfig
 from star_attention.engines.onnx_export import GRAPH, WEIGHTS, write_graph
 from star_attention.engines.trt_engine import (
@@ -205,7 +206,7 @@ def _build_plan(
     folder: Path,
     log: LogFile,
 ) -> None:
-    cache = options.timing_cache or _default_cache()
+    cache = options.timing_cache or cache_folder() / "tensorrt.timing"
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         trt.build(
@@ -231,8 +232,3 @@ def write_rotary(model: ModelConfig, positions: int, path: Path) -> None:
 
     table = rotary_table(model.rope, model.head_dim, positions, torch.device("cpu"))
     table.numpy().tofile(path)
-
-
-def _default_cache() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "star_attention" / "tensorrt.timing"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from star_attention.cache import cache_folder
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
 
@@ -163,9 +167,27 @@ def _load(path: Path):
     try:
         if is_engine_folder(path):
             path = path / "tokenizer"
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+        return _load_gguf(path) if path.is_file() else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+
+
+def _load_gguf(path: Path):
+    """Reading one out of a GGUF file takes seconds: it is kept in Hugging Face's format."""
+    from transformers import AutoTokenizer, __version__
+
+    state = path.stat()
+    source = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} transformers {__version__}"
+    key = hashlib.sha256(source.encode()).hexdigest()[:16]
+    kept = cache_folder() / "tokenizers" / f"{path.stem}-{key}"
+    if kept.exists():
+        with contextlib.suppress(OSError, ValueError):  # damaged
+            return AutoTokenizer.from_pretrained(kept)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with contextlib.suppress(OSError):  # the folder is not to be had, or another process was first
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
+            tokenizer.save_pretrained(Path(unfinished) / kept.name)
+            os.rename(Path(unfinished) / kept.name, kept)
+    return tokenizer
