@@ -34,13 +34,13 @@ nvinfer1::DimsExprs AttentionOp::output_dims(const nvinfer1::DimsExprs* inputs,
   nvinfer1::DimsExprs out{};
   out.nbDims = 2;
   out.d[0] = inputs[kQkv].d[0];
-  out.d[1] = builder.constant(layer_.num_q_heads * layer_.head_dim);
+  out.d[1] = builder.constant(attributes().num_q_heads * attributes().head_dim);
   return out;
 }
 
 size_t AttentionOp::workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const {
   const int64_t num_tokens = inputs[kQkv].dims.d[0];
-  return q_bytes(num_tokens, layer_) + sizeof(float) * num_tokens * layer_.num_q_heads;
+  return q_bytes(num_tokens, attributes()) + sizeof(float) * num_tokens * attributes().num_q_heads;
 }
 
 void AttentionOp::run(const PluginCall& call) {
@@ -58,10 +58,10 @@ void AttentionOp::run(const PluginCall& call) {
   t.slot_mapping = call.ints(kSlotMapping);
   t.rotary = static_cast<const float*>(call.inputs[kRotary]);
   t.q = call.workspace;
-  t.lse =
-      reinterpret_cast<float*>(static_cast<char*>(call.workspace) + q_bytes(t.num_tokens, layer_));
+  t.lse = reinterpret_cast<float*>(static_cast<char*>(call.workspace) +
+                                   q_bytes(t.num_tokens, attributes()));
   t.out = call.output;
-  run_attention(layer_, t, context, call.stream);
+  run_attention(attributes(), t, context, call.stream);
 }
 
 // TensorRT takes `words` for an address on the device. Whoever binds device memory there, as

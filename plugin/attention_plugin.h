@@ -7,10 +7,9 @@
 
 namespace star_attention {
 
-class AttentionOp {
+class AttentionOp : public Operator<AttentionLayer> {
  public:
   static constexpr const char* kName = "StarAttention";
-  using Attributes = AttentionLayer;
   static constexpr std::array<Field, 4> kFields = {{
       {"layer", nvinfer1::PluginFieldType::kINT32},
       {"num_q_heads", nvinfer1::PluginFieldType::kINT32},
@@ -18,7 +17,7 @@ class AttentionOp {
       {"head_dim", nvinfer1::PluginFieldType::kINT32},
   }};
 
-  explicit AttentionOp(const AttentionLayer& layer) : layer_(layer) { check(layer); }
+  explicit AttentionOp(const AttentionLayer& layer) : Operator(layer) { check(layer); }
 
   int num_inputs() const;
   nvinfer1::DataType input_type(int input, nvinfer1::DataType dtype) const;
@@ -30,7 +29,6 @@ class AttentionOp {
  private:
   const StepContext& context_at(const void* words);
 
-  AttentionLayer layer_;
   const void* host_words_ = nullptr;  // known to be host memory
 };
 

@@ -30,7 +30,7 @@ void RmsNormOp::run(const PluginCall& call) {
   p.dtype = call.dtype();
   p.num_tokens = call.size(0, 0);
   p.hidden_size = call.size(0, 1);
-  p.eps = eps_;
+  p.eps = attributes().eps;
   p.x = call.inputs[0];
   p.x_stride = p.hidden_size;
   p.weight = call.inputs[1];

@@ -7,16 +7,12 @@ namespace star_attention {
 
 // x [T, K], weight [N, K]; with an addend, a third input: a bias [N], or [T, N] as it is summed up.
 template <bool kAddend>
-class LinearOpOf {
+class LinearOpOf : public Operator<NoAttributes> {
  public:
+  using Operator::Operator;
   static constexpr const char* kName = kAddend ? "StarLinearAdd" : "StarLinear";
-  struct Attributes {};
-  static constexpr std::array<Field, 0> kFields = {};
-
-  explicit LinearOpOf(const Attributes&) {}
 
   int num_inputs() const { return kAddend ? 3 : 2; }
-  nvinfer1::DataType input_type(int, nvinfer1::DataType dtype) const { return dtype; }
   nvinfer1::DimsExprs output_dims(const nvinfer1::DimsExprs* inputs,
                                   nvinfer1::IExprBuilder& builder) const;
   size_t workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const;

@@ -47,9 +47,28 @@ Result logged(const char* what, Result failed, Function function) noexcept {
   }
 }
 
-// What TensorRT wants around an operator, which is a class with
+struct NoAttributes {};
+
+// What operators have in common, and most of them leave as it is.
+template <typename AttributesOf>
+class Operator {
+ public:
+  using Attributes = AttributesOf;
+  static constexpr std::array<Field, 0> kFields = {};
+
+  explicit Operator(const Attributes& attributes) : attributes_(attributes) {}
+
+  const Attributes& attributes() const { return attributes_; }
+  nvinfer1::DataType input_type(int, nvinfer1::DataType dtype) const { return dtype; }
+  size_t workspace_bytes(const nvinfer1::PluginTensorDesc*) const { return 0; }
+
+ private:
+  Attributes attributes_;
+};
+
+// What TensorRT wants around an operator, which is an Operator with
 //   kName                     the plugin's name
-//   Attributes, kFields       a struct of the attributes, and their names in its order
+//   kFields                   the names of its attributes, in their order
 //   Op(Attributes)            throws if they are not valid
 //   num_inputs()
 //   input_type(i, dtype)      the type of input i, if the first input's is dtype
@@ -64,11 +83,11 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   using TensorDesc = nvinfer1::PluginTensorDesc;
   static constexpr const char* kVersion = "1";
 
-  explicit Plugin(const Attributes& attributes) : attributes_(attributes), op_(attributes) {}
+  explicit Plugin(const Attributes& attributes) : op_(attributes) {}
 
   nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
     return logged<Plugin*>(Op::kName, nullptr, [&] {
-      auto* copy = new Plugin(attributes_);
+      auto* copy = new Plugin(op_.attributes());
       copy->namespace_ = namespace_;
       return copy;
     });
@@ -107,7 +126,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   void destroy() noexcept override { delete this; }
   size_t getSerializationSize() const noexcept override { return sizeof(Serialized); }
   void serialize(void* buffer) const noexcept override {
-    const Serialized serialized{kFormat, attributes_};
+    const Serialized serialized{kFormat, op_.attributes()};
     std::memcpy(buffer, &serialized, sizeof(serialized));
   }
   const char* getPluginType() const noexcept override { return Op::kName; }
@@ -139,7 +158,6 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
     return type == DataType::kHALF;
   }
 
-  Attributes attributes_;
   Op op_;
   std::string namespace_;
 };

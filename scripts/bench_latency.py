@@ -71,6 +71,11 @@ PARTS = {
 }
 
 
+def part_of(kernel: str) -> str:
+    """The part of `PARTS` that a kernel belongs to."""
+    return next(part for part, names in PARTS.items() if re.search(names, kernel))
+
+
 def token_ids(runtime: Runtime, length: int) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, runtime.engine.config.vocab_size, length)
     return ids.astype(np.int32)
@@ -132,8 +137,7 @@ def breakdown(
         runtime.encode(ids, config).release()
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
-        part = next(part for part, names in PARTS.items() if re.search(names, event.key))
-        seconds[part] += event.self_device_time_total / 1e6
+        seconds[part_of(event.key)] += event.self_device_time_total / 1e6
     return runtime.comm.gather_objects(seconds)[-1]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_latency import QUESTION_TOKENS, environment, generate, token_ids
+from bench_latency import QUESTION_TOKENS, environment, generate, part_of, token_ids
 
 from star_attention.cli import parse_tokens
 from star_attention.config import LLAMA_3_1_8B, ModelConfig, StarConfig
@@ -36,7 +35,6 @@ from star_attention.models.llama import random_checkpoint
 from star_attention.runtime.runtime import Runtime
 
 BLOCK = 32768
-GEMMS = re.compile(r"nvjet|gemm|cutlass|xmma", re.IGNORECASE)
 
 
 def build(model: ModelConfig, folder: Path, length: int, options: BuildOptions) -> float:
@@ -91,11 +89,8 @@ def by_kind(kernels: list[dict]) -> dict[str, float]:
     """Milliseconds of GEMMs, attention and the rest."""
     total = {"GEMMs": 0.0, "attention": 0.0, "rest": 0.0}
     for kernel in kernels:
-        name = kernel["name"]
-        kind = (
-            "attention" if "attention_kernel" in name else "GEMMs" if GEMMS.search(name) else "rest"
-        )
-        total[kind] += kernel["ms"]
+        part = part_of(kernel["name"])
+        total[part if part in total else "rest"] += kernel["ms"]
     return total
 
 

@@ -31,7 +31,8 @@ def hf_smollm2(smollm2):
 def smollm2_folder(smollm2, hf_smollm2, tmp_path_factory):
     """The same as a Hugging Face folder, which loads in a fraction of the GGUF file's time."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+
+    from star_attention.models.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     tensors = hf_smollm2.state_dict()
@@ -40,8 +41,7 @@ def smollm2_folder(smollm2, hf_smollm2, tmp_path_factory):
     config = {**hf_smollm2.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config, default=str))
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(smollm2, folder)
     return folder
 
 

@@ -57,9 +57,7 @@ class OnnxEngine:
         self._pools = None
 
     def reserve_pages(self, num_pages):
-        config = self.config
-        shape = (config.num_layers, num_pages, 2, config.num_kv_heads, PAGE, config.head_dim)
-        grown = torch.zeros(shape)
+        grown = torch.zeros(self.config.kv_shape(num_pages, PAGE))
         if self._pools is not None:
             grown[:, : self._pools.shape[1]] = self._pools
         self._pools = grown

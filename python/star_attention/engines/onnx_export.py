@@ -164,14 +164,14 @@ class _Graph:
     def _decoder(self) -> str:
         config = self._config
         embedding = self._weights.add("model.embed_tokens.weight", config.vocab_size, None)
-        x = self._node(GATHER_ROWS, [embedding, "input_ids"], domain=DOMAIN)
+        x = self._node(GATHER_ROWS, [embedding, "input_ids"])
         for index in range(config.num_layers):
             x = self._layer(x, index, f"model.layers.{index}.")
         x = self._norm(x, "model.norm.weight")
         lm_head = embedding
         if not config.tie_embeddings:
             lm_head = self._weights.add("lm_head.weight", config.vocab_size, None)
-        return self._node("Cast", [self._linear(x, lm_head)], "logits", to=_FLOAT)
+        return self._node("Cast", [self._linear(x, lm_head)], "logits", domain="", to=_FLOAT)
 
     def _layer(self, x: str, index: int, prefix: str) -> str:
         config = self._config
@@ -188,10 +188,7 @@ class _Graph:
         bias = qkv_of("bias") if config.qkv_bias else None
         attended = self._attend(self._linear(normed, qkv_of("weight", None), bias), index)
         if index == config.num_layers - 1:  # from here on nobody wants the other rows
-            x, attended = (
-                self._node(GATHER_ROWS, [rows, "logit_rows"], domain=DOMAIN)
-                for rows in (x, attended)
-            )
+            x, attended = (self._node(GATHER_ROWS, [rows, "logit_rows"]) for rows in (x, attended))
         out = self._weights.add(attention + "o_proj.weight", None, q_rows)
         x = self._linear(attended, out, x)
 
@@ -200,13 +197,12 @@ class _Graph:
         parts = {f"{mlp}{name}_proj.weight": inner for name in ("gate", "up")}
         gate_up = self._linear(normed, self._weights.fuse(f"{mlp}gate_up_proj.weight", parts, None))
         down = self._weights.add(mlp + "down_proj.weight", None, inner)
-        return self._linear(self._node(SILU_MUL, [gate_up], domain=DOMAIN), down, x)
+        return self._linear(self._node(SILU_MUL, [gate_up]), down, x)
 
     def _attend(self, qkv: str, layer: int) -> str:
         return self._node(
             PLUGIN,
             [qkv, *PLUGIN_INPUTS],
-            domain=DOMAIN,
             plugin_version=PLUGIN_VERSION,
             plugin_namespace="",
             **plugin_fields(self._config, layer),
@@ -214,21 +210,21 @@ class _Graph:
 
     def _norm(self, x: str, weight: str) -> str:
         inputs = [x, self._weights.add(weight, None)]
-        return self._node(RMS_NORM, inputs, domain=DOMAIN, eps=self._config.rms_norm_eps)
+        return self._node(RMS_NORM, inputs, eps=self._config.rms_norm_eps)
 
     def _linear(self, x: str, weight: str, addend: str | None = None) -> str:
         """x weight^T + addend, weight [out, in] as checkpoints have it."""
         inputs = [x, weight] + ([addend] if addend else [])
         if not self._gemm_plugin:
-            return self._node("Gemm", inputs, transB=1)
-        return self._node(LINEAR_ADD if addend else LINEAR, inputs, domain=DOMAIN)
+            return self._node("Gemm", inputs, domain="", transB=1)
+        return self._node(LINEAR_ADD if addend else LINEAR, inputs)
 
     def _node(
         self,
         operator: str,
         inputs: Sequence[str],
         name: str | None = None,
-        domain: str = "",
+        domain: str = DOMAIN,
         **attributes: int | float | str,
     ) -> str:
         from onnx import helper

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from star_attention.engines.trt_folder import (
     plan_file,
     read_engine_config,
 )
-from star_attention.engines.trt_library import NO_CUPY, gpu_of, load_tensorrt, session_log
+from star_attention.engines.trt_library import gpu_of, load_tensorrt, require_cupy, session_log
 from star_attention.errors import UserError
 from star_attention.trtllm.engine_folder import load_plugins
 
@@ -414,8 +413,7 @@ def load_trt_engine(
     """
 
     def prepare() -> EngineConfig:
-        if importlib.util.find_spec("cupy") is None:
-            raise UserError(NO_CUPY)
+        require_cupy()
         load_tensorrt()
         load_plugins(folder)
         return read_engine_config(folder)

@@ -15,7 +15,6 @@ from star_attention.errors import UserError
 
 # A folder that has libnvinfer.so; otherwise pip's package or the loader's search path.
 FOLDER = "TENSORRT_LIB_DIR"
-NO_CUPY = "TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'"
 
 
 @functools.cache
@@ -39,14 +38,19 @@ def load_tensorrt() -> Any:
     return _trt
 
 
+def require_cupy() -> None:
+    """Raises UserError where CuPy is not installed."""
+    if importlib.util.find_spec("cupy") is None:
+        raise UserError("TensorRT engines need CuPy: pip install 'star-attention-trt[trt]'")
+
+
 def gpu_of(device: int | None = None) -> tuple[str, str]:
     """Name and compute capability of a GPU, by default CuPy's current one.
 
     Raises:
         UserError: there is no CuPy, or no GPU.
     """
-    if importlib.util.find_spec("cupy") is None:
-        raise UserError(NO_CUPY)
+    require_cupy()
     from cupy.cuda import runtime
 
     try:
