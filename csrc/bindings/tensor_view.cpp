@@ -1,13 +1,15 @@
 #include "bindings/tensor_view.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "common/check.h"
 
 namespace star_attention {
-namespace {
 
 namespace py = pybind11;
 
-// The ABI of DLPack before version 1, which every producer still exports by default.
+// The ABI of DLPack, in all its versions so far.
 struct DLTensor {
   void* data;
   int32_t device_type, device_id;
@@ -19,7 +21,36 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-constexpr int kDLCpu = 1, kDLCuda = 2;
+namespace {
+
+// The table of C functions that types of tensors have since DLPack 1.2, as far as it is used here.
+struct DLPackExchangeApi {
+  uint32_t major_version, minor_version;
+  const void* previous;
+  const void* managed_tensors[3];
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
+};
+
+// Null: the type has none, or none that lends tensors.
+const DLPackExchangeApi* exchange_api(py::handle object) {
+  static PyObject* last_type = nullptr;  // most calls are about torch.Tensor only
+  static const DLPackExchangeApi* last_api = nullptr;
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  if (type == last_type) return last_api;
+  last_api = nullptr;
+  if (py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    const py::object capsule = py::handle(type).attr("__dlpack_c_exchange_api__");
+    const auto* api = static_cast<const DLPackExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->major_version == 1 && api->dltensor_from_py_object_no_sync) last_api = api;
+  }
+  Py_INCREF(type);  // its address must stay its own
+  last_type = type;
+  return last_api;
+}
+
+constexpr int kDLCuda = 2;
 constexpr int kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
 ScalarType scalar_type(int code, int bits) {
@@ -94,7 +125,14 @@ std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes) {
 }  // namespace
 
 TensorView::TensorView(const char* name, py::handle object) : name_(name) {
-  if (py::hasattr(object, "__dlpack__")) {
+  if (const DLPackExchangeApi* api = exchange_api(object)) {
+    DLTensor tensor;
+    if (api->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) {
+      throw py::error_already_set();
+    }
+    owner_ = py::reinterpret_borrow<py::object>(object);
+    take(tensor);
+  } else if (py::hasattr(object, "__dlpack__")) {
     from_dlpack(object);
   } else if (py::hasattr(object, "__cuda_array_interface__")) {
     from_cuda_array_interface(object);
@@ -106,22 +144,29 @@ TensorView::TensorView(const char* name, py::handle object) : name_(name) {
 
 void TensorView::from_dlpack(py::handle object) {
   const auto where = object.attr("__dlpack_device__")().cast<py::tuple>();
-  const int type = where[0].cast<int>();
   // -1: the caller has ordered the streams already.
-  const auto capsule = type == kDLCuda ? object.attr("__dlpack__")(py::arg("stream") = -1)
-                                       : object.attr("__dlpack__")();
+  const auto capsule = where[0].cast<int>() == kDLCuda
+                           ? object.attr("__dlpack__")(py::arg("stream") = -1)
+                           : object.attr("__dlpack__")();
   const auto* tensor =
       static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (tensor == nullptr) throw py::error_already_set();
   owner_ = capsule;
-  data_ = static_cast<char*>(tensor->data) + tensor->byte_offset;
-  type_ = tensor->type_lanes == 1 ? scalar_type(tensor->type_code, tensor->type_bits)
-                                  : ScalarType::kOther;
-  type_name_ = type_name(tensor->type_code, tensor->type_bits);
-  sizes_.assign(tensor->shape, tensor->shape + tensor->ndim);
-  strides_ = packed_strides(sizes_);
-  if (tensor->strides) strides_.assign(tensor->strides, tensor->strides + tensor->ndim);
-  device_ = type == kDLCuda ? tensor->device_id : -1;
+  take(*tensor);
+}
+
+void TensorView::take(const DLTensor& tensor) {
+  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  type_ =
+      tensor.type_lanes == 1 ? scalar_type(tensor.type_code, tensor.type_bits) : ScalarType::kOther;
+  type_name_ = type_name(tensor.type_code, tensor.type_bits);
+  sizes_.assign(tensor.shape, tensor.shape + tensor.ndim);
+  if (tensor.strides) {
+    strides_.assign(tensor.strides, tensor.strides + tensor.ndim);
+  } else {
+    strides_ = packed_strides(sizes_);
+  }
+  device_ = tensor.device_type == kDLCuda ? tensor.device_id : -1;
 }
 
 void TensorView::from_cuda_array_interface(py::handle object) {
@@ -151,19 +196,17 @@ void TensorView::from_cuda_array_interface(py::handle object) {
 }
 
 const TensorView& TensorView::dtype(std::initializer_list<ScalarType> allowed) const {
+  if (std::find(allowed.begin(), allowed.end(), type_) != allowed.end()) return *this;
   std::string expected;
   for (const ScalarType type : allowed) {
-    if (type == type_) return *this;
     expected += (expected.empty() ? "" : " or ") + std::string(type_name(type));
   }
-  require(false, (name_ + ".dtype").c_str(), type_name_, expected);
-  return *this;
+  fail("dtype", type_name_, expected);
 }
 
 const TensorView& TensorView::rank(int expected) const {
-  require(static_cast<int>(sizes_.size()) == expected, (name_ + ".shape").c_str(),
-          to_string(sizes_), std::to_string(expected) + " dimensions");
-  return *this;
+  if (static_cast<int>(sizes_.size()) == expected) return *this;
+  fail("shape", to_string(sizes_), std::to_string(expected) + " dimensions");
 }
 
 const TensorView& TensorView::shape(std::initializer_list<int64_t> expected) const {
@@ -172,27 +215,32 @@ const TensorView& TensorView::shape(std::initializer_list<int64_t> expected) con
     const int64_t size = expected.begin()[i];
     same = size < 0 || size == sizes_[i];
   }
-  require(same, (name_ + ".shape").c_str(), to_string(sizes_),
-          to_string(std::vector<int64_t>(expected)));
-  return *this;
+  if (same) return *this;
+  fail("shape", to_string(sizes_), to_string(std::vector<int64_t>(expected)));
 }
 
 const TensorView& TensorView::contiguous(int dims) const {
   int64_t packed = 1;
   const int rank = static_cast<int>(sizes_.size());
   for (int i = rank - 1; i >= rank - dims; --i) {
-    require(sizes_[i] <= 1 || strides_[i] == packed, (name_ + ".strides").c_str(),
-            to_string(strides_),
-            dims == rank ? "a contiguous tensor"
-                         : "the last " + std::to_string(dims) + " dimensions contiguous");
+    if (sizes_[i] > 1 && strides_[i] != packed) {
+      fail("strides", to_string(strides_),
+           dims == rank ? "a contiguous tensor"
+                        : "the last " + std::to_string(dims) + " dimensions contiguous");
+    }
     packed *= sizes_[i];
   }
   return *this;
 }
 
 int TensorView::device() const {
-  require(device_ >= 0, (name_ + ".device").c_str(), "host memory", "a CUDA device");
+  if (device_ < 0) fail("device", "host memory", "a CUDA device");
   return device_;
+}
+
+void TensorView::fail(const char* property, const std::string& got,
+                      const std::string& expected) const {
+  throw std::invalid_argument(name_ + "." + property + ": got " + got + ", expected " + expected);
 }
 
 int64_t TensorView::bytes() const {

@@ -14,6 +14,8 @@
 
 namespace star_attention {
 
+struct DLTensor;
+
 enum class ScalarType { kFloat16, kBFloat16, kFloat32, kInt32, kUInt8, kOther };
 
 class TensorView {
@@ -33,6 +35,7 @@ class TensorView {
 
   void* data() const { return data_; }
   ScalarType type() const { return type_; }
+  int num_dims() const { return static_cast<int>(sizes_.size()); }
   int64_t size(int dim) const { return sizes_[dim]; }
   // Elements between neighbours in `dim`; for a dimension of size 1, `packed`.
   int64_t stride(int dim, int64_t packed) const { return sizes_[dim] > 1 ? strides_[dim] : packed; }
@@ -40,7 +43,11 @@ class TensorView {
 
  private:
   void from_dlpack(pybind11::handle object);
+  void take(const DLTensor& tensor);
   void from_cuda_array_interface(pybind11::handle object);
+
+  [[noreturn]] void fail(const char* property, const std::string& got,
+                         const std::string& expected) const;
 
   std::string name_;
   pybind11::object owner_;  // keeps the memory and the DLPack strides alive

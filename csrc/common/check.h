@@ -35,8 +35,10 @@ void require(bool ok, const char* argument, const Got& got, const Expected& expe
 }
 
 inline void require_pointer(const void* pointer, const char* argument, size_t alignment = 4) {
+  const bool aligned = reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
+  if (pointer != nullptr && aligned) return;
   require(pointer != nullptr, argument, "a null pointer", "device memory");
-  require(reinterpret_cast<uintptr_t>(pointer) % alignment == 0, argument, pointer,
+  require(aligned, argument, pointer,
           "an address aligned to " + std::to_string(alignment) + " bytes");
 }
 
