@@ -2,7 +2,7 @@
 // head) pair, each lane holding a slice of the head dimension; then the warps' sums are added in
 // order. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for it.
 #include "attention/query_shares.cuh"
-#include "common/check.h"
+#include "common/dependent_launch.cuh"
 
 namespace star_attention {
 namespace {
@@ -10,19 +10,13 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kInFlight = 5;  // pieces whose loads a warp issues before it needs the first
 
-// Every block has to call it, so that what follows on the stream follows the query kernel too.
-__device__ inline void wait_for_query_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <typename Out, int kHeadDim>
 __global__ void __launch_bounds__(32 * kWarps)
     query_merge_kernel(const PagedAttentionParams p, const QueryPartials partials) {
   constexpr int kSlice = kHeadDim / 32;
   __shared__ float sums[kWarps][kHeadDim];
 
+  allow_next_kernel();
   const int token = blockIdx.x, head = blockIdx.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_q_heads / p.num_kv_heads;
@@ -38,7 +32,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     first = line.share_of(begin);
     last = line.share_of(begin + num_tiles - 1);
   }
-  wait_for_query_kernel();
+  wait_for_previous_kernel();
   if (first == last) return;
 
   const int row = at.offset * group + head % group;
@@ -100,19 +94,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 template <typename Out, int kHeadDim>
 void launch(const PagedAttentionParams& p, const QueryPartials& partials, cudaStream_t stream) {
-  const auto kernel = query_merge_kernel<Out, kHeadDim>;
-  cudaFuncAttributes compiled;
-  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "query_merge");
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.num_tokens, p.num_q_heads);
-  config.blockDim = dim3(32 * kWarps);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;  // else it does not wait
-  check_cuda(cudaLaunchKernelEx(&config, kernel, p, partials), "query_merge");
+  launch_dependent(query_merge_kernel<Out, kHeadDim>, dim3(p.num_tokens, p.num_q_heads),
+                   32 * kWarps, 0, stream, "query_merge", p, partials);
 }
 
 template <typename Out>

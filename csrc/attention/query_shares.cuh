@@ -132,13 +132,6 @@ inline QueryPartials query_partials(const PagedAttentionParams& p, int num_share
   return {o, o + int64_t{2} * num_shares * rows * p.head_dim, num_shares, rows, tile};
 }
 
-// The query kernels call it: on sm_90 the blocks of the merge may start from then on.
-__device__ inline void start_merge() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Adds up the partials of pairs that were split. Comes right after the query kernel on its stream.
 void merge_query_partials(const PagedAttentionParams& params, const QueryPartials& partials,
                           cudaStream_t stream);

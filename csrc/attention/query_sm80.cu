@@ -8,6 +8,7 @@
 #include "attention/query_shares.cuh"
 #include "attention/tile_sm80.cuh"
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/device.h"
 
 namespace star_attention {
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
     query_sm80_kernel(const __grid_constant__ PagedAttentionParams p,
                       const __grid_constant__ QueryPartials partials) {
   extern __shared__ __align__(256) char smem[];
-  start_merge();
+  allow_next_kernel();  // the merge
+  wait_for_previous_kernel();
   const int row0 = blockIdx.x * Tile::kRows, share = blockIdx.y;
   QueryPieces pieces(p, partials, share);
   for (QueryPiece piece; pieces.next(piece);) {
@@ -55,8 +57,8 @@ void launch(const PagedAttentionParams& p, void* workspace, cudaStream_t stream)
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes),
       "query_sm80 shared memory");
-  kernel<<<grid, Tile::kThreads, Tile::kSmemBytes, stream>>>(p, partials);
-  check_launch("query_sm80");
+  launch_dependent(kernel, grid, Tile::kThreads, Tile::kSmemBytes, stream, "query_sm80", p,
+                   partials);
   merge_query_partials(p, partials, stream);
 }
 

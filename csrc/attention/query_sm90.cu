@@ -16,6 +16,7 @@
 #include "attention/query_shares.cuh"
 #include "attention/tile_sm90.cuh"
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/device.h"
 #include "common/tensor_map.h"
 
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(raw_shared);
 
-  start_merge();
+  allow_next_kernel();  // the merge
   if (threadIdx.x == 0) {
     tma_prefetch(&args.kv);
     for (int s = 0; s < kStages; ++s) {
@@ -269,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
+  wait_for_previous_kernel();
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
@@ -294,8 +296,7 @@ void launch(const Arguments& args, cudaStream_t stream) {
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
       "query_sm90 shared memory");
-  kernel<<<grid_of(args.p), kThreads, kSharedBytes, stream>>>(args);
-  check_launch("query_sm90");
+  launch_dependent(kernel, grid_of(args.p), kThreads, kSharedBytes, stream, "query_sm90", args);
 }
 
 }  // namespace

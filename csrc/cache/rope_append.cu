@@ -2,6 +2,7 @@
 // 16-byte accesses), so a rotation pair never leaves the thread, and keeps the cosines and sines of
 // its dimensions in registers while it strides over the heads of Q, K and V.
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/numeric.cuh"
 #include "star_attention/rope.h"
 
@@ -9,13 +10,16 @@ namespace star_attention {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kInFlight = 4;  // heads whose loads a thread issues before it needs the first
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(const RopeAppendParams p) {
   constexpr int kHalf = kHeadDim / 2;
   constexpr int kLanes = kHalf / 8;          // threads a head takes
-  constexpr int kHeads = kThreads / kLanes;  // heads that are in flight together
+  constexpr int kHeads = kThreads / kLanes;  // heads that are read together
 
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const int dim = threadIdx.x % kLanes * 8;
   const int num_rotated = p.num_q_heads + p.num_kv_heads;
@@ -29,29 +33,39 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const RopeAppendP
   const Pack<float, 8> sine = load_pack<float, 8>(rotary + kHalf);
   const T* qkv = static_cast<const T*>(p.qkv) + token * p.qkv_stride + dim;
 
-#pragma unroll 4
-  for (int head = threadIdx.x / kLanes; head < num_heads; head += kHeads) {
-    T* out;
-    if (head < p.num_q_heads) {
-      out = static_cast<T*>(p.q) + (token * p.num_q_heads + head) * kHeadDim;
-    } else {
-      if (slot < 0) break;
-      const int plane = head - p.num_q_heads;  // the page's K heads, then its V heads
-      out = static_cast<T*>(p.kv_pool) +
-            ((page * 2 * p.num_kv_heads + plane) * p.tokens_per_block + offset) * kHeadDim;
-    }
-    Pack<T, 8> lo = load_pack_readonly<T, 8>(qkv + head * kHeadDim);
-    Pack<T, 8> hi = load_pack_readonly<T, 8>(qkv + head * kHeadDim + kHalf);
-    if (head < num_rotated) {
+  for (int first = threadIdx.x / kLanes; first < num_heads; first += kInFlight * kHeads) {
+    Pack<T, 8> lo[kInFlight], hi[kInFlight];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = to_float(lo.v[i]), y = to_float(hi.v[i]);
-        lo.v[i] = from_float<T>(x * cosine.v[i] - y * sine.v[i]);
-        hi.v[i] = from_float<T>(y * cosine.v[i] + x * sine.v[i]);
-      }
+    for (int k = 0; k < kInFlight; ++k) {
+      const int head = first + k * kHeads;
+      if (head >= num_heads) break;
+      lo[k] = load_pack<T, 8>(qkv + head * kHeadDim);
+      hi[k] = load_pack<T, 8>(qkv + head * kHeadDim + kHalf);
     }
-    store_pack(out + dim, lo);
-    store_pack(out + dim + kHalf, hi);
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int head = first + k * kHeads;
+      if (head >= num_heads) break;
+      T* out;
+      if (head < p.num_q_heads) {
+        out = static_cast<T*>(p.q) + (token * p.num_q_heads + head) * kHeadDim;
+      } else {
+        if (slot < 0) return;
+        const int plane = head - p.num_q_heads;  // the page's K heads, then its V heads
+        out = static_cast<T*>(p.kv_pool) +
+              ((page * 2 * p.num_kv_heads + plane) * p.tokens_per_block + offset) * kHeadDim;
+      }
+      if (head < num_rotated) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float x = to_float(lo[k].v[i]), y = to_float(hi[k].v[i]);
+          lo[k].v[i] = from_float<T>(x * cosine.v[i] - y * sine.v[i]);
+          hi[k].v[i] = from_float<T>(y * cosine.v[i] + x * sine.v[i]);
+        }
+      }
+      store_pack(out + dim, lo[k]);
+      store_pack(out + dim + kHalf, hi[k]);
+    }
   }
 }
 
@@ -80,13 +94,9 @@ void rope_append(const RopeAppendParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return;
   dispatch_16bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (p.head_dim == 128) {
-      rope_append_kernel<T, 128><<<p.num_tokens, kThreads, 0, stream>>>(p);
-    } else {
-      rope_append_kernel<T, 64><<<p.num_tokens, kThreads, 0, stream>>>(p);
-    }
+    const auto kernel = p.head_dim == 128 ? rope_append_kernel<T, 128> : rope_append_kernel<T, 64>;
+    launch_dependent(kernel, p.num_tokens, kThreads, 0, stream, "rope_append", p);
   });
-  check_launch("rope_append");
 }
 
 }  // namespace star_attention

@@ -2,6 +2,7 @@
 // every peer's memory, polls the slots of all peers at once, and merges what arrived.
 #include <algorithm>
 
+#include "common/dependent_launch.cuh"
 #include "common/device.h"
 #include "common/device_guard.h"
 #include "common/numeric.cuh"
@@ -142,6 +143,8 @@ __device__ inline bool receive(const Arguments& a, uint32_t epoch, int chunk, in
 template <typename In, typename Out, int kRanks>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     peer_merge_kernel(const __grid_constant__ Arguments a) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   constexpr int kElements = kPacketBytes / sizeof(In);
   using Packet = Pack<In, kElements>;
   const int row_of_chunk = threadIdx.y;
@@ -220,7 +223,7 @@ void launch(const Arguments& a, dim3 grid, dim3 block, cudaStream_t stream) {
   const auto kernel = a.size <= 2   ? peer_merge_kernel<In, Out, 2>
                       : a.size <= 4 ? peer_merge_kernel<In, Out, 4>
                                     : peer_merge_kernel<In, Out, kMaxRanks>;
-  kernel<<<grid, block, 0, stream>>>(a);
+  launch_dependent(kernel, grid, block, 0, stream, "peer_merge", a);
 }
 
 template <typename F>

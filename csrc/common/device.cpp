@@ -1,6 +1,7 @@
 #include "common/device.h"
 
 #include <array>
+#include <map>
 #include <mutex>
 
 #include "common/check.h"
@@ -36,6 +37,17 @@ const DeviceInfo& current_device() {
   require(device < kMaxDevices, "device", device, "an index below 64");
   std::call_once(once[device], [&] { devices[device] = query_device(device); });
   return devices[device];
+}
+
+bool compiled_for_sm90(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<const void*, bool> known;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(kernel);
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes compiled;
+  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "kernel");
+  return known[kernel] = compiled.ptxVersion >= 90;
 }
 
 }  // namespace star_attention

@@ -11,4 +11,8 @@ struct DeviceInfo {
 
 const DeviceInfo& current_device();
 
+// Whether a kernel's code on the current device was compiled for compute capability 9.0 or newer,
+// which the device's own need not tell: newer GPUs run older code too. Looked up once.
+bool compiled_for_sm90(const void* kernel);
+
 }  // namespace star_attention

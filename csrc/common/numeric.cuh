@@ -60,14 +60,6 @@ __device__ inline Pack<T, kSize> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, kSize>*>(p);
 }
 
-// The same for memory that nothing writes while the kernel runs: may move ahead of stores.
-template <typename T, int kSize>
-__device__ inline Pack<T, kSize> load_pack_readonly(const T* p) {
-  static_assert(sizeof(Pack<T, kSize>) == sizeof(uint4));
-  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-  return reinterpret_cast<const Pack<T, kSize>&>(raw);
-}
-
 template <typename T, int kSize>
 __device__ inline void store_pack(T* p, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(p) = pack;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/numeric.cuh"
 #include "star_attention/layers.h"
 
@@ -24,6 +25,8 @@ __device__ float block_sum(float x) {
 
 template <typename T>
 __global__ void rms_norm_kernel(const RmsNormParams p) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   const T* weight = static_cast<const T*>(p.weight);
@@ -74,9 +77,9 @@ void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   const int per_thread = std::min(kMaxPacks, std::max(1, packs / 256));
   const int threads = ((packs + per_thread - 1) / per_thread + 31) / 32 * 32;
   dispatch_16bit(p.dtype, [&](auto element) {
-    rms_norm_kernel<decltype(element)><<<p.num_tokens, threads, 0, stream>>>(p);
+    launch_dependent(rms_norm_kernel<decltype(element)>, p.num_tokens, threads, 0, stream,
+                     "rms_norm", p);
   });
-  check_launch("rms_norm");
 }
 
 }  // namespace star_attention

@@ -1,5 +1,6 @@
 // A thread takes two packs of 8 outputs of one row, all its loads in flight before the first use.
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/numeric.cuh"
 #include "star_attention/layers.h"
 
@@ -11,6 +12,8 @@ constexpr int kPacks = 2;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const SiluMulParams p) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const T* gate = static_cast<const T*>(p.gate_up) + row * p.stride;
   const T* up = gate + p.intermediate_size;
@@ -57,9 +60,8 @@ void silu_mul(const SiluMulParams& p, cudaStream_t stream) {
   constexpr int kPerBlock = 8 * kThreads * kPacks;
   const dim3 grid(p.num_tokens, (p.intermediate_size + kPerBlock - 1) / kPerBlock);
   dispatch_16bit(p.dtype, [&](auto element) {
-    silu_mul_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(p);
+    launch_dependent(silu_mul_kernel<decltype(element)>, grid, kThreads, 0, stream, "silu_mul", p);
   });
-  check_launch("silu_mul");
 }
 
 }  // namespace star_attention
