@@ -129,16 +129,18 @@ def measure(
 def breakdown(
     runtime: Runtime, method: str, length: int, block_size: int | None
 ) -> dict[str, float]:
-    """Seconds of phase 1 by kind of kernel, of the last rank, once more."""
+    """Seconds of phase 1 by kind of kernel, of the busiest rank, once more."""
     from torch.profiler import ProfilerActivity, profile
 
     ids, config = token_ids(runtime, length), star_config(method, length, block_size)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        runtime.encode(ids, config).release()
+        context = runtime.encode(ids, config)
+        context.release()
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
         seconds[part_of(event.key)] += event.self_device_time_total / 1e6
-    return runtime.comm.gather_objects(seconds)[-1]
+    costs = [cost.flops(runtime.engine.config) for cost in context.plan.rank_costs]
+    return runtime.comm.gather_objects(seconds)[costs.index(max(costs))]
 
 
 def generate(
