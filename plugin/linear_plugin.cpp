@@ -3,8 +3,9 @@
 #include <cublasLt.h>
 
 #include <map>
-#include <memory>
 #include <mutex>
+
+#include "star_attention/layers.h"
 
 namespace star_attention {
 namespace {
@@ -27,26 +28,16 @@ cublasLtHandle_t handle_of_device() {
   return handle;
 }
 
-template <typename T, cublasStatus_t (*kDestroy)(T*)>
-struct Destroy {
-  void operator()(T* object) const { kDestroy(object); }
-};
-template <typename T, cublasStatus_t (*kDestroy)(T*)>
-using Owned = std::unique_ptr<T, Destroy<T, kDestroy>>;
-using Operation = Owned<cublasLtMatmulDescOpaque_t, cublasLtMatmulDescDestroy>;
-using Layout = Owned<cublasLtMatrixLayoutOpaque_t, cublasLtMatrixLayoutDestroy>;
-using Preference = Owned<cublasLtMatmulPreferenceOpaque_t, cublasLtMatmulPreferenceDestroy>;
-
 // cuBLAS counts columns first: a row-major [rows, columns] is its columns × rows.
-Layout layout(cudaDataType_t type, int rows, int columns) {
-  cublasLtMatrixLayout_t made = nullptr;
-  check_cublas(cublasLtMatrixLayoutCreate(&made, type, columns, rows, columns), "matrix layout");
-  return Layout(made);
+cublasLtMatrixLayoutOpaque_t layout(cudaDataType_t type, int rows, int columns) {
+  cublasLtMatrixLayoutOpaque_t made;
+  check_cublas(cublasLtMatrixLayoutInit(&made, type, columns, rows, columns), "matrix layout");
+  return made;
 }
 
 template <typename Value>
-void set(const Operation& operation, cublasLtMatmulDescAttributes_t attribute, Value value) {
-  check_cublas(cublasLtMatmulDescSetAttribute(operation.get(), attribute, &value, sizeof(value)),
+void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, Value value) {
+  check_cublas(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof(value)),
                "matmul attribute");
 }
 
@@ -68,43 +59,54 @@ size_t LinearOpOf<kAddend>::workspace_bytes(const nvinfer1::PluginTensorDesc*) c
 template <bool kAddend>
 void LinearOpOf<kAddend>::run(const PluginCall& call) {
   const int tokens = call.size(0, 0), in = call.size(0, 1), out = call.size(1, 0);
-  const cudaDataType_t type = call.dtype() == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF;
-  const cublasLtHandle_t handle = handle_of_device();
-
-  cublasLtMatmulDesc_t made = nullptr;
-  check_cublas(cublasLtMatmulDescCreate(&made, CUBLAS_COMPUTE_32F, CUDA_R_32F), "matmul");
-  const Operation operation(made);
-  set(operation, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   const bool bias = kAddend && call.descs[2].dims.nbDims == 1;
-  if (bias) {
-    set(operation, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.inputs[2]);
+  if (tokens <= max_skinny_tokens(in)) {
+    SkinnyLinearParams p{};
+    p.dtype = call.dtype();
+    p.num_tokens = tokens;
+    p.in_features = in;
+    p.out_features = out;
+    p.x = call.inputs[0];
+    p.x_stride = in;
+    p.weight = call.inputs[1];
+    p.addend = kAddend ? call.inputs[2] : nullptr;
+    p.addend_stride = bias ? 0 : out;
+    p.out = call.output;
+    skinny_linear(p, call.stream);
+    return;
   }
-  const bool sum = kAddend && !bias;
-  const Layout weight = layout(type, out, in), x = layout(type, tokens, in);
-  const Layout result = layout(type, tokens, out);
 
-  cublasLtMatmulPreference_t preferred = nullptr;
-  check_cublas(cublasLtMatmulPreferenceCreate(&preferred), "matmul preference");
-  const Preference preference(preferred);
+  const cublasLtHandle_t handle = handle_of_device();
+  cublasLtMatmulDescOpaque_t operation;
+  check_cublas(cublasLtMatmulDescInit(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "matmul");
+  set(&operation, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  if (bias) {
+    set(&operation, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(&operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.inputs[2]);
+  }
+  const cudaDataType_t type = call.dtype() == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF;
+  auto weight = layout(type, out, in), x = layout(type, tokens, in);
+  auto result = layout(type, tokens, out);
+
+  cublasLtMatmulPreferenceOpaque_t preference;
+  check_cublas(cublasLtMatmulPreferenceInit(&preference), "matmul preference");
   check_cublas(
-      cublasLtMatmulPreferenceSetAttribute(preferred, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+      cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                            &kWorkspaceBytes, sizeof(kWorkspaceBytes)),
       "matmul preference");
   cublasLtMatmulHeuristicResult_t best{};
   int found = 0;
-  check_cublas(
-      cublasLtMatmulAlgoGetHeuristic(handle, operation.get(), weight.get(), x.get(), result.get(),
-                                     result.get(), preferred, 1, &best, &found),
-      "matmul algorithm");
+  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle, &operation, &weight, &x, &result, &result,
+                                              &preference, 1, &best, &found),
+               "matmul algorithm");
 
+  const bool sum = kAddend && !bias;
   const float alpha = 1.f, beta = sum ? 1.f : 0.f;
   const void* const addend = sum ? call.inputs[2] : call.output;
-  check_cublas(
-      cublasLtMatmul(handle, operation.get(), &alpha, call.inputs[1], weight.get(), call.inputs[0],
-                     x.get(), &beta, addend, result.get(), call.output, result.get(), &best.algo,
-                     call.workspace, kWorkspaceBytes, call.stream),
-      "matmul");
+  check_cublas(cublasLtMatmul(handle, &operation, &alpha, call.inputs[1], &weight, call.inputs[0],
+                              &x, &beta, addend, &result, call.output, &result, &best.algo,
+                              call.workspace, kWorkspaceBytes, call.stream),
+               "matmul");
 }
 
 template class LinearOpOf<false>;

@@ -1,4 +1,5 @@
-// x weight^T + addend by cuBLAS, for TensorRT. TensorRT 8's own kernels for fp16 add up in fp16.
+// x weight^T + addend by cuBLAS, for few rows by skinny_linear(), for TensorRT: TensorRT 8's own
+// kernels for fp16 add up in fp16.
 #pragma once
 
 #include "plugin.h"

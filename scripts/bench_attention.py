@@ -12,6 +12,7 @@ query: n query tokens at the end of L cached ones, causal. Up to 16, in TB/s of 
     TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L without a mask here.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
+linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB).
 
 Our attention reads pages in random order, the peers contiguous K and V. "ours" is the kernel that
 is taken by itself, "ours, sm_80" the path for GPUs before Hopper. Ceilings are measured with each
@@ -421,6 +422,28 @@ def merge_rows(timer: Timer) -> Iterator[Row]:
         yield timer.row(shape, work, "µs", calls)
 
 
+def linear_rows(timer: Timer) -> Iterator[Row]:
+    width = Q_HEADS * HEAD_DIM
+    shapes = [
+        ((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+        (HIDDEN, width),
+        (2 * INTERMEDIATE, HIDDEN),
+        (HIDDEN, INTERMEDIATE),
+    ]
+    weights = [randn(*shape) for shape in shapes]
+    work = sum(weight.nbytes for weight in weights)
+    read = {"read": device_read(randn(work // 2))}
+    for rows in (1, 2):
+        inputs = [randn(rows, columns) for _, columns in shapes]
+
+        def layer(linear: Callable[..., object], inputs: list[torch.Tensor] = inputs) -> Call:
+            return lambda: [linear(*pair) for pair in zip(inputs, weights, strict=True)]
+
+        ours = importlib.import_module(OPS).linear
+        calls = {"ours": layer(ours), "torch": layer(F.linear)}
+        yield timer.row({"n": rows}, work, "TB/s", calls | read)
+
+
 @dataclass(frozen=True)
 class Phase:
     rows: Callable[[Timer], Iterator[Row]]
@@ -449,6 +472,10 @@ PHASES = {
         {"ours / best peer": ("peers", "ours"), "ours / copy": ("copy", "ours")},
     ),
     "merge": Phase(merge_rows, {"ours / best peer": ("peers", "ours")}),
+    "linear": Phase(
+        linear_rows,
+        {"ours / best peer": ("peers", "ours"), "ours / read": ("read", "ours")},
+    ),
 }
 
 

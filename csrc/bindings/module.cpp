@@ -217,6 +217,39 @@ void py_silu_mul(py::object gate_up_, py::object out_, uintptr_t stream) {
   silu_mul(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void py_skinny_linear(py::object x_, py::object weight_, py::object addend_, py::object out_,
+                      uintptr_t stream) {
+  const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
+  const TensorView addend("addend", addend_.is_none() ? out_ : addend_);
+  x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
+  const int64_t tokens = x.size(0), in_features = x.size(1);
+  weight.dtype({x.type()}).shape({-1, in_features}).contiguous();
+  const int64_t out_features = weight.size(0);
+  out.dtype({x.type()}).shape({tokens, out_features}).contiguous();
+  const bool bias = addend.num_dims() == 1;
+  addend.dtype({x.type()}).contiguous();
+  if (bias) {
+    addend.shape({out_features});
+  } else {
+    addend.shape({tokens, out_features});
+  }
+
+  SkinnyLinearParams p{};
+  p.dtype = dtype_of(x);
+  p.num_tokens = to_int(tokens, "x.shape[0]");
+  p.in_features = to_int(in_features, "x.shape[1]");
+  p.out_features = to_int(out_features, "weight.shape[0]");
+  p.x = x.data();
+  p.x_stride = x.stride(0, in_features);
+  p.weight = weight.data();
+  p.addend = addend_.is_none() ? nullptr : addend.data();
+  p.addend_stride = bias ? 0 : out_features;
+  p.out = out.data();
+  check(p);
+  const DeviceScope scope(x, {&weight, &addend, &out});
+  skinny_linear(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -230,6 +263,9 @@ PYBIND11_MODULE(_C, m) {
         arg("stream"));
   m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("out"), arg("eps"), arg("stream"));
   m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("stream"));
+  m.def("skinny_linear", &py_skinny_linear, arg("x"), arg("weight"), arg("addend"), arg("out"),
+        arg("stream"));
+  m.def("max_skinny_tokens", &max_skinny_tokens, arg("in_features"));
   bind_comm(m);
 }
 

@@ -122,6 +122,16 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
 
 // TMA
 
+// `bytes` contiguous bytes, a multiple of 16, that the barrier counts.
+__device__ inline void bulk_load(void* destination, const void* source, uint32_t bytes,
+                                 uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem_address(destination)),
+      "l"(source), "r"(bytes), "r"(smem_address(barrier))
+      : "memory");
+}
+
 __device__ inline void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -172,3 +172,15 @@ def test_rope_append_stores_and_rotates():
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match="device meta is not supported: use cpu or cuda"):
         ops.merge_lse(torch.empty(1, 1, 1, 4, device="meta"), torch.empty(1, 1, 1, device="meta"))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_linear(rows):
+    x, weight, residual = torch.randn(rows, 8), torch.randn(6, 8), torch.randn(rows, 6)
+    bias, product = torch.randn(6), x @ weight.T
+    torch.testing.assert_close(ops.linear(x, weight), product)
+    torch.testing.assert_close(ops.linear(x, weight, bias), product + bias)
+    torch.testing.assert_close(ops.linear(x, weight, residual), product + residual)
+    expected = product + residual
+    assert ops.linear(x, weight, residual, out=residual) is residual
+    torch.testing.assert_close(residual, expected)

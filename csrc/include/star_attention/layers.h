@@ -45,9 +45,28 @@ struct GatherRowsParams {
 
 void gather_rows(const GatherRowsParams& params, cudaStream_t stream);
 
+// out = x weight^T + addend, for the few rows of a decode step.
+struct SkinnyLinearParams {
+  DType dtype;     // kFloat16 or kBFloat16
+  int num_tokens;  // at most max_skinny_tokens(in_features)
+  int in_features, out_features;
+
+  const void* x;  // [num_tokens, in_features], rows x_stride elements apart
+  int64_t x_stride;
+  const void* weight;  // [out_features, in_features], contiguous; nothing writes it meanwhile
+  const void* addend;  // [num_tokens, out_features], rows addend_stride apart, or null; may be out
+  int64_t addend_stride;  // 0: a bias
+  void* out;              // [num_tokens, out_features], contiguous
+};
+
+void skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
+// As many as skinny_linear() is the fastest for, on the current device; 0: it takes none.
+int max_skinny_tokens(int in_features);
+
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
 void check(const RmsNormParams& params);
 void check(const SiluMulParams& params);
 void check(const GatherRowsParams& params);
+void check(const SkinnyLinearParams& params);
 
 }  // namespace star_attention

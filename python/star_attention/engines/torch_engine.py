@@ -158,7 +158,7 @@ class TorchEngine:
                 on_layer((index + 1) / len(weights.layers))
         attend.end()
         x = self._norm(x[logit_rows], weights.norm)
-        return self._whole_rows(F.linear(x, weights.lm_head)).float()
+        return self._whole_rows(ops.linear(x, weights.lm_head)).float()
 
     def _whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, vocab_size] from each rank's part of the rows."""
@@ -178,16 +178,16 @@ class TorchEngine:
         q: torch.Tensor,
     ) -> None:
         """Projects x [T, hidden_size]; stores K and V in their pages, and Q, rotated, in q."""
-        qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+        qkv = ops.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
         ops.rope_append(qkv, positions, self._rotary, pool, slots, q)
 
     def _add_mlp(self, x: torch.Tensor, layer: LayerWeights) -> None:
-        gate_up = F.linear(self._norm(x, layer.post_norm), layer.gate_up)
+        gate_up = ops.linear(self._norm(x, layer.post_norm), layer.gate_up)
         self._add(x, ops.silu_mul(gate_up), layer.down)
 
     def _add(self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
         """x += inputs weight^T, summed over the group, whose first rank adds x."""
-        x.addmm_(inputs, weight.t(), beta=0.0 if self._group.rank else 1.0)
+        ops.linear(inputs, weight, None if self._group.rank else x, out=x)
         self._group.all_reduce(x, stream_of(x.device))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

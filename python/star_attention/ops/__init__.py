@@ -118,6 +118,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return implementation(x.device).rms_norm(x, weight, eps)
 
 
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    addend: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N]."""
+    return implementation(x.device).linear(x, weight, addend, out=out)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
     return implementation(gate_up.device).silu_mul(gate_up)

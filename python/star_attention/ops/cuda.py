@@ -13,6 +13,8 @@ import os
 
 import torch
 
+from star_attention.ops import reference
+
 try:
     from star_attention import _C
 except ImportError as error:
@@ -96,6 +98,22 @@ def merge_lse(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _C.rms_norm(x, weight, out, eps, _stream(x))
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    addend: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The few rows of a decode step take a kernel of ours, more take cuBLAS."""
+    if len(x) > _C.max_skinny_tokens(x.shape[1]):
+        return reference.linear(x, weight, addend, out=out)
+    if out is None:
+        out = x.new_empty(len(x), len(weight))
+    _C.skinny_linear(x, weight, addend, out, _stream(x))
     return out
 
 

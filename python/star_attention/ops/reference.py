@@ -80,6 +80,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    addend: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if addend is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(addend, x, weight.t(), out=out)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
