@@ -172,6 +172,10 @@ def test_more_than_the_engine_was_built_for(engine):
     context = np.zeros(400, np.int32)
     with pytest.raises(UserError, match=r"an engine with more than --max_num_tokens 256"):
         runtime.encode(context, StarConfig(320, 0, tokens_per_block=PAGE))
+    with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):
+        runtime.encode(context, StarConfig(attention="ring", tokens_per_block=PAGE))
+    with pytest.raises(UserError, match=r"in one pass.*: use star over several ranks"):
+        runtime.encode(context, StarConfig(attention="dense", tokens_per_block=PAGE))
     encoded = runtime.encode(context, StarConfig(256, 0, tokens_per_block=PAGE))
     batch = runtime.questions()
     batch.ask([encoded] * 3, [np.zeros(3, np.int32)] * 3, 2)

@@ -93,6 +93,7 @@ class ModelEngine(Protocol):
         max_pages: pages that the pool can hold; None: as many as memory allows.
         max_step_tokens: tokens that one pass can have; None: any number.
         step_limit: what would allow more, for the user.
+        has_ring: whether a step's attention can be a `RingStep`.
         max_input_len, max_seq_len: tokens of context and question, and with the answer, that it was
             built for; None: any number.
         wait_seconds: how long steps have stood still so far for what other ranks send.
@@ -104,6 +105,7 @@ class ModelEngine(Protocol):
     max_pages: int | None
     max_step_tokens: int | None
     step_limit: str
+    has_ring: bool
     max_input_len: int | None
     max_seq_len: int | None
     wait_seconds: float

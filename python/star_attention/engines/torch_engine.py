@@ -45,6 +45,7 @@ class TorchEngine:
     """
 
     step_limit = "a smaller --kv-cache-gib"
+    has_ring = True
     max_input_len = max_seq_len = None
 
     def __init__(

@@ -79,6 +79,8 @@ class TensorRtEngine:
         UserError: the engine cannot run here.
     """
 
+    has_ring = False
+
     def __init__(
         self,
         folder: Path,
@@ -149,10 +151,7 @@ class TensorRtEngine:
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> Any:
-        if not isinstance(attention, PagedStep):
-            raise UserError(
-                "TensorRT engines have no ring attention: use --attention star or dense"
-            )
+        assert isinstance(attention, PagedStep)
         limits, decodes = self._limits, is_decode_step(attention, logit_rows)
         most_sequences = limits.max_batch_size if decodes else max_sequences(limits)
         self._check_step(positions, attention, len(logit_rows), most_sequences)

@@ -108,6 +108,10 @@ class Runtime:
             UserError: on every rank, if the plan is not possible or does not fit a rank's KV cache.
         """
         comm, engine = self.comm, self.engine
+        if config.attention == "ring" and not engine.has_ring:
+            raise UserError(
+                "TensorRT engines have no ring attention: use --attention star or dense"
+            )
         plan = make_plan(len(token_ids), config, comm.size, engine.config)
         blocks = plan.blocks_of(comm.rank)
         self._check_room(plan, config)
@@ -157,7 +161,8 @@ class Runtime:
         advice = "use a smaller block size"
         more_ranks = range(plan.num_ranks + 1, _MOST_RANKS + 1)
         if config.attention == "dense":
-            advice, more_ranks = "use ring or star over several ranks", range(0)
+            exact = "ring or " if engine.has_ring else ""
+            advice, more_ranks = f"use {exact}star over several ranks", range(0)
         for ranks in more_ranks:
             if fits(make_plan(plan.context_len, config, ranks, engine.config)):
                 advice = f"use {ranks} ranks or more"
