@@ -1,5 +1,6 @@
 // A block copies one row, 16 bytes a thread at a time.
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "star_attention/layers.h"
 
 namespace star_attention {
@@ -8,6 +9,8 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const GatherRowsParams p) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t packs = p.width / 8;
   const uint4* row = static_cast<const uint4*>(p.x) + p.rows[blockIdx.x] * packs;
   uint4* out = static_cast<uint4*>(p.out) + blockIdx.x * packs;
@@ -28,8 +31,7 @@ void check(const GatherRowsParams& p) {
 void gather_rows(const GatherRowsParams& p, cudaStream_t stream) {
   check(p);
   if (p.num_rows == 0) return;
-  gather_rows_kernel<<<p.num_rows, kThreads, 0, stream>>>(p);
-  check_launch("gather_rows");
+  launch_dependent(gather_rows_kernel, p.num_rows, kThreads, 0, stream, "gather_rows", p);
 }
 
 }  // namespace star_attention
