@@ -41,48 +41,31 @@ void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribut
                "matmul attribute");
 }
 
-}  // namespace
-
-template <bool kAddend>
-nvinfer1::DimsExprs LinearOpOf<kAddend>::output_dims(const nvinfer1::DimsExprs* inputs,
-                                                     nvinfer1::IExprBuilder&) const {
-  nvinfer1::DimsExprs out = inputs[0];
-  out.d[1] = inputs[1].d[0];
-  return out;
+// Of [tokens, in] and [out, in]; `addend` is null, or [out] (a bias), or [tokens, out].
+void few_rows(const PluginCall& call, const void* addend, bool bias) {
+  SkinnyLinearParams p{};
+  p.dtype = call.dtype();
+  p.num_tokens = call.size(0, 0);
+  p.in_features = call.size(0, 1);
+  p.out_features = call.size(1, 0);
+  p.x = call.inputs[0];
+  p.x_stride = p.in_features;
+  p.weight = call.inputs[1];
+  p.addend = addend;
+  p.addend_stride = bias ? 0 : p.out_features;
+  p.out = call.output;
+  skinny_linear(p, call.stream);
 }
 
-template <bool kAddend>
-size_t LinearOpOf<kAddend>::workspace_bytes(const nvinfer1::PluginTensorDesc*) const {
-  return kWorkspaceBytes;
-}
-
-template <bool kAddend>
-void LinearOpOf<kAddend>::run(const PluginCall& call) {
+void many_rows(const PluginCall& call, const void* addend, bool bias) {
   const int tokens = call.size(0, 0), in = call.size(0, 1), out = call.size(1, 0);
-  const bool bias = kAddend && call.descs[2].dims.nbDims == 1;
-  if (tokens <= max_skinny_tokens(in)) {
-    SkinnyLinearParams p{};
-    p.dtype = call.dtype();
-    p.num_tokens = tokens;
-    p.in_features = in;
-    p.out_features = out;
-    p.x = call.inputs[0];
-    p.x_stride = in;
-    p.weight = call.inputs[1];
-    p.addend = kAddend ? call.inputs[2] : nullptr;
-    p.addend_stride = bias ? 0 : out;
-    p.out = call.output;
-    skinny_linear(p, call.stream);
-    return;
-  }
-
   const cublasLtHandle_t handle = handle_of_device();
   cublasLtMatmulDescOpaque_t operation;
   check_cublas(cublasLtMatmulDescInit(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "matmul");
   set(&operation, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   if (bias) {
     set(&operation, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(&operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.inputs[2]);
+    set(&operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, addend);
   }
   const cudaDataType_t type = call.dtype() == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF;
   auto weight = layout(type, out, in), x = layout(type, tokens, in);
@@ -100,13 +83,35 @@ void LinearOpOf<kAddend>::run(const PluginCall& call) {
                                               &preference, 1, &best, &found),
                "matmul algorithm");
 
-  const bool sum = kAddend && !bias;
+  const bool sum = addend != nullptr && !bias;
   const float alpha = 1.f, beta = sum ? 1.f : 0.f;
-  const void* const addend = sum ? call.inputs[2] : call.output;
   check_cublas(cublasLtMatmul(handle, &operation, &alpha, call.inputs[1], &weight, call.inputs[0],
-                              &x, &beta, addend, &result, call.output, &result, &best.algo,
-                              call.workspace, kWorkspaceBytes, call.stream),
+                              &x, &beta, sum ? addend : call.output, &result, call.output, &result,
+                              &best.algo, call.workspace, kWorkspaceBytes, call.stream),
                "matmul");
+}
+
+}  // namespace
+
+template <bool kAddend>
+nvinfer1::DimsExprs LinearOpOf<kAddend>::output_dims(const nvinfer1::DimsExprs* inputs,
+                                                     nvinfer1::IExprBuilder&) const {
+  nvinfer1::DimsExprs out = inputs[0];
+  out.d[1] = inputs[1].d[0];
+  return out;
+}
+
+template <bool kAddend>
+size_t LinearOpOf<kAddend>::workspace_bytes(const nvinfer1::PluginTensorDesc*) const {
+  return kWorkspaceBytes;
+}
+
+template <bool kAddend>
+void LinearOpOf<kAddend>::run(const PluginCall& call) {
+  const void* const addend = kAddend ? call.inputs[2] : nullptr;
+  const bool bias = kAddend && call.descs[2].dims.nbDims == 1;
+  const bool few = call.size(0, 0) <= max_skinny_tokens(call.size(0, 1));
+  (few ? few_rows : many_rows)(call, addend, bias);
 }
 
 template class LinearOpOf<false>;
