@@ -457,7 +457,7 @@ def plot_breakdown(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
             left += seconds
     ax.plot([row["phase1_s"] for row in rows], names, "k|", ms=18, label="wall time")
     ax.invert_yaxis()
-    ax.set_xlabel(f"s, phase 1 of {tokens(rows[0]['context'])} tokens on the last rank")
+    ax.set_xlabel(f"s, phase 1 of {tokens(rows[0]['context'])} tokens on the busiest rank")
     ax.set_title(title)
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     fig.savefig(path, dpi=150, bbox_inches="tight")
