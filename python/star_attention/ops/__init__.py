@@ -125,7 +125,10 @@ def linear(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N]."""
+    """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N].
+
+    A GPU may read `weight` before work that stands in front on the stream has ended.
+    """
     return implementation(x.device).linear(x, weight, addend, out=out)
 
 
