@@ -134,7 +134,7 @@ void launch(const SkinnyLinearParams& p, cudaStream_t stream) {
 }  // namespace
 
 int max_skinny_tokens_sm90(int in_features, int smem_per_block) {
-  if (in_features % 8 != 0) return 0;
+  if (in_features <= 0 || in_features % 8 != 0) return 0;
   return std::min(kMaxTokens, (smem_per_block - kRingBytes - kStaticBytes) / (2 * in_features));
 }
 
