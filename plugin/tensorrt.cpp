@@ -28,9 +28,8 @@ void* open_library(const std::string& folder, const std::string& name, int visib
   const std::string soname = name + ".so." + std::to_string(NV_TENSORRT_MAJOR);
   const std::string path = folder.empty() ? soname : folder + "/" + soname;
   if (void* library = dlopen(path.c_str(), RTLD_NOW | visibility)) return library;
-  throw std::runtime_error(
-      "TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + " cannot be loaded: " + dlerror() +
-      (folder.empty() ? " (give the folder of its libraries, or add it to LD_LIBRARY_PATH)" : ""));
+  throw std::runtime_error("TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
+                           " cannot be loaded: " + dlerror());
 }
 
 template <typename Function>

@@ -34,7 +34,9 @@ def load_tensorrt() -> Any:
     try:
         _trt.load(os.environ.get(FOLDER, "") or _pip_folder())
     except RuntimeError as error:
-        raise UserError(f"{error}; {FOLDER} names its folder") from None
+        raise UserError(
+            f"{error}: name the folder of its libraries in {FOLDER}, or add it to LD_LIBRARY_PATH"
+        ) from None
     return _trt
 
 
