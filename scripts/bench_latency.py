@@ -6,12 +6,12 @@ the ranks that mpirun starts:
     python scripts/bench_latency.py --methods dense --lengths 64K 128K --output results.json
     python scripts/bench_latency.py --plot results.json --to docs/images
 
-Weights are random, made on the GPU, in Llama-3.1-8B's or 70B's shape; times do not depend on them.
-A method runs once on a short context, then once for each length: phase 1, a question of 64 tokens,
-and decode steps (the median counts). Model FLOPs are 2 a weight and token, without embedding and
-lm_head, and 4 Hq D a layer and pair of query and key token; their rate is that of the busiest rank,
-compared with an 8192³ matmul that the same GPU ran just before. Results are added to those in the
-file.
+Weights are random, made on the GPU, in Llama-3.1-8B's or 70B's shape, or those of --model; times do
+not depend on them. A method runs once on a short context, then once for each length: phase 1, a
+question of 64 tokens, and decode steps (the median counts). Model FLOPs are 2 a weight and token,
+without embedding and lm_head, and 4 Hq D a layer and pair of query and key token; their rate is
+that of the busiest rank, compared with an 8192³ matmul that the same GPU ran just before. Results
+are added to those in the file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,18 @@ from typing import Any
 import numpy as np
 
 from star_attention.cli import parse_tokens
-from star_attention.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig, StarConfig
+from star_attention.config import (
+    LLAMA_3_1_8B,
+    LLAMA_3_1_70B,
+    ModelConfig,
+    RopeConfig,
+    StarConfig,
+)
 from star_attention.distributed import Communicator, default_communicator
-from star_attention.engines.loader import EngineOptions, dummy_engine, star_ranks
+from star_attention.engines.base import ModelEngine
+from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine, star_ranks
 from star_attention.errors import UserError
+from star_attention.models.checkpoint import find_model
 from star_attention.plan import make_plan
 from star_attention.runtime.runtime import EncodedContext, Runtime
 
@@ -52,7 +60,7 @@ LABELS = {
     "ring": "ring (exact)",
     "dense": "dense, one GPU (exact)",
 }
-QUESTION_TOKENS = 64
+QUESTION_TOKENS, PAGE = 64, 128
 # Star Attention, arXiv 2411.17116v3: tables 1 and 5, blocks of a quarter up to 128K, of 32K beyond.
 PAPER_SPEED_UPS = {
     1 << 14: 1.1,
@@ -65,7 +73,7 @@ PAPER_SPEED_UPS = {
 # What phase 1 spends its time on, by the names of kernels.
 PARTS = {
     "attention": r"context_attention|context_sm80|query_|merge_lse",
-    "GEMMs": r"nvjet|gemm|cutlass|xmma",
+    "GEMMs": r"nvjet|gemm|cutlass|xmma|linear",
     "transfers (beside the others)": r"nccl",
     "norms, RoPE, SiLU": r".",
 }
@@ -236,12 +244,7 @@ def format_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(form.format(row[name]) for name, form in COLUMNS.items())} |"
 
 
-def run(options: argparse.Namespace) -> None:
-    world = default_communicator()
-    comm = star_ranks(world, options.tp)
-    shape: ModelConfig = SHAPES[options.shape]
-    if options.layers:
-        shape = replace(shape, num_layers=options.layers)
+def make_engine(options: argparse.Namespace, comm: Communicator) -> ModelEngine:
     engine_options = EngineOptions(
         "cuda",
         options.dtype,
@@ -249,12 +252,24 @@ def run(options: argparse.Namespace) -> None:
         merge=options.merge,
         tp=options.tp,
     )
-    engine = dummy_engine(shape, comm, 128, engine_options)
+    if options.model:
+        return load_engine(find_model(options.model), comm, PAGE, engine_options)
+    shape = SHAPES[options.shape]
+    if options.layers:
+        shape = replace(shape, num_layers=options.layers)
+    return dummy_engine(shape, comm, PAGE, engine_options)
+
+
+def run(options: argparse.Namespace) -> None:
+    world = default_communicator()
+    comm = star_ranks(world, options.tp)
+    engine = make_engine(options, comm)
     runtime = Runtime(engine, comm)
     rows: list[dict[str, Any]] = []
     result = {
-        "shape": options.shape,
-        "config": asdict(shape),
+        "shape": Path(options.model).name if options.model else options.shape,
+        "dtype": options.dtype,
+        "config": asdict(engine.config),
         "environment": environment(options.merge),
         "read_tbps": read_tbps(world),
         "rows": rows,
@@ -296,10 +311,12 @@ def plot(results: Path, folder: Path) -> None:
     runs = json.loads(results.read_text())
     runs = [run for run in runs if run["shape"] == runs[0]["shape"]]
     rows = [row for run in runs for row in run["rows"]]
-    shape, counts = SHAPES[runs[0]["shape"]], Counter(row["ranks"] for row in rows)
+    config = runs[0]["config"]
+    shape = ModelConfig(**{**config, "rope": RopeConfig(**config["rope"])})
+    counts = Counter(row["ranks"] for row in rows)
     usual, most = max(counts, key=counts.__getitem__), max(counts)
     of_usual = [row for row in rows if row["ranks"] in (1, usual)]
-    gpu = f"{runs[0]['shape']}, bf16, {{}} x {runs[0]['environment']['gpu']}"
+    gpu = f"{runs[0]['shape']}, {runs[0]['dtype']}, {{}} x {runs[0]['environment']['gpu']}"
     folder.mkdir(parents=True, exist_ok=True)
     plot_first_token(of_usual, shape, gpu.format(usual), folder / "first_token.png")
     plot_speed_up(rows, shape, gpu.format(f"1 to {most}"), folder / "speed_up.png")
@@ -467,8 +484,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", help="a real model instead of --shape: folder, GGUF or name")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--layers", type=int, help="cut the shape to so many layers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
     parser.add_argument("--lengths", nargs="+", type=parse_tokens, default=[1 << 16, 1 << 17])
     parser.add_argument(

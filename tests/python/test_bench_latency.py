@@ -1,0 +1,49 @@
+"""scripts/bench_latency.py over a tiny model on the CPU: rows of every method, and their plots."""
+
+import argparse
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from helpers import save_tiny_model
+from star_attention.distributed import SingleProcess
+from star_attention.engines.loader import EngineOptions
+from star_attention.runtime.runtime import Runtime
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location(
+        "bench_latency", ROOT / "scripts/bench_latency.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_and_plots(bench, tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    monkeypatch.setattr(bench, "EngineOptions", lambda *_, **__: EngineOptions("cpu", "float32"))
+    names = {"model": str(tmp_path / "model"), "dtype": "float32", "kv_cache_gib": None}
+    options = argparse.Namespace(**names, merge="auto", tp=1)
+    engine = bench.make_engine(options, SingleProcess())
+    runtime, rows = Runtime(engine, SingleProcess()), []
+    for method in bench.METHODS:
+        for length in (512, 1024):
+            row = bench.measure(runtime, method, length, 256, 2, 1)
+            rows += [{**row, "of_matmul": 0.5, "matmul_tflops": 1.0, "ranks": n} for n in (1, 2)]
+    work = {row["method"]: row["busiest_gpu_pflop"] for row in rows if row["context"] == 1024}
+    assert work["broadcast"] == work["local"] < work["recompute"]
+    assert work["dense"] == work["ring"]
+
+    rows[-1]["breakdown"] = dict.fromkeys(bench.PARTS, 0.1)
+    environment = {"gpu": "none"}
+    run = {"shape": "tiny", "dtype": "float32", "config": asdict(engine.config)}
+    bench.save(tmp_path / "results.json", [{**run, "environment": environment, "rows": rows}])
+    bench.plot(tmp_path / "results.json", tmp_path / "plots")
+    drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert drawn == {"first_token.png", "speed_up.png", "scaling.png", "phase1.png"}
