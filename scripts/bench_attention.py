@@ -259,6 +259,10 @@ def imported(module: str, function: str, *args: object, **kwargs: object) -> Cal
     return lambda: getattr(importlib.import_module(module), function)(*args, **kwargs)
 
 
+def in_turn(calls: list[Call]) -> Call:
+    return lambda: [call() for call in calls]
+
+
 def random_pages(count: int) -> torch.Tensor:
     return torch.randperm(count, device="cuda").int()
 
@@ -423,24 +427,20 @@ def merge_rows(timer: Timer) -> Iterator[Row]:
 
 
 def linear_rows(timer: Timer) -> Iterator[Row]:
-    width = Q_HEADS * HEAD_DIM
-    shapes = [
-        ((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
-        (HIDDEN, width),
-        (2 * INTERMEDIATE, HIDDEN),
-        (HIDDEN, INTERMEDIATE),
+    weights = [
+        randn((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+        randn(HIDDEN, Q_HEADS * HEAD_DIM),
+        randn(2 * INTERMEDIATE, HIDDEN),
+        randn(HIDDEN, INTERMEDIATE),
     ]
-    weights = [randn(*shape) for shape in shapes]
     work = sum(weight.nbytes for weight in weights)
     read = {"read": device_read(randn(work // 2))}
     for rows in (1, 2):
-        inputs = [randn(rows, columns) for _, columns in shapes]
-
-        def layer(linear: Callable[..., object], inputs: list[torch.Tensor] = inputs) -> Call:
-            return lambda: [linear(*pair) for pair in zip(inputs, weights, strict=True)]
-
-        ours = importlib.import_module(OPS).linear
-        calls = {"ours": layer(ours), "torch": layer(F.linear)}
+        pairs = [(randn(rows, weight.shape[1]), weight) for weight in weights]
+        calls = {
+            "ours": in_turn([imported(OPS, "linear", *pair) for pair in pairs]),
+            "torch": in_turn([partial(F.linear, *pair) for pair in pairs]),
+        }
         yield timer.row({"n": rows}, work, "TB/s", calls | read)
 
 

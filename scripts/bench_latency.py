@@ -30,13 +30,7 @@ from typing import Any
 import numpy as np
 
 from star_attention.cli import parse_tokens
-from star_attention.config import (
-    LLAMA_3_1_8B,
-    LLAMA_3_1_70B,
-    ModelConfig,
-    RopeConfig,
-    StarConfig,
-)
+from star_attention.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.engines.base import ModelEngine
 from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine, star_ranks
@@ -60,7 +54,7 @@ LABELS = {
     "ring": "ring (exact)",
     "dense": "dense, one GPU (exact)",
 }
-QUESTION_TOKENS, PAGE = 64, 128
+QUESTION_TOKENS = 64
 # Star Attention, arXiv 2411.17116v3: tables 1 and 5, blocks of a quarter up to 128K, of 32K beyond.
 PAPER_SPEED_UPS = {
     1 << 14: 1.1,
@@ -252,12 +246,13 @@ def make_engine(options: argparse.Namespace, comm: Communicator) -> ModelEngine:
         merge=options.merge,
         tp=options.tp,
     )
+    page = StarConfig.tokens_per_block
     if options.model:
-        return load_engine(find_model(options.model), comm, PAGE, engine_options)
+        return load_engine(find_model(options.model), comm, page, engine_options)
     shape = SHAPES[options.shape]
     if options.layers:
         shape = replace(shape, num_layers=options.layers)
-    return dummy_engine(shape, comm, PAGE, engine_options)
+    return dummy_engine(shape, comm, page, engine_options)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -311,8 +306,7 @@ def plot(results: Path, folder: Path) -> None:
     runs = json.loads(results.read_text())
     runs = [run for run in runs if run["shape"] == runs[0]["shape"]]
     rows = [row for run in runs for row in run["rows"]]
-    config = runs[0]["config"]
-    shape = ModelConfig(**{**config, "rope": RopeConfig(**config["rope"])})
+    shape = ModelConfig.from_dict(runs[0]["config"])
     counts = Counter(row["ranks"] for row in rows)
     usual, most = max(counts, key=counts.__getitem__), max(counts)
     of_usual = [row for row in rows if row["ranks"] in (1, usual)]

@@ -133,13 +133,14 @@ def main() -> None:
         print(f"built in {result['build_s']:.0f} s", flush=True)
 
     comm, cuda = SingleProcess(), EngineOptions("cuda", "float16", kv_cache_gib=8)
-    runtime = Runtime(load_engine(options.engine_dir, comm, 128, cuda), comm)
+    page = StarConfig.tokens_per_block
+    runtime = Runtime(load_engine(options.engine_dir, comm, page, cuda), comm)
     result["tensorrt"] = measure(runtime, options.length)
     result["memory_gib"] = {
         name: size / 2**30 for name, size in runtime.engine.memory_report.items()
     }
     result["expected_gib"] = expected_memory(model)
-    runtime = Runtime(dummy_engine(model, comm, 128, cuda), comm)
+    runtime = Runtime(dummy_engine(model, comm, page, cuda), comm)
     result["torch"] = measure(runtime, options.length)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")

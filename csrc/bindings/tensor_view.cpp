@@ -1,7 +1,6 @@
 #include "bindings/tensor_view.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/check.h"
 
@@ -240,7 +239,7 @@ int TensorView::device() const {
 
 void TensorView::fail(const char* property, const std::string& got,
                       const std::string& expected) const {
-  throw std::invalid_argument(name_ + "." + property + ": got " + got + ", expected " + expected);
+  refuse(name_ + "." + property, got, expected);
 }
 
 int64_t TensorView::bytes() const {

@@ -26,20 +26,24 @@ inline std::string to_text(const void* address) {
   return text;
 }
 
-// Throws std::invalid_argument "<argument>: got <got>, expected <expected>" unless `ok`.
+// Throws std::invalid_argument "<argument>: got <got>, expected <expected>".
 template <typename Got, typename Expected>
-void require(bool ok, const char* argument, const Got& got, const Expected& expected) {
-  if (ok) return;
-  throw std::invalid_argument(std::string(argument) + ": got " + to_text(got) + ", expected " +
+[[noreturn]] void refuse(const std::string& argument, const Got& got, const Expected& expected) {
+  throw std::invalid_argument(argument + ": got " + to_text(got) + ", expected " +
                               to_text(expected));
 }
 
+// Refuses unless `ok`. What takes time to say is better said in refuse() only.
+template <typename Got, typename Expected>
+void require(bool ok, const char* argument, const Got& got, const Expected& expected) {
+  if (!ok) refuse(argument, got, expected);
+}
+
 inline void require_pointer(const void* pointer, const char* argument, size_t alignment = 4) {
-  const bool aligned = reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
-  if (pointer != nullptr && aligned) return;
-  require(pointer != nullptr, argument, "a null pointer", "device memory");
-  require(aligned, argument, pointer,
-          "an address aligned to " + std::to_string(alignment) + " bytes");
+  if (pointer == nullptr) refuse(argument, "a null pointer", "device memory");
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
+    refuse(argument, pointer, "an address aligned to " + std::to_string(alignment) + " bytes");
+  }
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -123,6 +124,19 @@ class ModelConfig:
     qkv_bias: bool = False
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `dataclasses.asdict`, also behind JSON.
+
+        Raises:
+            KeyError, TypeError: a value is missing, or one is not ours.
+        """
+
+        def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+        return cls(**{**tuples(values), "rope": RopeConfig(**tuples(values["rope"]))})
 
     def __post_init__(self) -> None:
         if self.num_q_heads % self.num_kv_heads:

@@ -1,5 +1,6 @@
 """What several test modules use."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -39,6 +40,14 @@ CORPUS = [
     "It's 12345 o'clock!\n  Indented text, and more.\n...\n",
     "\u00fcber na\u00efve caf\u00e9s \u4f60\u597d \u4e16\u754c \U0001f600\n",
 ] * 50
+
+
+def load_script(name):
+    """scripts/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE.parents[1] / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_job(num_ranks, *command, timeout=300, check=True, **environment):

@@ -1,28 +1,19 @@
 """scripts/bench_latency.py over a tiny model on the CPU: rows of every method, and their plots."""
 
 import argparse
-import importlib.util
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-from helpers import save_tiny_model
+from helpers import load_script, save_tiny_model
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions
 from star_attention.runtime.runtime import Runtime
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location(
-        "bench_latency", ROOT / "scripts/bench_latency.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_latency")
 
 
 def test_rows_and_plots(bench, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import fake_tensorrt_llm
-from helpers import save_tiny_model
+from helpers import load_script, save_tiny_model
 from star_attention import cli
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
@@ -556,9 +556,7 @@ def test_script_answers_as_star_attn_does(monkeypatch, capsys, tmp_path, tiny_ch
     write_rotary(model, 2048, folder / "rotary.bin")
     save_tokenizer(tiny_chat_model, folder / "tokenizer")
 
-    spec = importlib.util.spec_from_file_location("trtllm_run", ROOT / "scripts/trtllm_run.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("trtllm_run")
     fake = SimpleNamespace(StepContext=StepContext, step_workspace_bytes=lambda **_: 1)
     monkeypatch.setattr(script, "load_tensorrt", lambda: fake)
     monkeypatch.setattr(script, "DEVICE", "cpu")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from star_attention.config import AnchorMode, ModelConfig, RopeConfig, StarConfig
+from star_attention.config import AnchorMode, ModelConfig, StarConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import ENGINE_FILE, TRTLLM_ENGINE_FILE
 
@@ -148,19 +148,13 @@ def read_engine_config(folder: Path) -> EngineConfig:
             "build the engine again"
         )
     try:
-        model = dict(content["model"])
-        rope = RopeConfig(**_tuples(model.pop("rope")))
         parts = {field.name: content[field.name] for field in fields(EngineConfig)}
         return EngineConfig(
             **{
                 **parts,
-                "model": ModelConfig(rope=rope, **_tuples(model)),
+                "model": ModelConfig.from_dict(content["model"]),
                 "limits": EngineLimits(**content["limits"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} is damaged ({error}): build the engine again") from None
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
