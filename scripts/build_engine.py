@@ -7,8 +7,8 @@ python scripts/build_engine.py ~/Llama-3.1-8B-Instruct engines/llama-3.1-8b
 import sys
 from pathlib import Path
 
-from star_attention.engines.trt_build import BuildOptions, build_engine
-from star_attention.engines.trt_folder import EngineLimits
+from star_attention.engines.tensorrt.build import BuildOptions, build_engine
+from star_attention.engines.tensorrt.folder import EngineLimits
 
 model, folder = map(Path, sys.argv[1:])
 limits = EngineLimits(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from star_attention.config import ModelConfig, StarConfig
+from star_attention.config import StarConfig
 from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan, make_plan
 
 if TYPE_CHECKING:

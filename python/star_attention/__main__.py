@@ -1,3 +1,3 @@
-from star_attention.cli import main
+from star_attention.cli.main import main
 
 main()

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from star_attention.config import MergePath, ModelConfig, StarConfig
+from star_attention.config import MergePath, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.distributed.base import agree, require_same
 from star_attention.engines.loader import (
@@ -23,6 +23,7 @@ from star_attention.engines.loader import (
 )
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
+from star_attention.models.config import ModelConfig
 from star_attention.models.tokenizer import TextStream, Tokenizer
 from star_attention.runtime.runtime import EncodedContext, Runtime
 from star_attention.runtime.sampling import SamplingParams

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from star_attention.config import LLAMA_3_1_8B, AnchorMode, ModelConfig, StarConfig
+from star_attention.config import AnchorMode, StarConfig
 from star_attention.errors import UserError
+from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ LIMITS = ["--max_seq_len", 4096, "--max_num_tokens", 2048, "--tokens_per_block",
 
 @pytest.fixture(scope="module", autouse=True)
 def tensorrt():
-    from star_attention.engines.trt_library import load_tensorrt
+    from star_attention.engines.tensorrt.library import load_tensorrt
 
     try:
         trt = load_tensorrt()
@@ -92,7 +92,9 @@ def test_logits_of_two_ranks(tmp_path, engine, smollm2, hf_smollm2):
 
 def test_without_torch(engine, text):
     """As where torch is not installed."""
-    code = "import sys\nsys.modules['torch'] = None\nfrom star_attention.cli import main\nmain()\n"
+    code = (
+        "import sys; sys.modules['torch'] = None; from star_attention.cli import main; main.main()"
+    )
     question = ["--context-file", text, "--question", "What is the magic number?"]
     options = ["--tokens-per-block", 64, "--kv-cache-gib", 1, "--max-tokens", 16, "--json"]
     run = run_job(1, "-c", code, "ask", "--engine_dir", engine, *question, *options)

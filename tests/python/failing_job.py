@@ -7,10 +7,10 @@ import sys
 import tempfile
 import time
 
-from star_attention import cli
+from star_attention.cli import main as cli
 from star_attention.distributed import world_rank, world_size
 from star_attention.distributed.launch import run_ranks
-from star_attention.engines.torch_engine import TorchEngine
+from star_attention.engines.torch.engine import TorchEngine
 from test_llm import QUESTION, TEXT
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from star_attention import cli
+from star_attention.cli import main as cli
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
 from test_trt import engine_folder

@@ -13,7 +13,7 @@ from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions, load_engine
-from star_attention.engines.onnx_export import export_graph
+from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.llama import rotary_table
 from star_attention.ops import reference

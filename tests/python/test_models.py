@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
-from star_attention.config import ModelConfig, RopeConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions, load_engine
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
+from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.llama import load_weights, rotary_frequencies
 from star_attention.runtime.runtime import Runtime
 

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_attention.config import LLAMA_3_1_8B, StarConfig
+from star_attention.cli.plot import plot_plan
+from star_attention.config import StarConfig
 from star_attention.errors import UserError
+from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.plan import Cost, causal_pairs, make_plan
-from star_attention.plot import plot_plan
 
 MODES = st.sampled_from(["recompute", "local", "broadcast"])
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from star_attention.config import ModelConfig, RopeConfig, StarConfig
+from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import is_decode_step
-from star_attention.engines.torch_engine import TorchEngine
+from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.llama import random_weights
 from star_attention.runtime.pages import Rows, paged_step
 from star_attention.runtime.runtime import Runtime

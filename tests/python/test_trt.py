@@ -13,16 +13,18 @@ import torch
 from onnx import load
 
 from helpers import save_tiny_model, train_tokenizer
-from star_attention import cli
-from star_attention.config import LLAMA_3_1_8B, StarConfig
-from star_attention.engines import trt_build, trt_cli
+from star_attention.cli import build as trt_cli
+from star_attention.cli import main as cli
+from star_attention.config import StarConfig
 from star_attention.engines.loader import EngineOptions, division_of
-from star_attention.engines.trt_build import BuildOptions, build_engine, limits_for, profiles
-from star_attention.engines.trt_engine import max_sequences, runs_of
-from star_attention.engines.trt_folder import EngineConfig, EngineLimits, read_engine_config
-from star_attention.engines.trt_library import LogFile
+from star_attention.engines.tensorrt import build as trt_build
+from star_attention.engines.tensorrt.build import BuildOptions, build_engine, limits_for, profiles
+from star_attention.engines.tensorrt.engine import max_sequences, runs_of
+from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.tensorrt.library import LogFile
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
+from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.models.llama import rotary_table
 from star_attention.models.tokenizer import Tokenizer
 
@@ -251,7 +253,8 @@ def test_running_an_engine_needs_no_torch():
     """Everything on the way to a session imports where torch is missing."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import star_attention.cli, star_attention.llm, star_attention.engines.trt_engine\n"
+        "import star_attention.cli.main, star_attention.llm\n"
+        "import star_attention.engines.tensorrt.engine\n"
         "import star_attention.runtime.runtime, star_attention.models.tokenizer\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,12 +12,12 @@ from onnx.reference import ReferenceEvaluator
 from helpers import forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines import trt_engine
 from star_attention.engines.loader import EngineOptions, load_engine
-from star_attention.engines.onnx_export import export_graph
-from star_attention.engines.trt_build import profiles, write_rotary
-from star_attention.engines.trt_engine import TensorRtEngine
-from star_attention.engines.trt_folder import ROTARY, EngineConfig, EngineLimits
+from star_attention.engines.tensorrt import engine as trt_engine
+from star_attention.engines.tensorrt.build import profiles, write_rotary
+from star_attention.engines.tensorrt.engine import TensorRtEngine
+from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, EngineLimits
+from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
 from star_attention.runtime.pages import paged_step

@@ -19,20 +19,20 @@ from onnx.reference import ReferenceEvaluator
 
 import fake_tensorrt_llm
 from helpers import load_script, save_tiny_model
-from star_attention import cli
+from star_attention.cli import main as cli
+from star_attention.cli import trtllm as trtllm_cli
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import PagedStep
 from star_attention.engines.loader import EngineOptions, division_of, load_engine
-from star_attention.engines.onnx_export import export_graph, graph_inputs
-from star_attention.engines.trt_build import profiles, write_rotary
-from star_attention.engines.trt_folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.tensorrt.build import profiles, write_rotary
+from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.tensorrt.onnx import export_graph, graph_inputs
 from star_attention.errors import UserError
 from star_attention.llm import LLM
 from star_attention.models.checkpoint import find_model, is_engine_folder, open_checkpoint
 from star_attention.models.tokenizer import Tokenizer, save_tokenizer
 from star_attention.runtime.sampling import SamplingParams
-from star_attention.trtllm import cli as trtllm_cli
 from star_attention.trtllm import settings
 from star_attention.trtllm.engine_folder import finish, load_plugins, used_plugins
 from star_attention.trtllm.settings import MODEL_CLASSES, MODEL_FILE, check_model, check_version

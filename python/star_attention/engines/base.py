@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from star_attention.config import ModelConfig
+from star_attention.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from star_attention.config import MERGE_PATHS, MergePath, ModelConfig, StarConfig
+from star_attention.config import MERGE_PATHS, MergePath, StarConfig
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.engines.base import ModelEngine
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
+from star_attention.models.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarC
     """
     if not is_engine_folder(path):
         return config
-    from star_attention.engines.trt_folder import read_engine_config
+    from star_attention.engines.tensorrt.folder import read_engine_config
 
     engine = read_engine_config(path)
     if options.dtype not in (None, engine.dtype):
@@ -122,7 +123,7 @@ def load_engine(
             memory.
     """
     if is_engine_folder(path):
-        from star_attention.engines.trt_engine import load_trt_engine
+        from star_attention.engines.tensorrt.engine import load_trt_engine
 
         share = functools.partial(_kv_cache_bytes, kv_cache_gib=options.kv_cache_gib)
         return load_trt_engine(path, comm, share, options.merge)
@@ -166,7 +167,7 @@ def _make_engine(
 ) -> ModelEngine:
     import torch
 
-    from star_attention.engines.torch_engine import TorchEngine
+    from star_attention.engines.torch.engine import TorchEngine
 
     dtype = getattr(torch, options.dtype or DTYPES[options.device][0])
     device = torch.device("cpu")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from star_attention.config import ModelConfig
 from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
-from star_attention.config import ModelConfig, RopeConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint
+from star_attention.models.config import ModelConfig, RopeConfig
 
 _LONG_ARRAY = 1024
 _QKV_BIAS = {"llama": False, "qwen2": True}

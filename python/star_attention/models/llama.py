@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from star_attention.config import ModelConfig, RopeConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint
+from star_attention.models.config import ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True)

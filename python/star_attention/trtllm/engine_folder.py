@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from star_attention.engines.trt_folder import (
+from star_attention.engines.tensorrt.folder import (
     CONFIG,
     ROTARY,
     TOKENIZER,
@@ -61,7 +61,7 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
         UserError: the folder is not one that it made with Star Attention, or the settings do not
             fit the engine.
     """
-    from star_attention.engines.trt_build import write_rotary
+    from star_attention.engines.tensorrt.build import write_rotary
     from star_attention.models.tokenizer import save_tokenizer
 
     content = read_content(folder)

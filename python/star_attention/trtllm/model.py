@@ -23,14 +23,14 @@ from tensorrt_llm.layers import KeyValueCacheParams
 from tensorrt_llm.models import LLaMAForCausalLM, QWenForCausalLM
 from tensorrt_llm.module import Module
 
-from star_attention.engines.onnx_export import (
+from star_attention.engines.tensorrt.build import Range, profiles
+from star_attention.engines.tensorrt.onnx import (
     PLUGIN,
     PLUGIN_INPUTS,
     PLUGIN_VERSION,
     graph_inputs,
     plugin_fields,
 )
-from star_attention.engines.trt_build import Range, profiles
 from star_attention.errors import UserError
 from star_attention.trtllm.engine_folder import STAR
 from star_attention.trtllm.settings import check_flags, check_model, check_version, limits_of

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from star_attention.config import ModelConfig
-from star_attention.engines.trt_folder import EngineLimits
+from star_attention.engines.tensorrt.folder import EngineLimits
 from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 # Architecture of a checkpoint -> the class in MODEL_FILE.

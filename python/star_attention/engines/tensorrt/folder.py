@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from star_attention.config import AnchorMode, ModelConfig, StarConfig
+from star_attention.config import AnchorMode, StarConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import ENGINE_FILE, TRTLLM_ENGINE_FILE
+from star_attention.models.config import ModelConfig
 
 PLAN = ENGINE_FILE
 CONFIG, ROTARY, TOKENIZER = "config.json", "rotary.bin", "tokenizer"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from star_attention import report as terminal
-from star_attention.cli import TOKENS, as_rank, engine_of, engine_options
+from star_attention.cli import terminal
+from star_attention.cli.main import TOKENS, as_rank, engine_of, engine_options
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
 from star_attention.distributed import Communicator, world_rank, world_size
 from star_attention.engines.loader import DTYPES
@@ -414,7 +414,7 @@ def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
     from star_attention.models.checkpoint import is_engine_folder
 
     if is_engine_folder(path):
-        from star_attention.engines.trt_folder import read_engine_config
+        from star_attention.engines.tensorrt.folder import read_engine_config
 
         return "tensorrt", read_engine_config(path).dtype
     return options["device"], options["dtype"] or DTYPES[options["device"]][0]

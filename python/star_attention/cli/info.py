@@ -56,7 +56,7 @@ def _module(name: str) -> str:
 
 
 def _tensorrt() -> str:
-    from star_attention.engines.trt_library import load_tensorrt
+    from star_attention.engines.tensorrt.library import load_tensorrt
 
     try:
         trt = load_tensorrt()

@@ -13,20 +13,20 @@ from typing import Any, NoReturn
 
 import click
 
-from star_attention import report
+from star_attention.cli import terminal as report
 from star_attention.config import (
     ANCHOR_MODES,
     ATTENTION_METHODS,
     KV_PLACEMENTS,
-    LLAMA_3_1_8B,
     MERGE_PATHS,
     StarConfig,
 )
 from star_attention.distributed import Communicator, default_communicator, world_rank, world_size
 from star_attention.distributed.base import agree
 from star_attention.engines.loader import DTYPES, LOAD_FORMATS, EngineOptions
-from star_attention.engines.onnx_export import EXPORT_DTYPES
+from star_attention.engines.tensorrt.onnx import EXPORT_DTYPES
 from star_attention.errors import UserError
+from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.models.tokenizer import TEMPLATES
 from star_attention.plan import make_plan
 from star_attention.runtime.sampling import SamplingParams
@@ -178,7 +178,7 @@ def plan(
     else:
         report.print_plan(division_plan, shape, name)
     if plot:
-        from star_attention.plot import plot_plan
+        from star_attention.cli.plot import plot_plan
 
         plot_plan(division_plan, plot)
         if not as_json:
@@ -413,7 +413,7 @@ def _read_text(name: str) -> str:
 )
 def export(model: str, output_dir: Path, dtype: str, gemm_plugin: bool) -> None:
     """Write a model as an ONNX graph with StarAttention nodes, for TensorRT."""
-    from star_attention.engines.onnx_export import export_graph
+    from star_attention.engines.tensorrt.onnx import export_graph
     from star_attention.models.checkpoint import find_model
 
     path = export_graph(find_model(model), output_dir, dtype, gemm_plugin=gemm_plugin)
@@ -424,7 +424,7 @@ def export(model: str, output_dir: Path, dtype: str, gemm_plugin: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
     """Show what this machine has and which parts will be used."""
-    from star_attention.info import machine_info
+    from star_attention.cli.info import machine_info
 
     rows = machine_info()
     if as_json:
@@ -444,9 +444,9 @@ def main() -> None:
     # Threads of torch that wait for one another sleep: where ranks or other programs share their
     # cores, spinning takes the time that those who work would need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from star_attention.engines.trt_cli import build
-    from star_attention.evals.cli import register
-    from star_attention.trtllm.cli import trtllm
+    from star_attention.cli.build import build
+    from star_attention.cli.evals import register
+    from star_attention.cli.trtllm import trtllm
 
     register(cli)
     cli.add_command(build)

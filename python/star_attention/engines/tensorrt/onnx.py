@@ -28,9 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from star_attention.config import ModelConfig
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint, open_checkpoint
+from star_attention.models.config import ModelConfig
 
 if TYPE_CHECKING:
     import onnx

@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.cache import cache_folder
-from star_attention.config import ModelConfig
-from star_attention.engines.onnx_export import GRAPH, WEIGHTS, write_graph
-from star_attention.engines.trt_engine import (
+from star_attention.engines.tensorrt.engine import (
     max_logit_rows,
     max_pages_of_sequence,
     max_sequences,
 )
-from star_attention.engines.trt_folder import (
+from star_attention.engines.tensorrt.folder import (
     PLAN,
     ROTARY,
     TOKENIZER,
     EngineConfig,
     EngineLimits,
 )
-from star_attention.engines.trt_library import LogFile, gpu_of, load_tensorrt
+from star_attention.engines.tensorrt.library import LogFile, gpu_of, load_tensorrt
+from star_attention.engines.tensorrt.onnx import GRAPH, WEIGHTS, write_graph
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import Checkpoint, is_engine_folder, open_checkpoint
+from star_attention.models.config import ModelConfig
 
 BUILD_DTYPES = ("float16", "bfloat16")
 GEMM_PLUGIN = ("auto", "disable")

@@ -8,8 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from star_attention.cli import TOKENS
-from star_attention.engines.trt_build import (
+from star_attention.cli.main import TOKENS
+from star_attention.engines.tensorrt.build import (
     BUILD_DTYPES,
     GEMM_PLUGIN,
     BuildOptions,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from star_attention.config import ModelConfig
+from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan
 
 # Set for ranks whose output reaches an interactive terminal through mpirun.

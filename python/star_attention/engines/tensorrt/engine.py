@@ -12,14 +12,14 @@ import numpy as np
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree, require_same
 from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
-from star_attention.engines.trt_folder import (
+from star_attention.engines.tensorrt.folder import (
     ROTARY,
     EngineConfig,
     EngineLimits,
     plan_file,
     read_engine_config,
 )
-from star_attention.engines.trt_library import gpu_of, load_tensorrt, require_cupy, session_log
+from star_attention.engines.tensorrt.library import gpu_of, load_tensorrt, require_cupy, session_log
 from star_attention.errors import UserError
 from star_attention.trtllm.engine_folder import load_plugins
 

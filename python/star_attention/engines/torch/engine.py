@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from star_attention import ops
-from star_attention.config import ModelConfig
 from star_attention.distributed import Communicator, SingleProcess, Traffic
 from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
-from star_attention.engines.torch_attention import (
+from star_attention.engines.torch.attention import (
     Attention,
     PagedAttention,
     PagedTables,
@@ -21,6 +20,7 @@ from star_attention.engines.torch_attention import (
     stream_of,
     to_device,
 )
+from star_attention.models.config import ModelConfig
 from star_attention.models.llama import LayerWeights, LlamaWeights, rotary_table
 
 # Rows that go through the projections and the MLP at a time: bounds the activations of a long

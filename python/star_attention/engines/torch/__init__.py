@@ -1,0 +1,1 @@
+"""The model in torch, on the CPU and on CUDA GPUs."""
