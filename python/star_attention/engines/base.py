@@ -6,8 +6,8 @@ slot numbers are those of the engine's KV pool, the same in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ class PagedStep:
         shared_pages: int32 [P']; in each layer rank 0's copy of these pages, as soon as it is
             written, overwrites every rank's (the anchor of mode `broadcast`; each rank names its
             own page numbers).
+        shared_rows: how many of rank 0's first rows write them.
         merge: the ranks hold shards of the same sequences: outputs are merged over all of them.
     """
 
@@ -38,6 +39,7 @@ class PagedStep:
     page_table: np.ndarray
     causal: bool = True
     shared_pages: np.ndarray | None = None
+    shared_rows: int = 0
     merge: bool = False
 
 
@@ -86,35 +88,59 @@ def is_decode_step(attention: AttentionStep, logit_rows: np.ndarray) -> bool:
 Logits = Any
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can hold and run at a time; None: as much as memory allows.
+
+    Attributes:
+        pages: of the KV pool.
+        pass_tokens, pass_sequences: of one pass of phase 1.
+        question_tokens: of one pass whose attention is merged over ranks.
+        questions: that take part in one such pass.
+        input_len, seq_len: tokens of context and question, and with the answer.
+    """
+
+    pages: int | None = None
+    pass_tokens: int | None = None
+    pass_sequences: int | None = None
+    question_tokens: int | None = None
+    questions: int | None = None
+    input_len: int | None = None
+    seq_len: int | None = None
+
+    @classmethod
+    def common(cls, every: Iterable[Limits]) -> Limits:
+        """What all of them allow."""
+        values = zip(*(astuple(limits) for limits in every), strict=True)
+        return cls(*(min((v for v in each if v is not None), default=None) for each in values))
+
+
 class ModelEngine(Protocol):
     """A model on one rank, with a KV pool of numbered pages.
 
     Attributes:
-        max_pages: pages that the pool can hold; None: as many as memory allows.
-        max_step_tokens: tokens that one pass can have; None: any number.
-        step_limit: what would allow more, for the user.
         has_ring: whether a step's attention can be a `RingStep`.
-        max_input_len, max_seq_len: tokens of context and question, and with the answer, that it was
-            built for; None: any number.
         wait_seconds: how long steps have stood still so far for what other ranks send.
+        graph_steps: steps that were replays of a CUDA graph so far.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
     """
 
     config: ModelConfig
     tokens_per_block: int
-    max_pages: int | None
-    max_step_tokens: int | None
-    step_limit: str
+    limits: Limits
     has_ring: bool
-    max_input_len: int | None
-    max_seq_len: int | None
     wait_seconds: float
+    graph_steps: int
 
     @property
     def peak_memory_bytes(self) -> int: ...
 
     def reserve_pages(self, num_pages: int) -> None:
-        """Makes pages below num_pages, at most max_pages, usable; earlier ones stay as they are."""
+        """Makes pages below num_pages, at most `limits.pages`, usable; earlier ones stay."""
+
+    def reserve_positions(self, positions: int) -> None:
+        """Makes positions below `positions` usable. Every rank gets the same calls at the same
+        steps, so that what it invalidates is invalidated on all of them."""
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies one page's KV in all layers."""
@@ -144,5 +170,6 @@ class ModelEngine(Protocol):
             float32 [R, vocab_size], valid until the next step.
 
         Raises:
-            UserError: a rank is lost.
+            RankError: a rank is lost.
+            MemoryError: the pass does not fit into memory.
         """
