@@ -1,4 +1,6 @@
-"""What is the user's to fix, and what ends a job."""
+"""What is the user's to fix, what ends a job, and how either is said."""
+
+import sys
 
 
 class UserError(Exception):
@@ -8,3 +10,8 @@ class UserError(Exception):
 
 class RankError(Exception):
     """A rank failed in the middle of its work, or is lost: the job cannot go on."""
+
+
+def say(message: str) -> None:
+    """One line for the user, apart from the result."""
+    print(f"star-attn: {message}", file=sys.stderr, flush=True)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 
 from star_attention.config import MergePath, StarConfig
-from star_attention.distributed import Communicator, default_communicator
-from star_attention.distributed.base import agree, require_same
-from star_attention.engines.loader import (
-    EngineOptions,
-    LoadFormat,
-    division_of,
-    load_engine,
-    star_ranks,
-)
+from star_attention.engines.loader import EngineOptions, LoadFormat, division_of
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.tokenizer import TextStream, Tokenizer
-from star_attention.runtime.runtime import EncodedContext, Runtime
+from star_attention.plan import Plan
+from star_attention.runtime.job import current_job
+from star_attention.runtime.leader import Leader, OnChunk
+from star_attention.runtime.orders import Chunk, Report, Wait
 from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.scheduler import Context, FinishReason, NewToken, Question
 
 
 @dataclass
@@ -34,29 +32,67 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-        text: what the model wrote, without the end token or stop string (rank 0; empty elsewhere).
-        token_ids: its tokens, the same on every rank.
+        text: what the model wrote, without the end token or stop string.
+        token_ids: its tokens.
         finish_reason: `stop` (end token or stop string) or `length` (max_tokens).
     """
 
     question: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
+    finish_reason: FinishReason = "length"
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text that an answer grew by; empty while a character or a stop string is undecided, and on
-    ranks other than 0. `answer` is the whole so far."""
+    """Text that an answer grew by; empty while a character or a stop string is undecided. `answer`
+    is the whole so far."""
 
     index: int
     text: str
     answer: Answer
 
 
+class EncodedContext:
+    """A context whose KV is cached on the ranks. Ask it as often as you like.
+
+    Its memory is given back by `release`, at the end of a `with` block, or when nobody refers to it
+    any more; what is being answered is answered to its end.
+
+    Attributes:
+        plan: how it is divided.
+    """
+
+    def __init__(self, context: Context, release: Callable[[], None]) -> None:
+        self._context = context
+        self._release = weakref.finalize(self, release)
+        self._release.atexit = False
+
+    @property
+    def plan(self) -> Plan:
+        return self._context.plan
+
+    @property
+    def config(self) -> StarConfig:
+        return self._context.config
+
+    @property
+    def released(self) -> bool:
+        return not self._release.alive
+
+    def release(self) -> None:
+        """Frees its pages; it cannot be asked any more."""
+        self._release()
+
+    def __enter__(self) -> EncodedContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class LLM:
-    """A model, ready for long contexts; under mpirun every rank makes the same calls.
+    """A model, ready for long contexts.
 
     Example, alone or as `mpirun -n 4 python example.py`:
 
@@ -66,6 +102,9 @@ class LLM:
         context = llm.encode(open("report.txt").read())
         answer = llm.ask(context, "Who wrote this report?", SamplingParams(max_tokens=32))
         print(answer.text)
+
+    Under mpirun the program goes on here on rank 0 only; the other ranks work for it inside the
+    first `LLM(...)` until it ends, and exit.
 
     Args:
         model: a Hugging Face folder with safetensors, a GGUF file, a hub name, `smollm2`, or the
@@ -81,10 +120,9 @@ class LLM:
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share one model (tensor parallelism); a rank is that many of them.
         strict: refuse text beyond the model's maximum position, instead of a warning.
-        comm: connects the ranks; by default mpirun's, or a single process.
 
     Raises:
-        UserError: on every rank, if the model cannot be loaded on any.
+        UserError: the model cannot be loaded, on any rank.
     """
 
     def __init__(
@@ -100,66 +138,70 @@ class LLM:
         merge: MergePath = "auto",
         tp: int = 1,
         strict: bool = False,
-        comm: Communicator | None = None,
     ) -> None:
-        self.comm = comm or default_communicator()
+        self._job = current_job()
         self._strict = strict
         options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
-        path = self._on_rank_0(lambda: find_model(str(model), load_format != "dummy"))
-        self.config = agree(self.comm, lambda: division_of(path, config or StarConfig(), options))
-        require_same(
-            self.comm,
-            version=version("star-attention-trt"),
-            model=str(model),
-            template=template,
-            **asdict(options),
-            **asdict(self.config),
+        path = find_model(str(model), load_format != "dummy")
+        self.config = division_of(path, config or StarConfig(), options)
+        self._tokenizer = Tokenizer(path, template)
+        self._number, worker, limits = self._job.load(path, self.config.tokens_per_block, options)
+        self.model_config: ModelConfig = worker.engine.config
+        self._end_tokens = frozenset(
+            {*self.model_config.eos_token_ids, *self._tokenizer.eos_token_ids}
         )
-        ranks = star_ranks(self.comm, tp)
-        engine, self._tokenizer = agree(
-            self.comm,
-            lambda: (
-                load_engine(path, ranks, self.config.tokens_per_block, options),
-                Tokenizer(path, template) if ranks.rank == 0 else None,
-            ),
-        )
-        eos = self._on_rank_0(lambda: self._tokenizer.eos_token_ids)
-        self._eos = {*engine.config.eos_token_ids, *eos}
-        self.runtime = Runtime(engine, ranks)
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.runtime.engine.config
+        execute = functools.partial(self._job.execute, self._number)
+        self._leader = Leader(execute, worker.engine, worker.comm.size, limits)
+        self._streams: dict[Question, _Stream] = {}
+        self._dropped: deque[Context] = deque()
 
     def encode(
         self,
         text: str,
         config: StarConfig | None = None,
         on_progress: Callable[[float], None] = lambda done: None,
+        *,
+        questions: Sequence[str] = (),
+        params: SamplingParams | None = None,
     ) -> EncodedContext:
         """Phase 1: caches the KV of a text, which can then be asked many times.
 
         Args:
-            text: the context; rank 0's is used.
+            text: the context.
             config: replaces the division given to `LLM` for this text, its page size excepted.
-            on_progress: called with the share of this rank's work that is done.
+            on_progress: called with the share of rank 0's work that is done.
+            questions: that will be asked with `params`: whatever would be refused then is refused
+                before the text is read.
 
         Raises:
-            UserError: the text is empty, or a size is not right for it.
+            UserError: the text is empty, a size is not right for it, or it does not fit.
         """
-        config = config or self.config
-        config = replace(config, tokens_per_block=self.config.tokens_per_block)
-        require_same(self.comm, **asdict(config))
-
-        def tokens() -> np.ndarray:
-            if not text.strip():
-                raise UserError("the context is empty: give it some text")
-            return np.array(self._tokenizer.context_tokens(text), np.int32)
-
-        token_ids = self._on_rank_0(tokens)
-        self._check_engine(len(token_ids), self.runtime.engine.max_input_len, "--max_input_len")
+        config = replace(config or self.config, tokens_per_block=self.config.tokens_per_block)
+        if not text.strip():
+            raise UserError("the context is empty: give it some text")
+        token_ids = np.array(self._tokenizer.context_tokens(text), np.int32)
         self._check_length(len(token_ids), "context")
-        return self.runtime.encode(token_ids, config, on_progress)
+        answer = (params or SamplingParams()).max_tokens
+        asked = [(len(self._question_tokens(question)), answer) for question in questions]
+        longest = max((sum(each) for each in asked), default=0)
+        self._check_length(len(token_ids) + longest, "context, question and answer")
+        self._release_dropped()
+        context = self._leader.scheduler.add_context(token_ids, config, asked)
+
+        def on_chunk(chunk: Chunk, share: float) -> None:
+            if chunk.context == context.number:
+                total = context.phase1.total[0]
+                done = context.phase1.done[0] - (1 - share) * chunk.tokens[0]
+                on_progress(done / total)
+
+        try:
+            while not context.is_ready:
+                self._advance(on_chunk)
+            self._leader.execute(Wait())
+        except BaseException:
+            self._dropped.append(context)
+            raise
+        return EncodedContext(context, functools.partial(self._dropped.append, context))
 
     @overload
     def ask(
@@ -179,7 +221,7 @@ class LLM:
         context or each over its own.
 
         Raises:
-            UserError: a question is empty, or longer than the model allows.
+            UserError: a question is empty, or longer than the model or the KV cache allows.
         """
         answers = {}
         for piece in self.stream(context, questions, params):
@@ -194,42 +236,82 @@ class LLM:
         questions: str | Sequence[str],
         params: SamplingParams | None = None,
     ) -> Iterator[TextPiece]:
-        """`ask`, a token at a time. Under mpirun every rank iterates to the end."""
+        """`ask`, a token at a time. Questions are over when the iterator is exhausted or closed."""
         params = params or SamplingParams()
-        require_same(self.comm, **asdict(params))
         questions = [questions] if isinstance(questions, str) else list(questions)
         is_one = isinstance(context, EncodedContext)
         contexts = [context] * len(questions) if is_one else list(context)
         if len(contexts) != len(questions):
             problem = f"{len(questions)} questions over {len(contexts)} contexts"
             raise UserError(f"{problem}: use one context, or one for each")
-        token_ids = self._on_rank_0(lambda: [self._question_tokens(text) for text in questions])
-        pairs = zip(contexts, token_ids, strict=True)
-        asked = max((text.plan.context_len + len(tokens) for text, tokens in pairs), default=0)
-        self._check_engine(asked, self.runtime.engine.max_input_len, "--max_input_len")
-        whole = asked + params.max_tokens
-        self._check_engine(whole, self.runtime.engine.max_seq_len, "--max_seq_len")
-        self._check_length(whole, "context, question and answer")
-        answers = [Answer(question) for question in questions]
-        streams = [TextStream(self._tokenizer, params.stop) for _ in questions]
-        pieces: dict[int, str] = {}
+        token_ids = [self._question_tokens(text) for text in questions]
+        for each, tokens in zip(contexts, token_ids, strict=True):
+            whole = each.plan.context_len + len(tokens) + params.max_tokens
+            self._check_length(whole, "context, question and answer")
+        return self._pieces(contexts, questions, token_ids, params)
 
-        def ends(index: int, token: int) -> bool:
-            if token in self._eos and not params.ignore_eos:
-                return True
-            pieces[index] = streams[index].add(token)
-            return streams[index].stopped
+    def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
+        """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
+        `query` and `decode` took since the last `reset`."""
+        self._release_dropped()
+        while self._advance():
+            pass
+        return self._leader.execute(Report(reset))
 
-        for new in self.runtime.generate(contexts, token_ids, params, ends):
-            for index, token in new.tokens.items():
-                answer, text = answers[index], pieces.pop(index, "")
-                if token not in self._eos or params.ignore_eos:
-                    answer.token_ids.append(token)
-                if index in new.finished:
-                    answer.finish_reason = new.finished[index]
-                    text += streams[index].finish()
-                answer.text += text
-                yield TextPiece(index, text, answer)
+    def close(self) -> None:
+        """Gives the model's memory back, on all ranks. Nothing can be asked any more."""
+        self._job.unload(self._number)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pieces(
+        self,
+        contexts: Sequence[EncodedContext],
+        questions: Sequence[str],
+        token_ids: Sequence[np.ndarray],
+        params: SamplingParams,
+    ) -> Iterator[TextPiece]:
+        scheduler, streams = self._leader.scheduler, []
+        pieces: deque[TextPiece] = deque()
+        self._release_dropped()
+        try:
+            for index, (context, text, tokens) in enumerate(
+                zip(contexts, questions, token_ids, strict=True)
+            ):
+                if context.released:
+                    raise UserError("the context was released: encode the text again")
+                question = scheduler.add_question(
+                    context._context, tokens, params, self._end_tokens
+                )
+                decoder = TextStream(self._tokenizer, params.stop)
+                streams.append(_Stream(question, index, Answer(text), decoder, pieces))
+                self._streams[question] = streams[-1]
+            while pieces or any(not stream.question.is_over for stream in streams):
+                while not pieces:
+                    self._advance()
+                yield pieces.popleft()
+        finally:
+            for stream in streams:
+                scheduler.finish(stream.question)
+                del self._streams[stream.question]
+
+    def _advance(self, on_chunk: OnChunk = lambda chunk, share: None) -> bool:
+        """One order; False: there is nothing to do."""
+        self._release_dropped()
+        new = self._leader.step(on_chunk)
+        for token in new or ():
+            stream = self._streams[token.question]
+            if stream.take(token, self._end_tokens):
+                self._leader.scheduler.finish(token.question)
+        return new is not None
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            self._leader.scheduler.release_context(self._dropped.popleft())
 
     def _question_tokens(self, text: str) -> np.ndarray:
         if not text.strip():
@@ -242,13 +324,6 @@ class LLM:
             )
         return tokens
 
-    def _check_engine(self, tokens: int, most: int | None, flag: str) -> None:
-        if most is not None and tokens > most:
-            raise UserError(
-                f"this takes {tokens} tokens, the engine was built for {flag} {most}: "
-                "use a shorter text, or build it for more"
-            )
-
     def _check_length(self, tokens: int, what: str) -> None:
         limit = self.model_config.max_position
         if tokens <= limit:
@@ -256,10 +331,30 @@ class LLM:
         message = f"{what} have {tokens} tokens, the model was made for {limit}"
         if self._strict:
             raise UserError(f"{message}: use a shorter text, or leave --strict away")
-        if self.comm.rank == 0:
-            warnings.warn(f"{message}: answers may get worse", stacklevel=3)
+        warnings.warn(f"{message}: answers may get worse", stacklevel=3)
 
-    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """What `action` gives on rank 0, on every rank; its UserError on every rank."""
-        value = agree(self.comm, action if self.comm.rank == 0 else lambda: None)
-        return self.comm.broadcast_object(value)
+
+@dataclass(eq=False)
+class _Stream:
+    """Turns a question's tokens into pieces of text, as they come."""
+
+    question: Question
+    index: int
+    answer: Answer
+    decoder: TextStream
+    pieces: deque[TextPiece]
+
+    def take(self, new: NewToken, end_tokens: frozenset[int]) -> bool:
+        """Whether the answer ends with this token."""
+        text, reason, params = "", new.finish_reason, self.question.params
+        if new.token not in end_tokens or params.ignore_eos:
+            self.answer.token_ids.append(new.token)
+            text = self.decoder.add(new.token)
+            if self.decoder.stopped:
+                reason = "stop"
+        if reason:
+            self.answer.finish_reason = reason
+            text += self.decoder.finish()
+        self.answer.text += text
+        self.pieces.append(TextPiece(self.index, text, self.answer))
+        return reason is not None

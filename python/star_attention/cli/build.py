@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from star_attention.cli.main import TOKENS
+from star_attention.cli.options import TOKENS
 from star_attention.engines.tensorrt.build import (
     BUILD_DTYPES,
     GEMM_PLUGIN,

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.main import TOKENS, as_rank, engine_of, engine_options
+from star_attention.cli.options import TOKENS, engine_of, engine_options
+from star_attention.cli.ranks import check_ranks, needs_ranks, run_as_ranks
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
-from star_attention.distributed import Communicator, world_rank, world_size
+from star_attention.distributed import world_size
 from star_attention.engines.loader import DTYPES
-from star_attention.errors import UserError
+from star_attention.errors import UserError, say
 from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
 from star_attention.models.tokenizer import TEMPLATES
 
@@ -243,18 +244,12 @@ def tune(length: int, min_retention: float, **options: Any) -> None:
     options["results"] = options["results"] or default
     options |= {"lengths": (length,), "times": True}
     _evaluate("ruler", {**options, "report": False}, distinct=True)
-    if options["report"] and world_rank() == 0:
+    if options["report"]:
         from star_attention.evals.report import compare
         from star_attention.evals.results import load_results
         from star_attention.evals.tune import print_choice
 
         print_choice(compare(load_results(options["results"])), min_retention)
-
-
-def register(cli: click.Group) -> None:
-    """Adds `eval` and `tune` to `star-attn`."""
-    cli.add_command(evals)
-    cli.add_command(tune)
 
 
 def _evaluate(benchmark: str, options: dict[str, Any], distinct: bool = False) -> None:
@@ -264,34 +259,30 @@ def _evaluate(benchmark: str, options: dict[str, Any], distinct: bool = False) -
     """
     from star_attention.models.checkpoint import find_model
 
-    ranks, size = options["ranks"] or 1, world_size()
-    name = Path(options["model"]).name
-    options["results"] = options["results"] or Path("results", f"{benchmark}-{name}")
+    ranks, tp = options["ranks"] or 1, options["tp"]
+    check_ranks(options["ranks"], tp)
+    options["results"] = options["results"] or Path(
+        "results", f"{benchmark}-{Path(options['model']).name}"
+    )
     methods = _methods(options, distinct)
     if benchmark != "custom":
         _check_names(benchmark, options["tasks"])
     find_model(options["model"], options["load_format"] != "dummy")
     engine_of(options)
-    tp = options["tp"]
     try:
-        if size == 1 and ranks * tp > 1:
+        if needs_ranks(options["ranks"], tp):
             _run_parts(methods, ranks, tp, options["oversubscribe"])
-        elif size > tp and any(method.attention == "dense" for method in methods):
+        elif world_size() > tp and any(method.attention == "dense" for method in methods):
             raise UserError(
-                f"--attention dense runs on one rank, but mpirun started {size // tp}: leave it "
-                "away, or use --ranks instead of mpirun"
-            )
-        elif options["ranks"] is not None and ranks * tp != size:
-            raise UserError(
-                f"--ranks {ranks} with --tp {tp} takes {ranks * tp} processes, but mpirun started "
-                f"{size}: leave --ranks away"
+                "--attention dense runs on one rank, but mpirun started "
+                f"{world_size() // tp}: leave it away, or use --ranks instead of mpirun"
             )
         else:
-            as_rank(lambda comm: _run(comm, benchmark, methods, options))
+            _run(benchmark, methods, options)
     except KeyboardInterrupt:
-        terminal.say("stopped: the same command goes on from here")
+        say("stopped: the same command goes on from here")
         raise
-    if options["report"] and world_rank() == 0:
+    if options["report"]:
         _report(options["results"], plots=True)
 
 
@@ -320,51 +311,38 @@ def _check_names(benchmark: str, tasks: Sequence[str]) -> None:
 
 def _run_parts(methods: Sequence[Method], ranks: int, tp: int, oversubscribe: bool) -> None:
     """Runs this command line again: dense on one rank, the rest on `ranks`."""
-    from star_attention.distributed.launch import run_ranks
-
-    environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
     attention = list(dict.fromkeys(method.attention for method in methods))
     for part, size in (({"dense"}, 1), ({"ring", "star"}, ranks)):
         names = ",".join(name for name in attention if name in part)
         if names:
             own = ["--attention", names, "--ranks", str(size), "--no-report"]
-            command = [sys.executable, "-m", "star_attention", *sys.argv[1:], *own]
-            code = run_ranks(command, size * tp, oversubscribe, **environment)
-            if code:
+            if code := run_as_ranks(size * tp, oversubscribe, more=own):
                 sys.exit(code)
 
 
-def _run(
-    comm: Communicator, benchmark: str, methods: Sequence[Method], options: dict[str, Any]
-) -> None:
-    """One rank's part."""
+def _run(benchmark: str, methods: Sequence[Method], options: dict[str, Any]) -> None:
+    """What is pending, with all ranks that there are."""
     from star_attention.config import StarConfig
-    from star_attention.distributed.base import agree
     from star_attention.evals.runner import evaluate
     from star_attention.llm import LLM
 
-    ranks = comm.size // options["tp"]
-    prompts, runs = agree(
-        comm,
-        lambda: _prepare(benchmark, methods, options, ranks) if comm.rank == 0 else (None, []),
-    )
+    prompts, runs = _prepare(benchmark, methods, options, world_size() // options["tp"])
     pending = sum(len(run.pending(task)) for run in runs for task in run.tasks)
-    if not comm.broadcast_object(pending):
+    if not pending:
         return
     llm = LLM(
         options["model"],
         StarConfig(tokens_per_block=options["tokens_per_block"]),
         template="none",  # the prompts contain it
-        comm=comm,
         **asdict(engine_of(options)),
     )
     longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)
     if longest > llm.model_config.max_position:
-        terminal.say(
+        say(
             f"warning: the model was made for {llm.model_config.max_position} tokens, "
             f"not {longest}: answers may get worse"
         )
-    with warnings.catch_warnings(), _progress(pending, comm.rank == 0) as on_sample:
+    with warnings.catch_warnings(), _progress(pending) as on_sample:
         warnings.simplefilter("ignore", UserWarning)  # that line, again for each sample
         evaluate(llm, prompts, runs, on_sample)
 
@@ -439,7 +417,7 @@ def _load_tasks(
         except MissingFileError as error:
             if "all" not in wanted:
                 raise
-            terminal.say(f"{name} is left out: {error}")
+            say(f"{name} is left out: {error}")
     if not tasks:
         raise UserError(f"--data-dir {data_dir} has no file of any task; docs/evals.md names them")
     tasks.sort(key=lambda task: lengths.index(task.length))
@@ -453,11 +431,8 @@ def _benchmark(name: str) -> ModuleType:
 
 
 @contextmanager
-def _progress(pending: int, shown: bool) -> Iterator[OnSample]:
+def _progress(pending: int) -> Iterator[OnSample]:
     """A bar with the running accuracy on an interactive terminal, a line per task elsewhere."""
-    if not shown:
-        yield lambda run, task, record: None
-        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -480,7 +455,7 @@ def _progress(pending: int, shown: bool) -> Iterator[OnSample]:
 
         def on_sample(run: Run, task: Task, record: dict[str, Any]) -> None:
             if not run.pending(task) or record["index"] == task.indices[: run.samples][-1]:
-                terminal.say(state(run, task))
+                say(state(run, task))
 
         yield on_sample
         return

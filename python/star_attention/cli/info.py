@@ -1,17 +1,36 @@
-"""What this machine has."""
+"""`star-attn info`: what this machine has."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import click
+from rich.console import Console
+from rich.table import Table
 
 from star_attention.distributed.launch import find_mpirun
 from star_attention.errors import UserError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """Show what this machine has and which parts will be used."""
+    rows = machine_info()
+    if as_json:
+        click.echo(json.dumps({row.name: asdict(row) for row in rows}, indent=2))
+        return
+    table = Table("part", "found", "used for")
+    for row in rows:
+        table.add_row(row.name, row.found or "[dim]no[/]", row.used_for)
+    Console().print(table)
 
 
 @dataclass(frozen=True)

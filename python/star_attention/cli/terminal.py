@@ -23,11 +23,6 @@ INTERACTIVE = "STAR_ATTENTION_INTERACTIVE"
 _MAX_ROWS = 24
 
 
-def say(message: str) -> None:
-    """One line for the user, apart from the result."""
-    print(f"star-attn: {message}", file=sys.stderr, flush=True)
-
-
 def is_interactive() -> bool:
     return sys.stderr.isatty() or INTERACTIVE in os.environ
 
@@ -95,7 +90,7 @@ def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
 
 
 def print_run(ranks: list[dict[str, Any]]) -> None:
-    """Time, traffic and memory of each rank (`Runtime.rank_report`), on stderr."""
+    """Time, traffic and memory of each rank (`LLM.report`), on stderr."""
     console = Console(stderr=True, force_terminal=is_interactive() or None)
     phases = {"context": "phase 1", "query": "query", "decode": "decode"}
     table = Table("rank", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)

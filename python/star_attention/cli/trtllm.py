@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from star_attention.cli.main import TOKENS
+from star_attention.cli.options import TOKENS
 from star_attention.config import ANCHOR_MODES, StarConfig
 from star_attention.errors import UserError
 from star_attention.trtllm import engine_folder

@@ -82,23 +82,25 @@ class Communicator(Protocol):
         out [T, Hq, D]; only for buffers on a GPU."""
 
     def check(self) -> None:
-        """Raises UserError if a rank was lost in what a GPU has done so far."""
+        """Raises RankError if a rank was lost in what a GPU has done so far."""
 
-    def abort(self) -> NoReturn:
-        """Ends all ranks at once, with exit code 1."""
+    def abort(self, code: int = 1) -> NoReturn:
+        """Ends all ranks at once, with this exit code."""
 
 
 def agree(comm: Communicator, action: Callable[[], Any]) -> Any:
     """Runs `action` on this rank; if it raises UserError on any rank, raises that on all of them,
-    so that no rank goes on into a collective that the others never reach."""
+    so that no rank goes on into a collective that the others never reach. What not all ranks meet
+    alike names the rank."""
     value, error = None, None
     try:
         value = action()
     except UserError as raised:
         error = str(raised)
-    for other in comm.gather_objects(error):
+    errors = comm.gather_objects(error)
+    for rank, other in enumerate(errors):
         if other is not None:
-            raise UserError(other)
+            raise UserError(other if set(errors) == {other} else f"on rank {rank}, {other}")
     return value
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from star_attention import _C
 from star_attention.config import MERGE_PATHS, MergePath
 from star_attention.distributed.base import Buffer, Communicator, Request, agree
-from star_attention.errors import UserError
+from star_attention.errors import RankError, UserError
 
 # A contiguous tensor with __dlpack__ and nbytes: torch, CuPy.
 DeviceBuffer = Any
@@ -210,7 +210,7 @@ class GpuCommunicator:
         """Call it after waiting for the GPU, before what it computed is used.
 
         Raises:
-            UserError: names the rank that a merge waited for in vain, or tells of NCCL's broken
+            RankError: names the rank that a merge waited for in vain, or tells of NCCL's broken
                 connection. This communicator is of no use from then on.
         """
         for part in (self._peer, self.nccl):
@@ -218,7 +218,7 @@ class GpuCommunicator:
                 if part:
                     part.check()
             except RuntimeError as error:
-                raise UserError(str(error)) from error
+                raise RankError(str(error)) from error
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The root's `value`, on every rank. Not counted as traffic."""
@@ -232,9 +232,9 @@ class GpuCommunicator:
         """The host communicator's."""
         return self._host.split(color)
 
-    def abort(self) -> NoReturn:
-        """Ends all ranks at once, with exit code 1."""
-        self._host.abort()
+    def abort(self, code: int = 1) -> NoReturn:
+        """Ends all ranks at once."""
+        self._host.abort(code)
 
     def _connect_nccl(self) -> Any:
         def load() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 import sys
 import time
 from typing import Any, NoReturn
 
+import numpy as np
 from mpi4py import MPI
 
 from star_attention.distributed.base import Buffer, Traffic
 
+# A rank that waits spins at first, then sleeps for a share of what it has waited so far.
 _SPIN_SECONDS = 100e-6
-_SLEEP_SECONDS = 50e-6
+_SLEEP_SHARE = 0.02
+_SLEEP_SECONDS = 50e-6, 5e-3  # least, most
+# Objects that fit into this take one message, larger ones two.
+_SMALL_BYTES = 1024
+_HEADER = struct.Struct("q")
 
 
 class MpiCommunicator:
@@ -68,10 +76,23 @@ class MpiCommunicator:
         )
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self._ranks.bcast(value, root)
+        is_root, room = self.rank == root, _SMALL_BYTES - _HEADER.size
+        first = np.empty(_SMALL_BYTES, np.uint8)
+        if is_root:
+            data = np.frombuffer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.uint8)
+            _HEADER.pack_into(first, 0, len(data))
+            first[_HEADER.size :][: len(data)] = data[:room]
+        _wait(self._ranks.Ibcast(_bytes(first), root=root))
+        (size,) = _HEADER.unpack_from(first)
+        whole = first[_HEADER.size :]
+        if size > room:
+            rest = data[room:].copy() if is_root else np.empty(size - room, np.uint8)
+            _wait(self._ranks.Ibcast(_bytes(rest), root=root))
+            whole = np.concatenate([whole, rest])
+        return value if is_root else pickle.loads(whole[:size])
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self._ranks.allgather(value)
+        return [self.broadcast_object(value, root) for root in range(self.size)]
 
     def all_reduce(self, buffer: Buffer, stream: int = 0) -> None:
         # MPI knows no 16-bit floating-point numbers.
@@ -89,8 +110,9 @@ class MpiCommunicator:
     def check(self) -> None:
         pass
 
-    def abort(self) -> NoReturn:
-        MPI.COMM_WORLD.Abort(1)
+    def abort(self, code: int = 1) -> NoReturn:
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
         raise AssertionError("unreachable")
 
 
@@ -109,7 +131,9 @@ def _bytes(buffer: Buffer) -> list[Any]:
 
 
 def _wait(request: MPI.Request) -> None:
-    patience = time.monotonic() + _SPIN_SECONDS
+    began = time.monotonic()
+    least, most = _SLEEP_SECONDS
     while not request.Test():
-        if time.monotonic() > patience:
-            time.sleep(_SLEEP_SECONDS)
+        waited = time.monotonic() - began
+        if waited > _SPIN_SECONDS:
+            time.sleep(min(max(least, _SLEEP_SHARE * waited), most))

@@ -52,8 +52,8 @@ class SingleProcess:
     def check(self) -> None:
         pass
 
-    def abort(self) -> NoReturn:
-        sys.exit(1)
+    def abort(self, code: int = 1) -> NoReturn:
+        sys.exit(code)
 
 
 class _Done:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from star_attention.config import AnchorMode, AttentionMethod, StarConfig
-from star_attention.errors import UserError
+from star_attention.errors import RankError
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import Results
 from star_attention.evals.sample import Sample, Task
-from star_attention.llm import LLM
-from star_attention.runtime.runtime import EncodedContext
+from star_attention.llm import LLM, EncodedContext
 from star_attention.runtime.sampling import SamplingParams
 
 # Sizes that follow the length: of the block, a share of it; of the anchor, a share of the block.
@@ -60,16 +58,8 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all ranks run together: contexts, each with its division and its questions."""
-
-    parts: Sequence[tuple[str, StarConfig, Sequence[str]]]
-    max_tokens: int
-
-
-@dataclass(frozen=True)
 class Run:
-    """One configuration's part of an evaluation, on rank 0.
+    """One configuration's part of an evaluation.
 
     Attributes:
         samples: of each task at most.
@@ -91,34 +81,26 @@ class Run:
 
 
 OnSample = Callable[[Run, Task, dict[str, Any]], None]
+# A context's text, its division, and its questions.
+Part = tuple[str, StarConfig, list[str]]
 
 
-def evaluate(
-    llm: LLM, prompts: PromptTokenizer | None, runs: Sequence[Run], on_sample: OnSample
-) -> None:
-    """Answers what is pending, batch after batch; ranks other than 0 follow rank 0.
+def evaluate(llm: LLM, prompts: PromptTokenizer, runs: Sequence[Run], on_sample: OnSample) -> None:
+    """Answers what is pending, batch after batch.
 
-    A sample that fails is recorded with its error. On several ranks an answer may only fail with
-    what all of them meet (UserError); anything else ends the job.
+    A sample that is refused is recorded with its error; a rank that fails ends the job.
 
     Args:
-        prompts, runs: of rank 0.
-        on_sample: called on rank 0 with every new record.
+        on_sample: called with every new record.
     """
-    if llm.comm.rank == 0:
-        for run in runs:
-            try:
-                for task in run.tasks:
-                    for record in _records(llm, prompts, run, task):
-                        run.results.append(record)
-                        on_sample(run, task, record)
-            finally:
-                run.results.write_scores()
-        llm.comm.broadcast_object(None)
-        return
-    while (job := llm.comm.broadcast_object(None)) is not None:
-        with suppress(UserError):  # rank 0 has the same one and records it
-            _answer(llm, job)
+    for run in runs:
+        try:
+            for task in run.tasks:
+                for record in _records(llm, prompts, run, task):
+                    run.results.append(record)
+                    on_sample(run, task, record)
+        finally:
+            run.results.write_scores()
 
 
 def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterator[dict[str, Any]]:
@@ -156,17 +138,16 @@ def _ask(
     llm: LLM, prompts: PromptTokenizer, run: Run, task: Task, batch: Sequence[Sample]
 ) -> Iterator[dict[str, Any]]:
     """The records of a batch; if it fails, its samples are asked one by one."""
-    recoverable = UserError if llm.comm.size > 1 else Exception
     try:
-        parts = []
+        parts: list[Part] = []
         for context, group in groupby(batch, key=prompts.context):
             samples = list(group)
             config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
             parts.append((context, config, [prompts.query(sample) for sample in samples]))
-        job = Job(parts, task.max_tokens)
-        llm.comm.broadcast_object(job)
-        answers = _answer(llm, job)
-    except recoverable as error:
+        answers = _answer(llm, parts, task.max_tokens)
+    except RankError:
+        raise
+    except Exception as error:
         if len(batch) == 1:
             yield _failure(task, batch[0].index, error)
         else:
@@ -193,18 +174,20 @@ def _failure(task: Task, index: int | str, error: Exception) -> dict[str, Any]:
     return {"task": task.name, "length": task.length, "index": index, "error": reason}
 
 
-def _answer(llm: LLM, job: Job) -> list[tuple[str, dict[str, int], dict[str, float]]]:
-    """Each answer (rank 0), sizes in tokens, and its share of the seconds of phase 1 and both."""
+def _answer(
+    llm: LLM, parts: Sequence[Part], max_tokens: int
+) -> list[tuple[str, dict[str, int], dict[str, float]]]:
+    """Each answer, sizes in tokens, and its share of the seconds of phase 1 and both."""
     asked: list[tuple[EncodedContext, str, float]] = []
     try:
-        for text, config, queries in job.parts:
+        for text, config, queries in parts:
             begin = time.perf_counter()
             context = llm.encode(text, config)
             seconds = (time.perf_counter() - begin) / len(queries)
             asked += [(context, query, seconds) for query in queries]
         begin = time.perf_counter()
         contexts, queries, _ = zip(*asked, strict=True)
-        answers = llm.ask(contexts, queries, SamplingParams(max_tokens=job.max_tokens))
+        answers = llm.ask(contexts, queries, SamplingParams(max_tokens=max_tokens))
         share = (time.perf_counter() - begin) / len(asked)
     finally:
         for context, *_ in asked:

@@ -8,47 +8,50 @@ from dataclasses import dataclass
 import numpy as np
 
 from star_attention.engines.base import ModelEngine, PagedStep
-from star_attention.errors import UserError
 
 
 class PagePool:
-    """Hands out the engine's pages, consecutive ones where it can, and grows the pool."""
+    """Hands out an engine's pages, consecutive ones where it can, and counts who holds them."""
 
     def __init__(self, engine: ModelEngine) -> None:
         self._engine = engine
-        self._num_pages = 0
+        self._holders = np.zeros(0, np.int32)  # of each page
         self._free: list[int] = []  # ascending
 
     def allocate(self, count: int) -> list[int]:
-        """Raises UserError if the engine cannot hold them."""
-        if self.room is not None and count > self.room:
-            page = self._engine.tokens_per_block
-            raise UserError(
-                f"{count * page} tokens do not fit into a rank's KV cache, which has room for "
-                f"{self.room * page}: use more ranks, or a larger --kv-cache-gib"
-            )
+        """Pages with one holder. Raises MemoryError if the engine cannot hold them: rank 0 counts
+        every rank's pages and orders nothing that does not fit."""
         if count > len(self._free):
-            missing = count - len(self._free)
-            self._engine.reserve_pages(self._num_pages + missing)
-            self._free.extend(range(self._num_pages, self._num_pages + missing))
-            self._num_pages += missing
+            total = len(self._holders)
+            grown = total + count - len(self._free)
+            if self._engine.limits.pages is not None and grown > self._engine.limits.pages:
+                raise MemoryError(
+                    f"{count} pages of KV cache are wanted, {self._engine.limits.pages - total} "
+                    f"and {len(self._free)} that were given back are free"
+                )
+            self._engine.reserve_pages(grown)
+            self._free.extend(range(total, grown))
+            self._holders = np.concatenate([self._holders, np.zeros(grown - total, np.int32)])
         first = self._first_run(count)
         pages = self._free[first : first + count]
         del self._free[first : first + count]
+        self._holders[pages] = 1
         return pages
 
+    def share(self, pages: Sequence[int]) -> None:
+        """One more holder of each."""
+        self._holders[pages] += 1
+
     def release(self, pages: Sequence[int]) -> None:
-        self._free = sorted([*self._free, *pages])
+        """One holder less of each; pages without any are free."""
+        self._holders[pages] -= 1
+        freed = [page for page in pages if not self._holders[page]]
+        if freed:
+            self._free = sorted([*self._free, *freed])
 
     @property
     def pages_in_use(self) -> int:
-        return self._num_pages - len(self._free)
-
-    @property
-    def room(self) -> int | None:
-        """Pages that can still be allocated; None: as many as memory allows."""
-        most = self._engine.max_pages
-        return None if most is None else most - self.pages_in_use
+        return len(self._holders) - len(self._free)
 
     def _first_run(self, count: int) -> int:
         """Where the first `count` consecutive pages stand in the free list; 0 if nowhere."""
@@ -59,6 +62,19 @@ class PagePool:
             if index - start + 1 >= count:
                 return start
         return 0
+
+
+def page_count(tokens: int, tokens_per_block: int) -> int:
+    return -(-tokens // tokens_per_block)
+
+
+def question_pages(cached: int, kept: int, tokens_per_block: int) -> int:
+    """Pages of its own that a question takes on a rank that caches `cached` tokens of its context
+    and keeps `kept` of the question and its answer: the context's full pages are shared, the last,
+    partial one is copied."""
+    if not kept:
+        return 0
+    return page_count(cached + kept, tokens_per_block) - cached // tokens_per_block
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ def paged_step(
     *,
     causal: bool = True,
     shared_pages: Sequence[int] | None = None,
+    shared_rows: int = 0,
     merge: bool = False,
 ) -> PagedStep:
     """The step in which each sequence's rows follow those of the one before."""
@@ -109,5 +126,6 @@ def paged_step(
         page_table=page_table([rows.pages for rows in sequences]),
         causal=causal,
         shared_pages=None if shared_pages is None else np.asarray(shared_pages, np.int32),
+        shared_rows=shared_rows,
         merge=merge,
     )

@@ -1,16 +1,147 @@
-"""Phase 1, context encoding: the passes in which a rank turns its blocks into cached KV."""
+"""Phase 1, context encoding: which passes turn a context into cached KV.
+
+A rank's part is a list of sequences of tokens: its blocks, the anchor before them where the rank
+computes it itself, or, in a ring, its two chunks of the context. A pass takes the next tokens of
+that list, cut anywhere: what a sequence has cached stands in front of its next rows, so masks stay
+bottom-right causal. `Phase1` says how many tokens each rank takes in the next pass; `ContextPart`
+makes one rank's pass of them.
+
+Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/architecture.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from star_attention.config import StarConfig
-from star_attention.engines.base import AttentionStep, RingHop, RingStep
-from star_attention.plan import Block, Plan
-from star_attention.runtime.pages import Rows, page_table, paged_step, slots
+from star_attention.engines.base import AttentionStep, Limits, RingHop, RingStep
+from star_attention.plan import Plan
+from star_attention.runtime.pages import Rows, page_count, page_table, paged_step, slots
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A sequence of a rank's part.
+
+    Attributes:
+        prefix: tokens of the anchor in front of it, which are cached already, or, `recomputed`,
+            belong to it.
+        start, end: its tokens of the context, besides.
+        is_anchor: it is the anchor, computed by a rank for its blocks (mode `local`).
+    """
+
+    start: int
+    end: int
+    prefix: int = 0
+    recomputed: bool = False
+    is_anchor: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start + self.prefix * self.recomputed
+
+
+def pieces_of(plan: Plan, config: StarConfig, rank: int) -> list[Piece]:
+    """A rank's part, in the order in which it is computed."""
+    own = plan.blocks_of(rank)
+    if config.attention == "ring":
+        return [Piece(block.start, block.end) for block in own]
+    again = config.anchor_mode == "recompute"
+    pieces = [Piece(block.start, block.end, block.prefix, again) for block in own]
+    if config.anchor_mode == "local" and rank and any(block.prefix for block in own):
+        pieces.insert(0, Piece(0, plan.anchor_size, is_anchor=True))
+    return pieces
+
+
+def own_pages(plan: Plan, rank: int) -> int:
+    """Pages that a rank's own blocks take."""
+    page = plan.tokens_per_block
+    return sum(page_count(block.tokens, page) for block in plan.blocks_of(rank))
+
+
+def scratch_pages(plan: Plan, config: StarConfig, rank: int) -> int:
+    """Pages that a rank takes for an anchor that is not its own, until its phase 1 is over."""
+    mode = config.anchor_mode
+    blocks = plan.blocks if mode == "broadcast" else plan.blocks_of(rank)
+    has_its_own = rank == 0 and mode != "recompute"
+    if config.attention != "star" or has_its_own or not any(block.prefix for block in blocks):
+        return 0
+    return plan.anchor_size // plan.tokens_per_block
+
+
+class Phase1:
+    """How far every rank is with a context, and what each takes in the next pass.
+
+    With `broadcast`, ranks other than 0 begin in the pass in which rank 0 completes the anchor.
+    With `recompute`, a pass has one block of a rank, whose anchor takes the place of the last
+    one's. In a ring, a pass is a run of the context's tokens: those before it are cached.
+
+    Attributes:
+        done, total: tokens that each rank has computed, and has to.
+    """
+
+    def __init__(self, plan: Plan, config: StarConfig) -> None:
+        self._plan, self._config = plan, config
+        ranks = range(plan.num_ranks)
+        self._pieces = [[piece.tokens for piece in pieces_of(plan, config, r)] for r in ranks]
+        self.total = [sum(tokens) for tokens in self._pieces]
+        self.done = [0] * plan.num_ranks
+        self._shares_anchor = shares_anchor(plan, config)
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.total
+
+    def next(self, limits: Limits, budget: int | None = None) -> tuple[int, ...]:
+        """The tokens of each rank in the next pass: at most `budget`, and what `limits` allow."""
+        bounds = [each for each in (budget, limits.pass_tokens) if each is not None]
+        most = min(bounds, default=max(self.total))
+        if self._config.attention == "ring":
+            tokens = self._next_in_ring(most)
+        else:
+            tokens = [self._take(0, most, limits.pass_sequences)]
+            waits = self._shares_anchor and self.done[0] + tokens[0] < self._plan.anchor_size
+            for rank in range(1, self._plan.num_ranks):
+                tokens.append(0 if waits else self._take(rank, most, limits.pass_sequences))
+        self.done = [done + more for done, more in zip(self.done, tokens, strict=True)]
+        return tuple(tokens)
+
+    def _take(self, rank: int, most: int, sequences: int | None) -> int:
+        """What a rank takes on its own: to the end of its part, unless a limit comes first."""
+        if self._config.anchor_mode == "recompute" and self._config.attention == "star":
+            sequences = 1
+        taken, end = 0, 0
+        for tokens in self._pieces[rank]:
+            end += tokens
+            if end <= self.done[rank]:
+                continue
+            if sequences == 0:
+                break
+            sequences = None if sequences is None else sequences - 1
+            taken = min(most, end - self.done[rank])
+        return taken
+
+    def _next_in_ring(self, most: int) -> list[int]:
+        tokens = [0] * self._plan.num_ranks
+        begin = sum(self.done)
+        for block in self._plan.blocks:
+            if block.end <= begin:
+                continue
+            count = block.end - max(block.start, begin)
+            taken = min(count, most - tokens[block.rank])
+            tokens[block.rank] += taken
+            if taken < count:
+                break
+        return tokens
+
+
+def shares_anchor(plan: Plan, config: StarConfig) -> bool:
+    """Whether rank 0 sends the anchor's KV to the other ranks."""
+    is_star = config.attention == "star" and config.anchor_mode == "broadcast"
+    return is_star and plan.num_ranks > 1 and any(block.prefix for block in plan.blocks)
 
 
 @dataclass(frozen=True)
@@ -21,143 +152,125 @@ class ContextPass:
     attention: AttentionStep
 
 
-def own_pages(plan: Plan, rank: int) -> int:
-    """Pages that a rank's own blocks need."""
-    return sum(-(-block.tokens // plan.tokens_per_block) for block in plan.blocks_of(rank))
-
-
-def scratch_pages(plan: Plan, config: StarConfig, rank: int) -> int:
-    """Pages that a rank needs for an anchor that is not its own, until phase 1 is over."""
-    mode = config.anchor_mode
-    blocks = plan.blocks if mode == "broadcast" else plan.blocks_of(rank)
-    has_its_own = rank == 0 and mode != "recompute"
-    if config.attention != "star" or has_its_own or not any(block.prefix for block in blocks):
-        return 0
-    return plan.anchor_size // plan.tokens_per_block
-
-
-def longest_pass(plan: Plan, config: StarConfig, rank: int) -> int:
-    """Tokens of a rank that have to go through one pass: its longest block, or, in a ring, all."""
-    own = plan.blocks_of(rank)
-    if config.attention == "ring":
-        return sum(block.tokens for block in own)
-    again = plan.anchor_size if config.anchor_mode == "recompute" else 0
-    longest = max((block.tokens + bool(block.prefix) * again for block in own), default=0)
-    return max(longest, plan.anchor_size) if config.anchor_mode == "local" else longest
-
-
-def context_passes(
-    plan: Plan,
-    config: StarConfig,
-    rank: int,
-    pages: Sequence[int],
-    scratch: Sequence[int],
-    max_tokens: int | None = None,
-) -> list[ContextPass]:
-    """The passes of one rank.
-
-    With `local` and `broadcast`, all its blocks take one pass, or several of at most `max_tokens`;
-    the first of them leaves the anchor's KV in `scratch`.
+class ContextPart:
+    """One rank's part of a context, as passes.
 
     Args:
         pages: hold the rank's own tokens, block after block.
         scratch: `scratch_pages` of them, for the anchor.
-        max_tokens: of a pass, at least `longest_pass`.
-
-    Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/architecture.md.
     """
-    if config.attention == "ring":
-        return [_ring_pass(plan, rank, pages)]
-    own = _pages_by_block(plan.blocks_of(rank), pages, plan.tokens_per_block)
-    if config.anchor_mode == "recompute":
-        return [_recompute_pass(plan, block, block_pages, scratch) for block, block_pages in own]
 
-    page = plan.tokens_per_block
-    anchor = scratch if rank else pages[: plan.anchor_size // page]
-    sequences, starts = [], []
-    if scratch and config.anchor_mode == "local":
-        sequences.append(Rows(anchor, plan.anchor_size, plan.anchor_size))
-        starts.append(0)
-    for block, block_pages in own:
-        seen = [*anchor, *block_pages] if block.prefix else block_pages
-        sequences.append(Rows(seen, block.prefix + block.tokens, block.tokens))
-        starts.append(block.start)
-    shared = None
-    if config.anchor_mode == "broadcast" and any(block.prefix for block in plan.blocks):
-        shared = anchor
-    passes = []
-    for part in _parts([rows.count for rows in sequences], max_tokens):
-        positions = [
-            np.arange(start, start + rows.count)
-            for start, rows in zip(starts[part], sequences[part], strict=True)
+    def __init__(
+        self,
+        plan: Plan,
+        config: StarConfig,
+        rank: int,
+        pages: Sequence[int],
+        scratch: Sequence[int],
+    ) -> None:
+        self._plan, self._config, self._rank = plan, config, rank
+        self._pages = list(pages)
+        self._done = [0] * plan.num_ranks
+        self._pieces = pieces_of(plan, config, rank)
+        anchor = plan.anchor_size // plan.tokens_per_block
+        self._anchor = list(scratch) if scratch else self._pages[:anchor]
+        self._shares_anchor = shares_anchor(plan, config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this rank has computed all, and received what others wait for."""
+        own = self._done[self._rank] == sum(piece.tokens for piece in self._pieces)
+        return own and not (self._shares_anchor and self._done[0] < self._plan.anchor_size)
+
+    def take(self, tokens: Sequence[int]) -> ContextPass | None:
+        """The pass in which each rank computes so many of its tokens; None: nothing to do here."""
+        before = self._done
+        self._done = [done + more for done, more in zip(before, tokens, strict=True)]
+        if not any(tokens):
+            return None
+        if self._config.attention == "ring":
+            return self._ring_pass(before)
+        shared, shared_rows = None, 0
+        if self._shares_anchor:
+            begin, end = (min(done[0], self._plan.anchor_size) for done in (before, self._done))
+            if end > begin:
+                page = self._plan.tokens_per_block
+                shared, shared_rows = (
+                    self._anchor[begin // page : page_count(end, page)],
+                    end - begin,
+                )
+        if shared is None and not tokens[self._rank]:
+            return None
+        sequences, positions = [], []
+        for piece, pages, first, last in self._cut(before[self._rank], self._done[self._rank]):
+            seen = 0 if piece.recomputed else piece.prefix
+            if piece.is_anchor:
+                pages = self._anchor
+            elif piece.prefix:
+                pages = self._anchor[: piece.prefix // self._plan.tokens_per_block] + pages
+            sequences.append(Rows(pages, seen + last, last - first))
+            positions.append(_positions(piece)[first:last])
+        step = paged_step(
+            sequences,
+            self._plan.tokens_per_block,
+            shared_pages=shared,
+            shared_rows=shared_rows,
+        )
+        return ContextPass(_concatenate(positions), step)
+
+    def _cut(self, begin: int, end: int) -> Iterator[tuple[Piece, list[int], int, int]]:
+        """The pieces that have the part's tokens [begin, end), their pages, and which of their
+        tokens those are."""
+        before, used = 0, 0
+        for piece in self._pieces:
+            count = 0
+            if not piece.is_anchor:
+                count = page_count(piece.end - piece.start, self._plan.tokens_per_block)
+            first, last = max(begin - before, 0), min(end - before, piece.tokens)
+            if first < last:
+                yield piece, self._pages[used : used + count], first, last
+            before += piece.tokens
+            used += count
+
+    def _ring_pass(self, before: Sequence[int]) -> ContextPass:
+        """This rank's rows against what every rank has cached by then, hop by hop.
+
+        Of another rank's tokens a row sees those before its own chunk, which are whole chunks; of
+        its own rank's also those before it in its chunk.
+        """
+        plan, rank, page = self._plan, self._rank, self._plan.tokens_per_block
+        rows = [
+            (piece.start + first, piece.start + last)
+            for piece, _, first, last in self._cut(before[rank], self._done[rank])
         ]
-        step = paged_step(sequences[part], page, shared_pages=None if passes else shared)
-        passes.append(ContextPass(_concatenate(positions), step))
-    return passes
+        hops = []
+        for hop in range(plan.num_ranks):
+            source = (rank - hop) % plan.num_ranks
+            blocks = plan.blocks_of(source)
+            num_pages = page_count(self._done[source], page)
+            sees = [
+                sum(
+                    max(0, min(block.end, end if source == rank else start) - block.start)
+                    for block in blocks
+                )
+                for start, end in rows
+            ]
+            table = page_table([range(num_pages)] * len(rows))
+            hops.append(RingHop(num_pages, table, np.array(sees, np.int32), causal=source == rank))
+        counts = [end - start for start, end in rows]
+        own = Rows(self._pages, self._done[rank], sum(counts))
+        step = RingStep(
+            slot_mapping=slots(own, page),
+            cu_seqlens_q=np.cumsum([0, *counts], dtype=np.int32),
+            pages=np.asarray(self._pages[: page_count(self._done[rank], page)], np.int32),
+            hops=tuple(hops),
+        )
+        return ContextPass(_concatenate([np.arange(*each) for each in rows]), step)
 
 
-def _recompute_pass(
-    plan: Plan, block: Block, pages: Sequence[int], scratch: Sequence[int]
-) -> ContextPass:
-    """The block with the anchor in front of it, whose KV lands in pages that are dropped."""
-    tokens = block.prefix + block.tokens
-    rows = Rows([*scratch[: block.prefix // plan.tokens_per_block], *pages], tokens, tokens)
-    positions = _concatenate([np.arange(block.prefix), np.arange(block.start, block.end)])
-    return ContextPass(positions, paged_step([rows], plan.tokens_per_block))
-
-
-def _ring_pass(plan: Plan, rank: int, pages: Sequence[int]) -> ContextPass:
-    """Both of the rank's chunks against every rank's, hop by hop.
-
-    Of another rank's two chunks, the early one of this rank sees the early one if that rank comes
-    before it; the late one sees the early one always, the late one if that rank comes after it.
-    """
-    page, size = plan.tokens_per_block, plan.num_ranks
-
-    def chunks(owner: int) -> tuple[int, int]:
-        early, late = plan.blocks_of(owner)
-        return early.tokens, late.tokens
-
-    early, late = chunks(rank)
-    hops = []
-    for hop in range(size):
-        source = (rank - hop) % size
-        source_early, source_late = chunks(source)
-        total = source_early + source_late
-        sees = (source_early if source <= rank else 0, total if source >= rank else source_early)
-        num_pages = -(-source_early // page) + -(-source_late // page)
-        table = page_table([range(num_pages), range(num_pages)])
-        hops.append(RingHop(num_pages, table, np.array(sees, np.int32), causal=source == rank))
-    own = plan.blocks_of(rank)
-    step = RingStep(
-        slot_mapping=slots(Rows(pages, early + late, early + late), page),
-        cu_seqlens_q=np.array([0, early, early + late], np.int32),
-        pages=np.asarray(pages, np.int32),
-        hops=tuple(hops),
-    )
-    return ContextPass(_concatenate([np.arange(block.start, block.end) for block in own]), step)
-
-
-def _parts(counts: Sequence[int], limit: int | None) -> list[slice]:
-    """Cuts into runs whose sums are at most `limit`, at least one run."""
-    parts, begin, total = [], 0, 0
-    for index, count in enumerate(counts):
-        if limit is not None and index > begin and total + count > limit:
-            parts.append(slice(begin, index))
-            begin, total = index, 0
-        total += count
-    return [*parts, slice(begin, len(counts))]
-
-
-def _pages_by_block(
-    blocks: Sequence[Block], pages: Sequence[int], tokens_per_block: int
-) -> list[tuple[Block, Sequence[int]]]:
-    split, taken = [], 0
-    for block in blocks:
-        count = -(-block.tokens // tokens_per_block)
-        split.append((block, pages[taken : taken + count]))
-        taken += count
-    return split
+def _positions(piece: Piece) -> np.ndarray:
+    own = np.arange(piece.start, piece.end)
+    return np.concatenate([np.arange(piece.prefix), own]) if piece.recomputed else own
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:

@@ -22,7 +22,7 @@ class SamplingParams:
         top_p: only the most likely tokens that together reach this probability; 1: all.
         seed: of the random choice. The same seed gives the same tokens on every rank, and for a
             question whether it is asked alone or with others.
-        stop: strings that end an answer; they are not part of it.
+        stop: strings, or one, that end an answer; they are not part of it.
         ignore_eos: go on after the model's end token (benchmarks).
     """
 
@@ -35,6 +35,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         for name, valid, right in (
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
@@ -45,6 +47,10 @@ class SamplingParams:
         ):
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use {right}")
+
+    def of_choice(self) -> SamplingParams:
+        """With what does not concern the choice of a token as by default."""
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.ndarray:

@@ -111,11 +111,13 @@ class PagedAttention(Attention):
         scale: float,
         shared_pages: np.ndarray | None = None,
         merge: bool = False,
+        shared_rows: int = 0,
     ) -> None:
         super().__init__(comm, scale, tables.kv_lens.device)
         alone = comm.size == 1
         self._tables = tables
         self._merge = merge and not alone
+        self._shared_rows = shared_rows
         self._shared = None if alone else shared_pages
         self._transfer: _Transfer | None = None
         self._sent: list[_Transfer] = []
@@ -127,7 +129,7 @@ class PagedAttention(Attention):
     def stored(self, pool: torch.Tensor, rows: int) -> None:
         if self._shared is None or self._comm.rank or self._transfer:
             return
-        if rows >= len(self._shared) * pool.shape[3]:  # rank 0's rows begin with the shared tokens
+        if rows >= self._shared_rows:  # rank 0's rows begin with the shared tokens
             self._transfer = _Transfer(self._comm, pool, self._shared)
 
     def end(self) -> None:
@@ -197,7 +199,7 @@ def attention_on(
     if isinstance(step, RingStep):
         return RingAttention(step, comm, scale, device)
     tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
-    return PagedAttention(tables, comm, scale, step.shared_pages, step.merge)
+    return PagedAttention(tables, comm, scale, step.shared_pages, step.merge, step.shared_rows)
 
 
 def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from star_attention import ops
 from star_attention.distributed import Communicator, SingleProcess, Traffic
-from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
+from star_attention.engines.base import AttentionStep, Limits, PagedStep, is_decode_step
 from star_attention.engines.torch.attention import (
     Attention,
     PagedAttention,
@@ -44,9 +44,8 @@ class TorchEngine:
             parallelism); `comm` connects this rank with those that have the same part.
     """
 
-    step_limit = "a smaller --kv-cache-gib"
     has_ring = True
-    max_input_len = max_seq_len = None
+    graph_steps = 0
 
     def __init__(
         self,
@@ -69,7 +68,8 @@ class TorchEngine:
         self._chunk = _CHUNK_ROWS[self._device.type]
         self._rotary = rotary_table(config.rope, config.head_dim, 0, self._device)
         self._pool = self._empty_pool(max_pages or 0)
-        self.max_step_tokens = self._tokens_that_fit() if self._device.type == "cuda" else None
+        fit = self._tokens_that_fit() if self._device.type == "cuda" else None
+        self.limits = Limits(max_pages, fit, question_tokens=fit)
         self._graphs: dict[int, _DecodeGraph | None] = {}  # by sequences; None: seen once
 
     @property
@@ -96,7 +96,6 @@ class TorchEngine:
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
-        self._reserve_positions(int(positions.max(initial=-1)) + 1)
         graph = self._graph_for(attention, logit_rows)
         if graph:
             logits = graph.replay(token_ids, positions, attention)
@@ -230,7 +229,7 @@ class TorchEngine:
         each = (part.hidden_size + 2 * part.num_q_heads * part.head_dim) * size
         return max(0, int((free - chunk) // each))
 
-    def _reserve_positions(self, positions: int) -> None:
+    def reserve_positions(self, positions: int) -> None:
         if positions > self._rotary.shape[0]:
             rows = 1 << (positions - 1).bit_length()
             config = self.config

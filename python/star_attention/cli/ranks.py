@@ -1,0 +1,79 @@
+"""Starting a command again as ranks, and what its ranks are handed.
+
+Arguments and texts are handed over in memory that lives as long as the program that started the
+ranks: mpirun takes some arguments for its own, does not pass standard input on reliably, and what
+was read from a pipe cannot be read twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from star_attention.cli import terminal
+from star_attention.distributed import world_size
+from star_attention.distributed.launch import run_ranks
+from star_attention.errors import UserError
+
+_HANDED = "STAR_ATTENTION_HANDED"
+
+
+def arguments() -> list[str]:
+    """The command line."""
+    return _handed().get("arguments", sys.argv[1:])
+
+
+def handed_texts() -> list[str] | None:
+    """The texts that the program which started the ranks has read."""
+    return _handed().get("texts")
+
+
+def check_ranks(ranks: int | None, tp: int) -> None:
+    """Raises UserError if mpirun started another number of processes than `ranks` take."""
+    processes = (ranks or 1) * tp
+    if ranks is not None and processes != world_size() > 1:
+        raise UserError(
+            f"--ranks {ranks} with --tp {tp} takes {processes} processes, but mpirun started "
+            f"{world_size()}: leave --ranks away"
+        )
+
+
+def needs_ranks(ranks: int | None, tp: int) -> bool:
+    """Whether the command is to be started again."""
+    return world_size() == 1 and (ranks or 1) * tp > 1
+
+
+def run_as_ranks(
+    processes: int,
+    oversubscribe: bool,
+    *,
+    more: Sequence[str] = (),
+    texts: Sequence[str] | None = None,
+) -> int:
+    """Runs this command line, and `more`, under mpirun; its exit code.
+
+    Args:
+        texts: for `handed_texts`.
+    """
+    environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
+    handed = {"arguments": [*arguments(), *more], "texts": texts}
+    memory = os.memfd_create("star-attn")
+    with os.fdopen(memory, "w", encoding="utf-8", errors="surrogateescape") as file:
+        json.dump({name: value for name, value in handed.items() if value is not None}, file)
+        file.flush()
+        environment[_HANDED] = f"/proc/{os.getpid()}/fd/{memory}"
+        command = [sys.executable, "-m", "star_attention"]
+        return run_ranks(command, processes, oversubscribe, **environment)
+
+
+@functools.cache
+def _handed() -> dict[str, Any]:
+    name = os.environ.get(_HANDED)
+    if name is None or world_size() == 1:
+        return {}
+    with open(name, encoding="utf-8", errors="surrogateescape") as file:
+        return json.load(file)

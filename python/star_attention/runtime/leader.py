@@ -1,0 +1,89 @@
+"""Rank 0's loop: the scheduler says what is next, all ranks do it, tokens are sampled here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from star_attention.engines.base import Limits, Logits, ModelEngine
+from star_attention.runtime.orders import Ask, Chunk, Decode, Order
+from star_attention.runtime.sampling import SamplingParams, sample
+from star_attention.runtime.scheduler import NewToken, Scheduler
+
+# Called with a chunk and the share of its layers that is done.
+OnChunk = Callable[[Chunk, float], None]
+
+
+class Execute(Protocol):
+    """Has all ranks execute an order; returns what rank 0's worker does."""
+
+    def __call__(self, order: Order, on_layer: Callable[[float], None] | None = None) -> Any: ...
+
+
+class Leader:
+    """Runs what is added to its `scheduler`, an order at a time.
+
+    Args:
+        execute: has all ranks execute an order.
+        engine: rank 0's.
+        num_ranks: that contexts are divided among.
+        limits: what all ranks' engines allow; by default `engine`'s.
+        chunk_tokens: as in `Scheduler`.
+    """
+
+    def __init__(
+        self,
+        execute: Execute,
+        engine: ModelEngine,
+        num_ranks: int,
+        limits: Limits | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.execute = execute
+        self.scheduler = Scheduler(
+            engine.config,
+            limits or engine.limits,
+            num_ranks,
+            engine.tokens_per_block,
+            engine.has_ring,
+            chunk_tokens,
+        )
+
+    def step(self, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken] | None:
+        """Runs the next order and returns the tokens that it gave; None: nothing is left to do.
+
+        Raises:
+            Exception: the order failed on this rank, which is the only one: what it was about is
+                done again if it is still wanted.
+        """
+        order = self.scheduler.next()
+        if order is None:
+            return None
+        try:
+            if isinstance(order, Chunk):
+                self.execute(order, lambda share: on_chunk(order, share))
+                on_chunk(order, 1.0)
+                return []
+            logits = self.execute(order)
+            if not isinstance(order, Ask | Decode):
+                return []
+            return self.scheduler.chosen(self._sample(logits))
+        except BaseException:
+            self.scheduler.failed(order)
+            raise
+
+    def _sample(self, logits: Logits) -> list[int]:
+        """The next token of each question that wants one, with each its own parameters."""
+        wanted = self.scheduler.wanted()
+        by_params: dict[SamplingParams, list[int]] = {}
+        for index, (_, question) in enumerate(wanted):
+            by_params.setdefault(question.params.of_choice(), []).append(index)
+        tokens = np.zeros(len(wanted), np.int64)
+        for params, indices in by_params.items():
+            rows = [wanted[index][0] for index in indices]
+            uniforms = np.array([wanted[index][1].rng.random() for index in indices])
+            chosen_from = logits if len(rows) == logits.shape[0] else logits[rows]
+            tokens[indices] = sample(chosen_from, params, uniforms)
+        return tokens.tolist()

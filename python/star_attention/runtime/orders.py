@@ -1,0 +1,86 @@
+"""What rank 0 tells every rank to do: small plain data, the same for all.
+
+A rank owns what belongs to a context or a question there; orders name them by numbers that rank 0
+gives out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from star_attention.config import StarConfig
+
+
+@dataclass(frozen=True)
+class Open:
+    """A context, int32 [n], is going to be read: each rank takes pages for its part."""
+
+    context: int
+    token_ids: np.ndarray
+    config: StarConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next pass of a context's phase 1: rank r computes the next tokens[r] of its part."""
+
+    context: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuestionPart:
+    """Tokens, int32 [n], to append to a question, which begins with its first part.
+
+    Attributes:
+        rank: keeps their KV; the same for all parts of a pass.
+        all_rows: the logits of all tokens are wanted, not only the last one's.
+    """
+
+    question: int
+    context: int
+    token_ids: np.ndarray
+    rank: int
+    all_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Encodes parts of questions, in one pass."""
+
+    parts: tuple[QuestionPart, ...]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Appends a generated token to each of these questions, in one pass; ranks[i] keeps the KV of
+    tokens[i]."""
+
+    questions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Contexts and questions that are over: their pages are free once nobody shares them."""
+
+    contexts: tuple[int, ...] = ()
+    questions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Until every rank has done what was ordered so far."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every rank's statistics; they begin anew with `reset`."""
+
+    reset: bool = False
+
+
+Order = Open | Chunk | Ask | Decode | Release | Wait | Report
