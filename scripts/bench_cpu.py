@@ -27,7 +27,8 @@ from star_attention.distributed import default_communicator
 from star_attention.distributed.launch import run_ranks
 from star_attention.engines.loader import EngineOptions, load_engine
 from star_attention.models.checkpoint import find_model
-from star_attention.runtime.runtime import Runtime
+from star_attention.runtime.leader import lead_together
+from star_attention.runtime.orders import Report, Wait
 
 QUESTION_TOKENS = 32
 
@@ -62,7 +63,8 @@ def time_hf(tokens: int, new_tokens: int) -> dict:
 def time_star(tokens: int, new_tokens: int, block_size: int, repeats: int) -> dict:
     """Run on every rank: phases of the best repeat, by the slowest rank's time."""
     comm = default_communicator()
-    runtime = Runtime(load_engine(find_model("smollm2"), comm, 128, EngineOptions()), comm)
+    engine = load_engine(find_model("smollm2"), comm, 128, EngineOptions())
+    leader, _ = lead_together(engine, comm)
     text = random_tokens(tokens)
     context_ids, question = text[:-QUESTION_TOKENS], text[-QUESTION_TOKENS:]
     params = SamplingParams(max_tokens=new_tokens)
@@ -70,18 +72,18 @@ def time_star(tokens: int, new_tokens: int, block_size: int, repeats: int) -> di
     for _ in range(repeats):
         comm.gather_objects(None)
         times = [time.perf_counter()]
-        context = runtime.encode(context_ids, StarConfig(block_size=block_size))
-        comm.gather_objects(None)
+        context = leader.encode(context_ids, StarConfig(block_size=block_size))
         times.append(time.perf_counter())
-        for _ in runtime.generate([context], [question], params, lambda index, token: False):
-            pass
-        comm.gather_objects(None)
+        asked = leader.scheduler.add_question(context, question, params)
+        while not asked.is_over:
+            leader.step()
+        leader.execute(Wait())
         times.append(time.perf_counter())
-        context.release()
+        leader.release(context)
         runs.append({"phase 1": times[1] - times[0], "phase 2": times[2] - times[1]})
-    ranks = runtime.rank_report()
+    ranks = leader.execute(Report())
     passes = repeats * (new_tokens - 1)
-    layers = runtime.engine.config.num_layers
+    layers = engine.config.num_layers
     per_token = ranks[0]["phases"]["decode"]["traffic"]["sent"] / passes / layers
     best = min(runs, key=lambda run: sum(run.values()))
     return {

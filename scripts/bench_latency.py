@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from star_attention.cli.main import parse_tokens
+from star_attention.cli.options import parse_tokens
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.engines.base import ModelEngine
@@ -38,7 +38,10 @@ from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig
 from star_attention.plan import make_plan
-from star_attention.runtime.runtime import EncodedContext, Runtime
+from star_attention.runtime.leader import Leader, lead_together
+from star_attention.runtime.orders import Ask, Decode, QuestionPart, Release, Report, Wait
+from star_attention.runtime.scheduler import Context
+from star_attention.runtime.worker import Worker
 
 SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}
 METHODS = {
@@ -79,8 +82,8 @@ def part_of(kernel: str) -> str:
     return next(part for part, names in PARTS.items() if re.search(names, kernel))
 
 
-def token_ids(runtime: Runtime, length: int) -> np.ndarray:
-    ids = np.random.default_rng(0).integers(0, runtime.engine.config.vocab_size, length)
+def token_ids(model: ModelConfig, length: int) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, length)
     return ids.astype(np.int32)
 
 
@@ -92,25 +95,31 @@ def star_config(method: str, length: int, block_size: int | None) -> StarConfig:
 
 
 def measure(
-    runtime: Runtime, method: str, length: int, block_size: int | None, decode_tokens: int, tp: int
+    leader: Leader,
+    worker: Worker,
+    method: str,
+    length: int,
+    block_size: int | None,
+    decode_tokens: int,
+    tp: int,
 ) -> dict[str, Any] | None:
     """One row of the table; None if the plan does not fit into memory."""
-    comm, engine = runtime.comm, runtime.engine
-    ids = token_ids(runtime, length)
+    comm, engine = worker.comm, worker.engine
+    ids = token_ids(engine.config, length)
+    leader.execute(Report(reset=True))
     try:
-        comm.gather_objects(None)
         before = time.perf_counter()
-        context = runtime.encode(ids, star_config(method, length, block_size))
-        comm.gather_objects(None)
+        context = leader.encode(ids, star_config(method, length, block_size))
         phase1 = time.perf_counter() - before
     except UserError as error:
-        if comm.rank == 0:
+        if comm.world.rank == 0:
             print(f"{length} tokens, {method}: {error}", flush=True)
         return None
-    query, decode = generate(runtime, context, ids[:QUESTION_TOKENS], decode_tokens)
-    context.release()
+    ranks = leader.execute(Report())
+    query, decode = generate(leader, context, ids[:QUESTION_TOKENS], decode_tokens)
+    leader.release(context)
     flops = max(cost.flops(engine.config) for cost in context.plan.rank_costs) / tp
-    ranks = comm.gather_objects(runtime.stats["context"])
+    phases = [rank["phases"]["context"] for rank in ranks]
     return {
         "method": method,
         "context": length,
@@ -123,46 +132,46 @@ def measure(
         "decode_ms": decode * 1e3,
         "busiest_gpu_pflop": flops / 1e15,
         "tflops": flops / phase1 / 1e12,
-        "waiting_s": max(stats.wait_seconds for stats in ranks),
-        "sent_gib": max(stats.traffic.sent for stats in ranks) / 2**30,
-        "peak_memory_gib": max(comm.gather_objects(engine.peak_memory_bytes)) / 2**30,
+        "waiting_s": max(phase["wait_seconds"] for phase in phases),
+        "sent_gib": max(phase["traffic"]["sent"] for phase in phases) / 2**30,
+        "peak_memory_gib": max(rank["peak_memory_bytes"] for rank in ranks) / 2**30,
     }
 
 
 def breakdown(
-    runtime: Runtime, method: str, length: int, block_size: int | None
+    leader: Leader, worker: Worker, method: str, length: int, block_size: int | None
 ) -> dict[str, float]:
     """Seconds of phase 1 by kind of kernel, of the busiest rank, once more."""
     from torch.profiler import ProfilerActivity, profile
 
-    ids, config = token_ids(runtime, length), star_config(method, length, block_size)
+    model = worker.engine.config
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        context = runtime.encode(ids, config)
-        context.release()
+        config = star_config(method, length, block_size)
+        context = leader.encode(token_ids(model, length), config)
+        leader.release(context)
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
         seconds[part_of(event.key)] += event.self_device_time_total / 1e6
-    costs = [cost.flops(runtime.engine.config) for cost in context.plan.rank_costs]
-    return runtime.comm.gather_objects(seconds)[costs.index(max(costs))]
+    costs = [cost.flops(model) for cost in context.plan.rank_costs]
+    return worker.comm.gather_objects(seconds)[costs.index(max(costs))]
 
 
 def generate(
-    runtime: Runtime, context: EncodedContext, question: np.ndarray, count: int
+    leader: Leader, context: Context, question: np.ndarray, count: int
 ) -> tuple[float, float]:
-    """Seconds of the question's pass and of a decode step."""
-    times = []
+    """Seconds of the question's pass and of a decode step, on this rank."""
+    number, keeper = 1 << 30, context.plan.num_ranks - 1
     for _ in range(2):  # the first captures the graph of a step
-        batch = runtime.questions()
-        runtime.comm.gather_objects(None)
+        leader.execute(Wait())
         begin = time.perf_counter()
-        batch.ask([context], [question], count)
+        leader.execute(Ask((QuestionPart(number, context.number, question, keeper),)))
         query = time.perf_counter() - begin
         times = []
         for _ in range(count):
             begin = time.perf_counter()
-            batch.step([0], [0])
+            leader.execute(Decode((number,), (0,), (keeper,)))
             times.append(time.perf_counter() - begin)
-        batch.release()
+        leader.execute(Release(questions=(number,)))
     return query, statistics.median(times)
 
 
@@ -260,7 +269,7 @@ def run(options: argparse.Namespace) -> None:
     world = default_communicator()
     comm = star_ranks(world, options.tp)
     engine = make_engine(options, comm)
-    runtime = Runtime(engine, comm)
+    leader, worker = lead_together(engine, comm)
     rows: list[dict[str, Any]] = []
     result = {
         "shape": Path(options.model).name if options.model else options.shape,
@@ -272,17 +281,22 @@ def run(options: argparse.Namespace) -> None:
     }
     earlier = json.loads(options.output.read_text()) if options.output.exists() else []
     for method in options.methods:
-        measure(runtime, method, 4 * 4096, 4096, 2, options.tp)
+        measure(leader, worker, method, 4 * 4096, 4096, 2, options.tp)
         for length in options.lengths:
             ceiling = matmul_tflops(world)
-            runtime.reset_stats()
             row = measure(
-                runtime, method, length, options.block_size, options.decode_tokens, options.tp
+                leader,
+                worker,
+                method,
+                length,
+                options.block_size,
+                options.decode_tokens,
+                options.tp,
             )
             if row is None:
                 continue
             if length == options.breakdown:
-                row["breakdown"] = breakdown(runtime, method, length, options.block_size)
+                row["breakdown"] = breakdown(leader, worker, method, length, options.block_size)
             row["matmul_tflops"] = ceiling
             row["of_matmul"] = row["tflops"] / ceiling
             rows.append(row)

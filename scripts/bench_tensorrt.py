@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from bench_latency import QUESTION_TOKENS, environment, generate, part_of, token_ids
 
-from star_attention.cli.main import parse_tokens
+from star_attention.cli.options import parse_tokens
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine
@@ -33,7 +33,7 @@ from star_attention.engines.tensorrt.folder import EngineLimits
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
 from star_attention.models.llama import random_checkpoint
-from star_attention.runtime.runtime import Runtime
+from star_attention.runtime.leader import Leader, lead_together
 
 BLOCK = 32768
 
@@ -53,34 +53,34 @@ def build(model: ModelConfig, folder: Path, length: int, options: BuildOptions) 
     return time.perf_counter() - began
 
 
-def measure(runtime: Runtime, length: int) -> dict[str, Any]:
+def measure(leader: Leader, model: ModelConfig, length: int) -> dict[str, Any]:
     """Phase 1 and a decode step, the median of three; and the tokens that it decodes."""
-    ids, config = token_ids(runtime, length), StarConfig(block_size=BLOCK, anchor_mode="local")
-    runtime.encode(ids[: 2 * BLOCK], config).release()
+    ids, config = token_ids(model, length), StarConfig(block_size=BLOCK, anchor_mode="local")
+    leader.release(leader.encode(ids[: 2 * BLOCK], config))
     times = []
     for _ in range(3):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        context = runtime.encode(ids, config)
+        context = leader.encode(ids, config)
         times.append(time.perf_counter() - began)
         if len(times) < 3:
-            context.release()
-    query, decode = generate(runtime, context, ids[:QUESTION_TOKENS], 64)
-    context.release()
+            leader.release(context)
+    query, decode = generate(leader, context, ids[:QUESTION_TOKENS], 64)
+    leader.release(context)
     return {
         "phase1_s": statistics.median(times),
         "query_s": query,
         "decode_ms": decode * 1e3,
-        "kernels": kernels_of_a_block(runtime, ids[:BLOCK], config),
+        "kernels": kernels_of_a_block(leader, ids[:BLOCK], config),
     }
 
 
-def kernels_of_a_block(runtime: Runtime, ids: np.ndarray, config: StarConfig) -> list[dict]:
+def kernels_of_a_block(leader: Leader, ids: np.ndarray, config: StarConfig) -> list[dict]:
     """The kernels of phase 1 of one block, in their order: name and milliseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        runtime.encode(ids, config).release()
+        leader.release(leader.encode(ids, config))
     events = [event for event in profiler.events() if event.device_time_total > 0]
     events.sort(key=lambda event: event.time_range.start)
     return [{"name": event.name, "ms": event.device_time_total / 1e3} for event in events]
@@ -135,14 +135,13 @@ def main() -> None:
 
     comm, cuda = SingleProcess(), EngineOptions("cuda", "float16", kv_cache_gib=8)
     page = StarConfig.tokens_per_block
-    runtime = Runtime(load_engine(options.engine_dir, comm, page, cuda), comm)
-    result["tensorrt"] = measure(runtime, options.length)
-    result["memory_gib"] = {
-        name: size / 2**30 for name, size in runtime.engine.memory_report.items()
-    }
+    engine = load_engine(options.engine_dir, comm, page, cuda)
+    leader, _ = lead_together(engine, comm)
+    result["tensorrt"] = measure(leader, model, options.length)
+    result["memory_gib"] = {name: size / 2**30 for name, size in engine.memory_report.items()}
     result["expected_gib"] = expected_memory(model)
-    runtime = Runtime(dummy_engine(model, comm, page, cuda), comm)
-    result["torch"] = measure(runtime, options.length)
+    leader, _ = lead_together(dummy_engine(model, comm, page, cuda), comm)
+    result["torch"] = measure(leader, model, options.length)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print_result(result)

@@ -254,8 +254,7 @@ class LLM:
         """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
         `query` and `decode` took since the last `reset`."""
         self._release_dropped()
-        while self._advance():
-            pass
+        self._leader.flush()
         return self._leader.execute(Report(reset))
 
     def close(self) -> None:
@@ -298,16 +297,17 @@ class LLM:
             for stream in streams:
                 scheduler.finish(stream.question)
                 del self._streams[stream.question]
+            self._leader.flush()
 
-    def _advance(self, on_chunk: OnChunk = lambda chunk, share: None) -> bool:
-        """One order; False: there is nothing to do."""
+    def _advance(self, on_chunk: OnChunk = lambda chunk, share: None) -> None:
+        """One order."""
         self._release_dropped()
         new = self._leader.step(on_chunk)
-        for token in new or ():
+        assert new is not None, "something is waited for, but nothing is left to do"
+        for token in new:
             stream = self._streams[token.question]
             if stream.take(token, self._end_tokens):
                 self._leader.scheduler.finish(token.question)
-        return new is not None
 
     def _release_dropped(self) -> None:
         while self._dropped:

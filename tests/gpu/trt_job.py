@@ -25,9 +25,7 @@ def main():
         alone = llm.ask(context, QUESTIONS[0], params)
         answers[mode] = [answer.token_ids for answer in (*together, alone)]
         context.release()
-    report = getattr(llm.runtime.engine, "memory_report", {})
-    if llm.comm.rank == 0:
-        print(json.dumps({"answers": answers, "text": alone.text, "memory": report}))
+    print(json.dumps({"answers": answers, "text": alone.text}))
 
 
 main()

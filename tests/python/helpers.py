@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from star_attention.distributed.launch import mpirun_command
+from star_attention.runtime.orders import Ask, Decode, QuestionPart, Release
 from star_attention.runtime.sampling import to_numpy
+from star_attention.runtime.scheduler import keeper
 
 HERE = Path(__file__).parent
 
@@ -88,13 +90,24 @@ def hf_logits(model, tokens, mask):
         return model(input_ids=ids, attention_mask=bias[None, None]).logits[0].float().numpy()
 
 
-def forced_logits(runtime, context, question, answer):
+def run_all(leader):
+    """Steps until nothing is left to do; the tokens by question."""
+    tokens = {}
+    while (new := leader.step()) is not None:
+        for each in new:
+            tokens.setdefault(each.question, []).append(each.token)
+    return tokens
+
+
+def forced_logits(leader, context, question, answer, placement="tail"):
     """Logits of every question and answer token, as if the answer had been generated."""
-    batch = runtime.questions()
-    logits = batch.ask([context], [question], len(answer), all_rows=True)
-    rows = [to_numpy(logits).copy()]
-    rows += [to_numpy(batch.step([0], [int(token)])).copy() for token in answer]
-    batch.release()
+    number, ranks, page = 10**6, context.plan.num_ranks, context.plan.tokens_per_block
+    part = QuestionPart(number, context.number, question, ranks - 1, all_rows=True)
+    rows = [to_numpy(leader.execute(Ask((part,)))).copy()]
+    for index, token in enumerate(answer):
+        order = Decode((number,), (int(token),), (keeper(placement, index, ranks, page),))
+        rows.append(to_numpy(leader.execute(order)).copy())
+    leader.execute(Release(questions=(number,)))
     return np.concatenate(rows)
 
 

@@ -12,7 +12,4 @@ for mode in ("recompute", "local", "broadcast"):
     answers = [llm.ask(context, QUESTION, SamplingParams(max_tokens=40))]
     sampled = SamplingParams(max_tokens=20, temperature=0.9, top_k=50, seed=3)
     answers += llm.ask(context, [QUESTION, "When does it close?"], sampled)
-    texts = llm.comm.gather_objects([answer.token_ids for answer in answers])
-    assert texts.count(texts[0]) == llm.comm.size
-    if llm.comm.rank == 0:
-        print(*answers, sep="\n")
+    print(*answers, sep="\n")

@@ -4,8 +4,8 @@
 
 The text is a context, NUM_QUESTION question tokens, and generated tokens, of which there are as
 many as there are question tokens. A case is `StarConfig`'s fields, but with a list of KV
-placements, all of which ask the same encoded context. ENGINE_OPTIONS are `EngineOptions`' fields as
-JSON.
+placements, all of which ask the same encoded context, and some of `Limits`'. ENGINE_OPTIONS are
+`EngineOptions`' fields as JSON.
 """
 
 import json
@@ -18,9 +18,12 @@ import numpy as np
 from helpers import forced_logits
 from star_attention.config import StarConfig
 from star_attention.distributed import default_communicator
+from star_attention.engines.base import Limits
 from star_attention.engines.loader import EngineOptions, load_engine, star_ranks
 from star_attention.models.checkpoint import find_model
-from star_attention.runtime.runtime import Runtime
+from star_attention.runtime.leader import lead_together
+
+LIMITS = {"pass_tokens", "pass_sequences"}
 
 
 def main() -> None:
@@ -32,21 +35,22 @@ def main() -> None:
     page = cases[0]["tokens_per_block"]
     options = EngineOptions(**json.loads(options))
     ranks = star_ranks(comm, options.tp)
-    runtime = Runtime(load_engine(find_model(model), ranks, page, options), ranks)
+    engine = load_engine(find_model(model), ranks, page, options)
+    common = Limits.common(comm.gather_objects(engine.limits))
     results = {}
     for index, case in enumerate(cases):
         placements = case.pop("kv_placement")
-        if "max_step_tokens" in case:
-            runtime.engine.max_step_tokens = case.pop("max_step_tokens")
-        context = runtime.encode(context_ids, StarConfig(**case))
+        limits = replace(common, **{name: case.pop(name) for name in LIMITS & case.keys()})
+        leader, worker = lead_together(engine, ranks, limits)
+        context = leader.encode(context_ids, StarConfig(**case))
         for placement in placements:
-            context.config = replace(context.config, kv_placement=placement)
-            logits = forced_logits(runtime, context, question, answer)
+            logits = forced_logits(leader, context, question, answer, placement)
             for other in comm.gather_objects(logits):
                 assert np.array_equal(other, logits), "ranks differ"
             results[f"{index} {placement}"] = logits
-        context.release()
-        assert runtime.pool.pages_in_use == 0
+        leader.release(context)
+        assert worker.pool.pages_in_use == 0
+        assert not leader.scheduler.pages_in_use.any()
     if comm.rank == 0:
         np.savez(output, **results)
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import load_script, save_tiny_model
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import EngineOptions
-from star_attention.runtime.runtime import Runtime
+from star_attention.runtime.leader import lead_together
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,11 @@ def test_rows_and_plots(bench, tmp_path, monkeypatch):
     names = {"model": str(tmp_path / "model"), "dtype": "float32", "kv_cache_gib": None}
     options = argparse.Namespace(**names, merge="auto", tp=1)
     engine = bench.make_engine(options, SingleProcess())
-    runtime, rows = Runtime(engine, SingleProcess()), []
+    leader, worker = lead_together(engine, SingleProcess())
+    rows = []
     for method in bench.METHODS:
         for length in (512, 1024):
-            row = bench.measure(runtime, method, length, 256, 2, 1)
+            row = bench.measure(leader, worker, method, length, 256, 2, 1)
             rows += [{**row, "of_matmul": 0.5, "matmul_tflops": 1.0, "ranks": n} for n in (1, 2)]
     work = {row["method"]: row["busiest_gpu_pflop"] for row in rows if row["context"] == 1024}
     assert work["broadcast"] == work["local"] < work["recompute"]

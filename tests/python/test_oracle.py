@@ -94,17 +94,22 @@ def test_tensor_parallel(tmp_path, architecture, processes):
     check(tmp_path / "job", processes, model, hf_model, tokens, num_question, cases, 1e-4, tp=2)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_several_passes(tmp_path, num_ranks):
-    """Blocks that do not fit into one pass."""
+    """Blocks cut anywhere, also inside the anchor and inside pages, and few of them in a pass."""
     hf_model = save_tiny_model(tmp_path / "model")
     page, block, num_question = 8, 16, 3
     tokens = np.random.default_rng(5).integers(0, 97, 9 * block + 5 + 2 * num_question)
+    methods = [*star_cases(page, block, [0, page, block]), exact_case("ring", page)]
     cases = [
-        {**case, "max_step_tokens": limit}
-        for case in star_cases(page, block, [0, page, block])
-        for limit in (block, 2 * block + 5)
-        if case["anchor_mode"] != "recompute"
+        {**case, **limits}
+        for case in methods
+        for limits in (
+            {"pass_tokens": block},
+            {"pass_tokens": 2 * block + 5},
+            {"pass_tokens": 3},
+            {"pass_sequences": 2},
+        )
     ]
     model, job = tmp_path / "model", tmp_path / "job"
     check(job, num_ranks, model, hf_model, tokens.astype(np.int32), num_question, cases, 1e-4)

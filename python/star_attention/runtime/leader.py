@@ -7,10 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from star_attention.config import StarConfig
+from star_attention.distributed import Communicator
 from star_attention.engines.base import Limits, Logits, ModelEngine
-from star_attention.runtime.orders import Ask, Chunk, Decode, Order
+from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
 from star_attention.runtime.sampling import SamplingParams, sample
-from star_attention.runtime.scheduler import NewToken, Scheduler
+from star_attention.runtime.scheduler import Context, NewToken, Scheduler
+from star_attention.runtime.worker import Worker
 
 # Called with a chunk and the share of its layers that is done.
 OnChunk = Callable[[Chunk, float], None]
@@ -74,6 +77,28 @@ class Leader:
             self.scheduler.failed(order)
             raise
 
+    def encode(self, token_ids: np.ndarray, config: StarConfig) -> Context:
+        """Reads a context, int32 [n], while nothing else runs.
+
+        Raises:
+            UserError: as `Scheduler.add_context`.
+        """
+        context = self.scheduler.add_context(token_ids, config)
+        while not context.is_ready:
+            self.step()
+        self.execute(Wait())
+        return context
+
+    def release(self, context: Context) -> None:
+        """Frees a context's pages at once, unless questions run over it."""
+        self.scheduler.release_context(context)
+        self.flush()
+
+    def flush(self) -> None:
+        """Has the ranks free what is over."""
+        if order := self.scheduler.release():
+            self.execute(order)
+
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""
         wanted = self.scheduler.wanted()
@@ -87,3 +112,22 @@ class Leader:
             chosen_from = logits if len(rows) == logits.shape[0] else logits[rows]
             tokens[indices] = sample(chosen_from, params, uniforms)
         return tokens.tolist()
+
+
+def lead_together(
+    engine: ModelEngine, comm: Communicator, limits: Limits | None = None
+) -> tuple[Leader, Worker]:
+    """A leader on each rank of a program that all ranks run to its end (benchmarks, tests), and its
+    worker. They decide alike; what is executed is rank 0's order, as in a job.
+
+    Args:
+        comm: of the ranks that have the same part of the model.
+        limits: as in `Leader`; by default what all engines allow.
+    """
+    worker = Worker(engine, comm)
+
+    def execute(order: Order, on_layer: Callable[[float], None] | None = None) -> Any:
+        return worker.execute(comm.world.broadcast_object(order), on_layer)
+
+    limits = limits or Limits.common(comm.world.gather_objects(engine.limits))
+    return Leader(execute, engine, comm.size, limits), worker

@@ -178,7 +178,9 @@ class ContextPart:
 
     @property
     def finished(self) -> bool:
-        """Whether this rank has computed all, and received what others wait for."""
+        """Whether this rank has no part in later passes."""
+        if self._config.attention == "ring":
+            return sum(self._done) == self._plan.context_len
         own = self._done[self._rank] == sum(piece.tokens for piece in self._pieces)
         return own and not (self._shares_anchor and self._done[0] < self._plan.anchor_size)
 

@@ -223,11 +223,7 @@ class Scheduler:
 
     def next(self) -> Order | None:
         """What all ranks do next; None: nothing, until something is added."""
-        if any(self._over):
-            contexts, questions = self._over
-            self._over = [], []
-            return Release(tuple(contexts), tuple(questions))
-        if order := self._open():
+        if order := self.release() or self._open():
             return order
         answers, chunks = (self._ask, self._decode), (self._chunk,)
         for make in (*answers, *chunks) if self._chunk_was_last else (*chunks, *answers):
@@ -237,6 +233,14 @@ class Scheduler:
             if any(self._over):  # questions that were put back
                 return self.next()
         return None
+
+    def release(self) -> Release | None:
+        """What is over and holds pages."""
+        if not any(self._over):
+            return None
+        contexts, questions = self._over
+        self._over = [], []
+        return Release(tuple(contexts), tuple(questions))
 
     def wanted(self) -> list[tuple[int, Question]]:
         """Rows of the last order's logits that choose a token, and for which question."""

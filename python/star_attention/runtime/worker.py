@@ -108,7 +108,9 @@ class Worker:
         self.stats["context"].tokens += plan.context_len
 
     def _chunk(self, order: Chunk, on_layer: Callable[[float], None] | None) -> None:
-        reading = self._reading[order.context]
+        reading = self._reading.get(order.context)
+        if reading is None:  # this rank's part is done
+            return
         with self._timed("context"):
             context_pass = reading.part.take(order.tokens)
             if context_pass is not None:
