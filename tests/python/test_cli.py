@@ -144,7 +144,7 @@ def check_refusal(run, message):
         (b" \n\n", QUESTION, "is empty"),
         (b"abc\x00def", QUESTION, "is binary"),
         (b"\xff\xfe\x00abc", QUESTION, "is not UTF-8 text"),
-        (b"a text", "", "a question is empty"),
+        (b"a text", "", "--question is empty"),
         (b"a text", "why " * 9000, "a question has"),
         (b"why " * 9000, QUESTION, "tokens, the model was made for 2048: use a shorter text"),
     ],

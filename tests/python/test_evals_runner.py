@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from star_attention import LLM, StarConfig, UserError
+from star_attention.engines.base import Limits
 from star_attention.evals import custom, plots, ruler, tune
 from star_attention.evals import report as comparison
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
 from star_attention.evals.runner import Method, Run, evaluate
 from star_attention.evals.sample import Task
-from star_attention.runtime.pages import PagePool
 
 CONFIGURATION = {
     "benchmark": "ruler",
@@ -149,7 +149,7 @@ def test_a_sample_that_fails(llm, prompts, short_task, tmp_path, monkeypatch):
     assert records[0]["error"] == "needs 80 GiB"
     assert records[1]["error"] == "no such text"
     assert "pred" in records[2]
-    assert llm.runtime.pool.pages_in_use == 0
+    assert llm.report()[0]["pages_in_use"] == 0
 
 
 def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):
@@ -183,12 +183,11 @@ def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, 
     monkeypatch.setattr(llm, "ask", lambda *args: batches.append(len(args[1])) or ask(*args))
     together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, Method("dense"), 10))
     assert batches == [8, 2]
-    room = property(lambda pool: 2 * 640 // 32 - pool.pages_in_use)
-    monkeypatch.setattr(PagePool, "room", room)
+    monkeypatch.setattr(llm._leader.scheduler, "_limits", Limits(pages=2 * 640 // 32))
     alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 3))
     assert batches[-3:] == [1, 1, 1]
     assert [r["pred"] for r in alone] == [r["pred"] for r in together[:3]]
-    assert llm.runtime.pool.pages_in_use == 0
+    assert llm.report()[0]["pages_in_use"] == 0
 
 
 def test_without_times(llm, prompts, short_task, tmp_path):

@@ -1,9 +1,12 @@
 """The Python API with the packaged model: phase 1 once, phase 2 as often as one likes."""
 
+import gc
+import itertools
+
 import numpy as np
 import pytest
 
-from helpers import HERE, run_job
+from helpers import HERE, forced_logits, run_job
 from star_attention import LLM, SamplingParams, StarConfig, UserError
 
 TEXT = (
@@ -25,16 +28,16 @@ def context(llm):
 
 
 def test_asking_again_changes_nothing(llm, context):
-    before = llm.runtime.pool.pages_in_use
-    passes = llm.runtime.stats["context"].tokens
+    before = llm.report()[0]
     first = llm.ask(context, QUESTION, SamplingParams(max_tokens=12))
     other = llm.ask(context, "What do ships carry?", SamplingParams(max_tokens=12))
     again = llm.ask(context, QUESTION, SamplingParams(max_tokens=12))
     assert first == again
     assert other.text != first.text
     assert "Tomasz" in first.text
-    assert llm.runtime.pool.pages_in_use == before
-    assert llm.runtime.stats["context"].tokens == passes
+    after = llm.report()[0]
+    assert after["pages_in_use"] == before["pages_in_use"]
+    assert after["phases"]["context"] == before["phases"]["context"]
 
 
 @pytest.mark.parametrize("placement", ["tail", "round_robin"])
@@ -88,9 +91,18 @@ def test_stop_string_and_end_token(llm, context):
 def test_one_block_is_dense(llm):
     dense = llm.encode(TEXT, StarConfig(attention="dense"))
     star = llm.encode(TEXT, StarConfig(block_size=1024))
-    question = llm._tokenizer.question_tokens(QUESTION)
-    question = np.array(question, np.int32)
-    assert np.array_equal(llm.runtime.logits(dense, question), llm.runtime.logits(star, question))
+    question = np.array(llm._tokenizer.question_tokens(QUESTION), np.int32)
+    logits = [
+        forced_logits(llm._leader, each._context, question, question[:3]) for each in (dense, star)
+    ]
+    assert np.array_equal(*logits)
+
+
+def pages_in_use(llm):
+    """On rank 0, by the worker and by the scheduler, which must agree."""
+    in_use = llm.report()[0]["pages_in_use"]
+    assert llm._leader.scheduler.pages_in_use.tolist() == [in_use]
+    return in_use
 
 
 def test_released_context(llm):
@@ -99,6 +111,109 @@ def test_released_context(llm):
     context.release()
     with pytest.raises(UserError, match="the context was released"):
         llm.ask(context, QUESTION)
+
+
+def test_a_context_that_is_released_while_it_is_asked(llm):
+    """Its answer goes on as if nothing had happened, whatever is read meanwhile."""
+    expected = llm.ask(llm.encode(TEXT), QUESTION, SamplingParams(max_tokens=12)).text
+    before = pages_in_use(llm)
+    context = llm.encode(TEXT)
+    pieces = llm.stream(context, QUESTION, SamplingParams(max_tokens=12))
+    text = next(pieces).text
+    context.release()
+    other = llm.encode(TEXT.replace("Tomasz", "Agnes"))
+    text += "".join(piece.text for piece in pieces)
+    assert text == expected
+    other.release()
+    assert pages_in_use(llm) == before
+
+
+def test_dropped_contexts_give_their_pages_back(llm):
+    before = pages_in_use(llm)
+    for _ in range(3):
+        llm.encode(TEXT)
+    gc.collect()
+    assert pages_in_use(llm) == before
+    with llm.encode(TEXT) as context:
+        assert pages_in_use(llm) > before
+    assert context.released
+    assert pages_in_use(llm) == before
+
+
+def test_abandoned_streams(llm, context):
+    before = pages_in_use(llm)
+    pieces = llm.stream(context, [QUESTION, "When does it close?"], SamplingParams(max_tokens=30))
+    next(pieces)
+    assert pages_in_use(llm) > before
+    pieces.close()
+    assert pages_in_use(llm) == before
+    for _ in llm.stream(context, QUESTION):
+        break
+    gc.collect()
+    assert pages_in_use(llm) == before
+
+
+def test_two_streams_in_turn(llm, context):
+    questions = [QUESTION, "What do ships from the north carry?"]
+    params = SamplingParams(max_tokens=10)
+    expected = [llm.ask(context, question, params).text for question in questions]
+    streams = [llm.stream(context, question, params) for question in questions]
+    texts = ["", ""]
+    for pair in itertools.zip_longest(*streams):
+        for index, piece in enumerate(pair):
+            texts[index] += piece.text if piece else ""
+    assert texts == expected
+
+
+def test_a_question_that_ends_gives_its_pages_back_at_once(llm, context):
+    """While others of its batch go on."""
+    stop = SamplingParams(max_tokens=40, stop="keeper")
+    before = pages_in_use(llm)
+    in_use = [
+        pages_in_use(llm) - before
+        for _ in llm.stream(context, [QUESTION, "Count to a hundred."], stop)
+    ]
+    assert in_use[0] > in_use[-2] > 0 == in_use[-1]
+
+
+def test_no_question(llm, context):
+    assert llm.ask(context, []) == []
+    assert list(llm.stream(context, [])) == []
+
+
+def test_questions_are_refused_before_the_text_is_read(llm):
+    before = llm.report()[0]["phases"]["context"]["tokens"]
+    with pytest.raises(UserError, match="question is empty"):
+        llm.encode(TEXT, questions=["What?", " "])
+    with pytest.raises(UserError, match=r"a question has 90.. tokens"):
+        llm.encode(TEXT, questions=["why " * 9000])
+    assert llm.report()[0]["phases"]["context"]["tokens"] == before
+
+
+def test_an_interrupt_in_the_middle(llm, context, monkeypatch):
+    """What was running is done again, what is asked later is as ever."""
+    params = SamplingParams(max_tokens=10)
+    expected = llm.ask(context, QUESTION, params).text
+    before = pages_in_use(llm)
+    engine = llm._job._workers[llm._number].engine
+    step, fails = type(engine).step, []
+
+    def failing(self, *arguments, **options):
+        if fails:
+            raise fails.pop()
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(type(engine), "step", failing)
+    pieces = llm.stream(context, QUESTION, params)
+    text = next(pieces).text + next(pieces).text
+    fails.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        llm.encode(TEXT)
+    fails.append(MemoryError("too much"))
+    with pytest.raises(MemoryError):
+        llm.ask(context, "When does it close?", params)
+    assert text + "".join(piece.text for piece in pieces) == expected
+    assert pages_in_use(llm) == before
 
 
 def test_progress(llm):

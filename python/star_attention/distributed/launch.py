@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -58,14 +59,15 @@ def run_ranks(
     """Runs `command` as `num_ranks` ranks and returns its exit code.
 
     What ranks print passes through. Of mpirun's own messages only which rank was killed is told, in
-    a line, and all of them if the job failed and no rank said why. Raises UserError as
-    `mpirun_command`.
+    a line, and all of them if the job failed and no rank said why. The ranks end with this process,
+    however it ends. Raises UserError as `mpirun_command`.
     """
     process = subprocess.Popen(
         [*mpirun_command(num_ranks, oversubscribe), *command],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
+        preexec_fn=_end_with_parent,
     )
     assert process.stderr is not None
     explained, untold = False, []
@@ -89,6 +91,14 @@ def run_ranks(
         sys.stderr.buffer.write(b"".join(untold))
         sys.stderr.buffer.flush()
     return code
+
+
+_PRCTL = ctypes.CDLL(None).prctl
+_SET_PARENT_DEATH_SIGNAL = 1
+
+
+def _end_with_parent() -> None:
+    _PRCTL(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _obituary(rank: str, number: str, name: str) -> str:

@@ -1,0 +1,323 @@
+"""What ranks see when the scheduler is free to cut, interleave and put back as it likes.
+
+Several workers run in this process over engines that compute nothing but note, for every slot of
+the KV cache, which token it holds. After every order the rows of all ranks are checked: together
+they see exactly the tokens that the definition of Star Attention gives them.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_attention.config import StarConfig
+from star_attention.distributed import Traffic
+from star_attention.engines.base import Limits, PagedStep
+from star_attention.errors import UserError
+from star_attention.models.config import LLAMA_3_1_8B
+from star_attention.runtime.leader import Leader
+from star_attention.runtime.orders import Ask, Chunk, Decode, Report
+from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.scheduler import Scheduler
+from star_attention.runtime.worker import Worker
+
+PAGE = 4
+
+
+class NotingEngine:
+    """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
+
+    config, tokens_per_block, has_ring = LLAMA_3_1_8B, PAGE, True
+    wait_seconds = graph_steps = peak_memory_bytes = 0
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.slots = np.zeros((0, PAGE), object)
+        self.last = None
+        self.positions = 0
+
+    def reserve_pages(self, count):
+        more = np.full((count - len(self.slots), PAGE), None)
+        self.slots = np.concatenate([self.slots, more])
+
+    def reserve_positions(self, positions):
+        self.positions = max(self.positions, positions)
+
+    def copy_page(self, source, target):
+        self.slots[target] = self.slots[source]
+
+    def step(self, token_ids, positions, attention, logit_rows, on_layer=None):
+        assert len(token_ids) == len(positions) == len(attention.slot_mapping)
+        assert positions.max(initial=-1) < self.positions
+        self.last = positions, attention
+        return np.zeros((len(logit_rows), 3), np.float32)
+
+
+class Ranks:
+    """Workers in a row; `execute` checks what each row of an order sees."""
+
+    def __init__(self, size, limits):
+        self.engines = [NotingEngine(limits) for _ in range(size)]
+        self.workers = []
+        for rank, engine in enumerate(self.engines):
+            comm = SimpleNamespace(rank=rank, size=size, traffic=Traffic())
+            comm.world = SimpleNamespace(rank=rank, gather_objects=lambda value: [value])
+            self.workers.append(Worker(engine, comm))
+        self.plans = {}
+        self.context_of = {}
+        self.orders = []
+
+    def execute(self, order, on_layer=None):
+        self.orders.append(order)
+        for engine in self.engines:
+            engine.last = None
+        results = [worker.execute(order, on_layer) for worker in self.workers]
+        if isinstance(order, Chunk):
+            self.check_chunk(self.plans[order.context], order.context)
+        elif isinstance(order, Ask):
+            self.check_questions([(part.question, part.context) for part in order.parts])
+        elif isinstance(order, Decode):
+            self.check_questions([(n, self.context_of[n]) for n in order.questions])
+        return results[0]
+
+    def check_chunk(self, plan, number):
+        for engine in self.engines:
+            if engine.last:
+                positions, step = engine.last
+                self.store(engine, step, [(number, int(p)) for p in positions])
+        if isinstance(self.engines[0].last, tuple):
+            first = self.engines[0].last[1]
+            shared = getattr(first, "shared_pages", None)
+            for engine in self.engines[1:]:
+                if shared is not None:
+                    engine.slots[engine.last[1].shared_pages] = self.engines[0].slots[shared]
+        for rank, engine in enumerate(self.engines):
+            if engine.last is None:
+                continue
+            positions, step = engine.last
+            for row, (position, seen) in enumerate(
+                zip(positions.tolist(), self.seen(rank, step), strict=True)
+            ):
+                block = max((b for b in plan.blocks if b.start <= position), key=lambda b: b.start)
+                begin, prefix = block.start, block.prefix
+                if position < prefix:  # the anchor, computed for a later block
+                    begin, prefix = 0, 0
+                expected = {(number, i) for i in (*range(prefix), *range(begin, position + 1))}
+                assert seen == expected, (rank, row, position)
+
+    def check_questions(self, pairs):
+        for engine in self.engines:
+            positions, step = engine.last
+            counts = np.diff(step.cu_seqlens_q)
+            keys = np.repeat([question for question, _ in pairs], counts)
+            self.store(engine, step, list(zip(keys.tolist(), positions.tolist(), strict=True)))
+        seen = [self.seen(rank, engine.last[1]) for rank, engine in enumerate(self.engines)]
+        positions, step = self.engines[0].last
+        row = 0
+        for (question, context), count in zip(pairs, np.diff(step.cu_seqlens_q), strict=True):
+            self.context_of[question] = context
+            length = self.plans[context].context_len
+            for _ in range(count):
+                position = int(positions[row])
+                shards = [rank[row] for rank in seen]
+                assert sum(map(len, shards)) == position + 1  # nothing twice
+                expected = {(context, i) for i in range(length)}
+                expected |= {(question, i) for i in range(length, position + 1)}
+                assert set().union(*shards) == expected
+                row += 1
+
+    def store(self, engine, step, keys):
+        for slot, key in zip(step.slot_mapping.tolist(), keys, strict=True):
+            if slot >= 0:
+                engine.slots[slot // PAGE, slot % PAGE] = key
+
+    def seen(self, rank, step):
+        """The keys that each row of a rank's step sees."""
+        counts = np.diff(step.cu_seqlens_q)
+        sources = [(self.engines[rank], step, None)]
+        if not isinstance(step, PagedStep):
+            sources = []
+            for hop, arriving in enumerate(step.hops):
+                source = self.engines[(rank - hop) % len(self.engines)]
+                sources.append((source, arriving, source.last[1].pages))
+        rows = [set() for _ in range(counts.sum())]
+        for engine, tables, pages in sources:
+            row = 0
+            for index, count in enumerate(counts.tolist()):
+                table = tables.page_table[index]
+                cached = engine.slots[table if pages is None else pages[table]].reshape(-1)
+                for i in range(count):
+                    length = int(tables.kv_lens[index]) - (count - 1 - i) * tables.causal
+                    rows[row] |= set(cached[:length])
+                    row += 1
+        return rows
+
+
+def make(size, limits=None, chunk_tokens=None):
+    limits = limits or Limits()
+    ranks = Ranks(size, limits)
+    leader = Leader(ranks.execute, ranks.engines[0], size, limits, chunk_tokens)
+    return ranks, leader
+
+
+def add_context(ranks, leader, length, config):
+    context = leader.scheduler.add_context(np.zeros(length, np.int32), config)
+    ranks.plans[context.number] = context.plan
+    return context
+
+
+def check_pages(ranks, leader):
+    leader.flush()
+    in_use = [worker.pool.pages_in_use for worker in ranks.workers]
+    counted = leader.scheduler.pages_in_use.tolist()
+    assert all(a <= b for a, b in zip(in_use, counted, strict=True)), (in_use, counted)
+    return in_use, counted
+
+
+configs = st.builds(
+    lambda block, anchor, mode, placement, method: StarConfig(
+        block * PAGE if method == "star" else None,
+        min(anchor, block) * PAGE if method == "star" else None,
+        mode,
+        placement,
+        PAGE,
+        method,
+    ),
+    st.integers(1, 4),
+    st.integers(0, 4),
+    st.sampled_from(["recompute", "local", "broadcast"]),
+    st.sampled_from(["tail", "round_robin"]),
+    st.sampled_from(["star", "star", "star", "ring"]),
+)
+
+
+@settings(max_examples=300)
+@given(data=st.data(), size=st.integers(1, 4), chunk=st.one_of(st.none(), st.integers(1, 40)))
+def test_every_row_sees_what_it_should(data, size, chunk):
+    """Contexts, questions and releases in any order, few pages, passes of any size."""
+    draw = data.draw
+    limits = Limits(
+        pages=draw(st.one_of(st.none(), st.integers(12, 40))),
+        pass_tokens=draw(st.one_of(st.none(), st.integers(1, 50))),
+        pass_sequences=draw(st.one_of(st.none(), st.integers(1, 5))),
+        question_tokens=draw(st.one_of(st.none(), st.integers(1, 9))),
+        questions=draw(st.one_of(st.none(), st.integers(1, 4))),
+    )
+    ranks, leader = make(size, limits, chunk)
+    contexts, questions = [], []
+    actions = st.sampled_from(["context", "question", "question", "question", "release", "step"])
+    for action in ["context", *draw(st.lists(actions, min_size=4, max_size=25))]:
+        try:
+            if action == "context":
+                length = draw(st.integers(1, 60))
+                contexts.append(add_context(ranks, leader, length, draw(configs)))
+            elif action == "question" and contexts:
+                context = draw(st.sampled_from(contexts))
+                tokens = np.zeros(draw(st.integers(1, 12)), np.int32)
+                params = SamplingParams(max_tokens=draw(st.integers(1, 12)))
+                questions.append(leader.scheduler.add_question(context, tokens, params))
+            elif action == "release" and contexts:
+                context = contexts.pop(draw(st.integers(0, len(contexts) - 1)))
+                leader.scheduler.release_context(context)
+        except UserError:
+            pass  # it does not fit
+        if action == "step":
+            for _ in range(draw(st.integers(1, 10))):
+                leader.step()
+                check_pages(ranks, leader)
+    steps = 0
+    while leader.step() is not None:
+        check_pages(ranks, leader)
+        steps += 1
+        assert steps < 5000, "it does not end"
+    for question in questions:
+        assert len(question.answer) == question.params.max_tokens
+    for context in contexts:
+        assert context.is_ready or not context.is_open
+        leader.release(context)
+    leader.step()
+    assert check_pages(ranks, leader) == ([0] * size, [0] * size)
+
+
+def test_passes_of_contexts_and_decode_steps_alternate():
+    ranks, leader = make(2, chunk_tokens=8)
+    config = StarConfig(32, 8, tokens_per_block=PAGE)
+    first = add_context(ranks, leader, 64, config)
+    while not first.is_ready:
+        leader.step()
+    tokens = np.zeros(3, np.int32)
+    leader.scheduler.add_question(first, tokens, SamplingParams(max_tokens=50))
+    leader.step()
+    second, third = (add_context(ranks, leader, 96, config) for _ in range(2))
+    ranks.orders.clear()
+    while not (second.is_ready and third.is_ready):
+        leader.step()
+    kinds = [type(order) for order in ranks.orders if isinstance(order, Chunk | Decode)]
+    assert all(a != b for a, b in itertools.pairwise(kinds))
+    chunks = [order for order in ranks.orders if isinstance(order, Chunk)]
+    assert max(max(chunk.tokens) for chunk in chunks) <= 8
+    assert {chunk.context for chunk in chunks[:2]} == {second.number, third.number}
+
+
+def test_the_newest_question_is_put_back_when_the_pool_is_full():
+    ranks, leader = make(1, Limits(pages=10))
+    context = add_context(ranks, leader, 24, StarConfig(24, tokens_per_block=PAGE))
+    params, tokens = SamplingParams(max_tokens=12), np.zeros(2, np.int32)
+    asked = [leader.scheduler.add_question(context, tokens, params) for _ in range(2)]
+    while leader.step() is not None:
+        pass
+    assert [len(each.answer) for each in asked] == [12, 12]
+    parts = [part for order in ranks.orders if isinstance(order, Ask) for part in order.parts]
+    assert [part.question for part in parts].count(asked[0].number) == 1
+    assert [part.question for part in parts].count(asked[1].number) > 1
+
+
+@pytest.mark.parametrize("placement", ["tail", "round_robin"])
+def test_what_can_never_fit_is_refused_at_once(placement):
+    ranks, leader = make(2, Limits(pages=8))
+    config = StarConfig(16, 4, "local", placement, PAGE)
+    with pytest.raises(UserError, match=r"needs 36 tokens of KV cache on a rank, .* room for 32"):
+        add_context(ranks, leader, 64, config)
+    context = add_context(ranks, leader, 48, config)
+    with pytest.raises(UserError, match="other contexts leave"):
+        add_context(ranks, leader, 48, config)
+    with pytest.raises(UserError, match="question and answer need"):
+        leader.scheduler.add_question(
+            context, np.zeros(5, np.int32), SamplingParams(max_tokens=10**6)
+        )
+    with pytest.raises(UserError, match="question and answer need"):
+        make(2, Limits(pages=8))[1].scheduler.add_context(
+            np.zeros(16, np.int32), config, [(5, 10**6)]
+        )
+    assert ranks.orders == []
+
+
+def test_answers_may_be_longer_than_any_list():
+    scheduler = Scheduler(LLAMA_3_1_8B, Limits(), 3, PAGE)
+    config = StarConfig(16, kv_placement="round_robin", tokens_per_block=PAGE)
+    context = scheduler.add_context(np.zeros(40, np.int32), config)
+    question = np.zeros(3, np.int32)
+    scheduler.add_question(context, question, SamplingParams(max_tokens=10**9))
+    with pytest.raises(UserError, match="max_tokens is 3000000000"):
+        scheduler.add_question(context, question, SamplingParams(max_tokens=3 * 10**9))
+
+
+def test_a_rank_that_cannot_hold_what_was_ordered_says_so():
+    ranks, _ = make(1, Limits(pages=2))
+    with pytest.raises(MemoryError, match="3 pages of KV cache are wanted, 2 "):
+        ranks.workers[0].pool.allocate(3)
+
+
+def test_report_counts_every_phase():
+    ranks, leader = make(1)
+    context = add_context(ranks, leader, 30, StarConfig(8, tokens_per_block=PAGE))
+    params = SamplingParams(max_tokens=5)
+    leader.scheduler.add_question(context, np.zeros(4, np.int32), params)
+    while leader.step() is not None:
+        pass
+    phases = leader.execute(Report(reset=True))[0]["phases"]
+    assert [phases[name]["tokens"] for name in ("context", "query", "decode")] == [30, 4, 4]
+    assert leader.execute(Report())[0]["phases"]["context"]["tokens"] == 0
