@@ -21,11 +21,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   if (at.seq == p.num_seqs) return;
   const SequenceRows rows(p, at.seq, blockIdx.y);
   const Tile tile(p, rows, at.seq, at.offset * Tile::kRows, 0, INT32_MAX, smem);
-  tile.write(
-      [&](int row, int dim, float x, float y) {
-        store_output<typename Tile::T>(p, rows.out(p, row) * Tile::kHeadDim + dim, x, y);
-      },
-      [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; });
+  tile.write(output_of(p), [&](int row) { return rows.out(p, row); });
 }
 
 template <typename Tile>

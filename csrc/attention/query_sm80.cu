@@ -30,9 +30,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
     const SequenceRows rows(p, piece.seq, piece.kv_head);
     if (row0 >= rows.count()) continue;
     const Tile tile(p, rows, piece.seq, row0, piece.tile_begin, piece.tile_end, smem);
-    write_piece<typename Tile::T>(p, partials, piece, share, rows, [&](auto store, auto store_lse) {
-      tile.write(store, store_lse);
-    });
+    const PieceOut out(p, partials, piece, share);
+    tile.write(out.to, [&](int row) { return out.index(p, rows, row); });
   }
 }
 
