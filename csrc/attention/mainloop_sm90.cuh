@@ -270,11 +270,12 @@ struct Consumer {
       const bool valid = row + 8 * r < num_rows;
       const int64_t position = index(row + 8 * r);
       const float sum = quad_sum(softmax.sum[r]);
-      const float inverse = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+      const bool empty = sum == 0.f;  // o may be 0 * NaN
+      const float inverse = __fdividef(1.f, sum);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
-        o[i * 4 + 2 * r] *= inverse;
-        o[i * 4 + 2 * r + 1] *= inverse;
+#pragma unroll
+        for (int j = i * 4 + 2 * r; j < i * 4 + 2 * r + 2; ++j) o[j] = empty ? 0.f : o[j] * inverse;
       }
 
       if (valid && lane % 4 == 0) out.lse[position] = softmax.lse(r, sum);

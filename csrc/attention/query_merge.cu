@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     max = fmaxf(max, other_max);
     sum = sum * __expf(old - max) + other_sum * __expf(other_max - max);
   }
-  const float scale = sum > 0.f ? 1.f / sum : 0.f;
+  const float scale = sum == 0.f ? 0.f : 1.f / sum;
 
   float acc[kSlice] = {};
   const auto add = [&](int share, const Pack<float, kSlice>& slice) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int w = 0; w < kWarps; ++w) total += sums[w][threadIdx.x];
     static_cast<Out*>(p.o)[out * kHeadDim + threadIdx.x] = from_float<Out>(total);
   }
-  if (threadIdx.x == 0) p.lse[out] = sum > 0.f ? max + logf(sum) : -INFINITY;
+  if (threadIdx.x == 0) p.lse[out] = sum == 0.f ? -INFINITY : max + logf(sum);
 }
 
 template <typename Out, int kHeadDim>

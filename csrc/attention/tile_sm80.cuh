@@ -80,14 +80,16 @@ struct TileSm80 {
         if (row >= rows_.count()) continue;
         const int64_t to = index(row);
         const float sum = sum_[m][half];
-        const float scale = sum > 0.f ? 1.f / sum : 0.f;
+        const bool empty = sum == 0.f;  // o may be 0 * NaN
+        const float scale = 1.f / sum;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          store_pair<T>(out, to * kHeadDim + 8 * n + lane() % 4 * 2, o_[m][n][2 * half] * scale,
-                        o_[m][n][2 * half + 1] * scale);
+          const float* o = &o_[m][n][2 * half];
+          store_pair<T>(out, to * kHeadDim + 8 * n + lane() % 4 * 2, empty ? 0.f : o[0] * scale,
+                        empty ? 0.f : o[1] * scale);
         }
         if (lane() % 4 == 0) {
-          out.lse[to] = sum > 0.f ? max_[m][half] * kLn2 + logf(sum) : -INFINITY;
+          out.lse[to] = empty ? -INFINITY : max_[m][half] * kLn2 + logf(sum);
         }
       }
     }

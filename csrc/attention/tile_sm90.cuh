@@ -176,9 +176,9 @@ struct Softmax {
     for (int i = 0; i < kTokens / 4; ++i) p[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Log-sum-exp of row r, whose probabilities add up to `total`.
+  // Log-sum-exp of row r, whose probabilities add up to `total`; NaN if that is.
   __device__ float lse(int r, float total) const {
-    if (total <= 0.f) return -kInfinity;
+    if (total == 0.f) return -kInfinity;
     // The reference of the sum is the rounded product of maximum and scale.
     const float rounding = fmaf(-maximum[r], scale_log2, exponent(maximum[r]));
     return fmaf(maximum[r], scale, (__log2f(total) + rounding) * kLn2);

@@ -77,6 +77,23 @@ def check_merges(host, comm):
                     check_merge(host, comm, (tokens, heads, head_dim), dtype, out_dtype, seed)
 
 
+def check_nan(host, comm):
+    """One rank's NaN reaches all ranks, in its rows."""
+    for dtype in DTYPES:
+        o, lse = partials(host.size, (3, 8, 64), dtype)
+        lse[0, 0, 1] = torch.nan
+        lse[:, 1, 2] = torch.nan
+        lse[0, 1, 3] = torch.inf
+        o[0, 2, 4, 5] = torch.nan
+        out = torch.zeros(3, 8, 64, device="cuda")
+        comm.merge(o[host.rank], lse[host.rank], out, stream())
+        torch.cuda.synchronize()
+        comm.check()
+        expected = torch.zeros_like(out, dtype=torch.bool)
+        expected[0, 1] = expected[1, 2] = expected[1, 3] = expected[2, 4, 5] = True
+        assert torch.equal(out.isnan(), expected)
+
+
 def merge(host, device):
     comm = GpuCommunicator(host, device, merge="peer", timeout=60)
     assert comm.merge_path == "peer"
@@ -86,11 +103,13 @@ def merge(host, device):
     traffic = comm.traffic - before
     assert (traffic.sent, traffic.received) == (sent, sent), traffic
     check_merges(host, comm)
+    check_nan(host, comm)
 
 
 def nccl_merge(host, device):
     comm = GpuCommunicator(host, device, merge="nccl")
     check_merges(host, comm)
+    check_nan(host, comm)
     in_pieces = GpuCommunicator(host, device, merge="nccl", merge_capacity=64 << 10)
     check_merge(host, in_pieces, (50, 8, 128), torch.bfloat16, torch.bfloat16)
 
@@ -245,6 +264,7 @@ def host_merge(host, device):
     _C.PeerMerge = original
     assert comm.merge_path == ("host" if comm.shares_gpu else "nccl")
     check_merge(host, comm, (17, 32, 128), torch.bfloat16, torch.bfloat16)
+    check_nan(host, comm)
 
 
 def _no_peers(*_arguments):

@@ -3,7 +3,16 @@ kernel (that of sm_90: test_context_attention.py)."""
 
 import pytest
 import torch
-from paged import Problem, assert_close, float32_out
+from paged import (
+    NAN_LENGTHS,
+    NAN_PLACES,
+    Problem,
+    assert_close,
+    check_blind_rows,
+    check_nan_surfaces,
+    check_overflow_surfaces,
+    float32_out,
+)
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
 
@@ -48,10 +57,40 @@ def test_formats(kernel, dtype, head_dim, page):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("rows", [1, 9, 40, 150])
 def test_groups(kernel, group, rows):
     problem = Problem([(rows, 1500), (rows, 300)], num_q_heads=3 * group, num_kv_heads=3)
     assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page", [64, 128])
+def test_formats_of_many_rows(kernel, dtype, head_dim, page):
+    """More than a tile of rows, with clusters of blocks and without."""
+    for rows in (100, 129, 300):
+        lengths = [(rows, 1111), (1, 700)]
+        problem = Problem(lengths, head_dim=head_dim, page=page, dtype=dtype)
+        assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("place", NAN_PLACES)
+@pytest.mark.parametrize("lengths", NAN_LENGTHS.values(), ids=NAN_LENGTHS.keys())
+def test_nan_surfaces(kernel, lengths, place):
+    def attend(problem):
+        return cuda.paged_attention(**problem.arguments(), kernel=kernel)
+
+    check_nan_surfaces(attend, lengths, place)
+
+
+def test_blind_rows(kernel):
+    check_blind_rows(lambda problem: cuda.paged_attention(**problem.arguments(), kernel=kernel))
+
+
+def test_overflow_surfaces(kernel):
+    check_overflow_surfaces(
+        lambda problem: cuda.paged_attention(**problem.arguments(), kernel=kernel)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
