@@ -1,6 +1,7 @@
 // A block takes one token's head. Its warps stride over the pieces of the head's (sequence, KV
 // head) pair, each lane holding a slice of the head dimension; then the warps' sums are added in
-// order. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for it.
+// order. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for it: it
+// lets them start when what is in front of it has ended, so that the lengths are there.
 #include "attention/query_shares.cuh"
 #include "common/dependent_launch.cuh"
 

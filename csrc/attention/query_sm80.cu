@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
     query_sm80_kernel(const __grid_constant__ PagedAttentionParams p,
                       const __grid_constant__ QueryPartials partials) {
   extern __shared__ __align__(256) char smem[];
-  allow_next_kernel();  // the merge
   wait_for_previous_kernel();
+  allow_next_kernel();  // the merge, which reads lengths before it waits
   const int row0 = blockIdx.x * Tile::kRows, share = blockIdx.y;
   QueryPieces pieces(p, partials, share);
   for (QueryPiece piece; pieces.next(piece);) {

@@ -126,8 +126,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  allow_next_kernel();  // the merge
   wait_for_previous_kernel();
+  allow_next_kernel();  // the merge, which reads lengths before it waits
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int warpgroup = warp / 4;

@@ -140,6 +140,39 @@ def test_shards_merge_to_the_whole(kernel):
     assert_close(*cuda.merge_lse(o, lse, out_dtype=whole.dtype), whole)
 
 
+LATE_LENGTHS = r"""
+extern "C" __global__ void late_lengths(int* kv_lens, int kv_len) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  for (const long long began = clock64(); clock64() - began < 1000000;) {}
+  *kv_lens = kv_len;
+}
+"""
+
+
+@pytest.mark.skipif(not SM90, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("rows", [1, 16, 1440])
+def test_lengths_written_by_the_kernel_in_front(kernel, rows):
+    """That kernel lets this one start early, and only then writes the lengths."""
+    cupy = pytest.importorskip("cupy")
+    late_lengths = cupy.RawKernel(LATE_LENGTHS, "late_lengths")
+    problem = Problem([(rows, 5000)])
+    out = float32_out(problem)
+    arguments = problem.arguments()
+
+    def attend():
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+            late_lengths((1,), (1,), (problem.kv_lens.data_ptr(), 5000))
+        cuda.paged_attention(**arguments, kernel=kernel, out=out)
+
+    attend()  # loads the kernels
+    for x in out:
+        x.fill_(torch.nan)
+    problem.kv_lens.zero_()
+    torch.cuda.synchronize()
+    attend()
+    assert_close(*out, problem)
+
+
 @pytest.mark.parametrize("rows", [1, 48])
 def test_graph_replay_with_growing_cache(rows):
     longest = 3000

@@ -15,6 +15,9 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 // when `causal` (bottom-right aligned), all `kv_len` of them otherwise. A row that sees nothing
 // gets o = 0, lse = -inf. A NaN in a live token surfaces: of K in o and lse of the rows that see
 // it, of V in o.
+//
+// The kernels in front on the stream may have written anything that the pointers name, lengths
+// included, also those that let this one start early (common/dependent_launch.cuh).
 struct PagedAttentionParams {
   DType dtype;    // of q and kv_pool: kFloat16 or kBFloat16
   DType o_dtype;  // dtype, or kFloat32 for partials that are merged later
