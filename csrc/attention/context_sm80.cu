@@ -3,6 +3,7 @@
 // shared memory. Blocks that run together share a KV head, so that its pages are read from L2; the
 // rows that see most go first, so that the causal triangle leaves no long tail.
 #include "attention/kernels.h"
+#include "attention/steps.h"
 #include "attention/tile_sm80.cuh"
 #include "common/check.h"
 #include "common/device.h"
@@ -39,11 +40,18 @@ template <typename T, int kHeadDim>
 void launch(const PagedAttentionParams& p, cudaStream_t stream) {
   using Large = TileSm80<T, kHeadDim, 8, 1, 2>;
   using Small = TileSm80<T, kHeadDim, 4, 1, 2>;
-  Large::kSmemBytes <= current_device().smem_per_block ? launch_tile<Large>(p, stream)
-                                                       : launch_tile<Small>(p, stream);
+  large_tile_fits_sm80(kHeadDim) ? launch_tile<Large>(p, stream) : launch_tile<Small>(p, stream);
 }
 
 }  // namespace
+
+double context_attention_sm80_steps(const PagedAttentionParams& p) {
+  const bool large = large_tile_fits_sm80(p.head_dim);
+  const int rows = p.max_q_len * (p.num_q_heads / p.num_kv_heads);
+  const int tile = large ? 256 : 128, blocks_per_sm = large ? 1 : 2;
+  const int64_t tiles = int64_t{(rows + tile - 1) / tile} * p.num_kv_heads;
+  return context_steps(p, tiles, blocks_per_sm) * (large ? 1 : kSmallTileTimeSm80);
+}
 
 void context_attention_sm80(const PagedAttentionParams& p, cudaStream_t stream) {
   dispatch_16bit(p.dtype, [&](auto element) {

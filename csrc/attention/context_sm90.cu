@@ -10,6 +10,7 @@
 
 #include "attention/kernels.h"
 #include "attention/mainloop_sm90.cuh"
+#include "attention/steps.h"
 #include "common/check.h"
 #include "common/device.h"
 #include "common/numeric.cuh"
@@ -268,7 +269,11 @@ void launch(const Arguments& args, int64_t work_tiles, cudaStream_t stream) {
 
 }  // namespace
 
-size_t context_attention_sm90_workspace_bytes() { return sizeof(int); }
+size_t context_attention_sm90_workspace() { return sizeof(int); }
+
+double context_attention_sm90_steps(const PagedAttentionParams& p) {
+  return context_steps(p, int64_t{(p.max_q_len + kRows - 1) / kRows} * p.num_q_heads, 1);
+}
 
 void context_attention_sm90(const PagedAttentionParams& params, void* workspace,
                             cudaStream_t stream) {

@@ -10,6 +10,7 @@
 #include "attention/kernels.h"
 #include "attention/mainloop_sm90.cuh"
 #include "attention/query_shares.cuh"
+#include "attention/steps.h"
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
 #include "common/device.h"
@@ -189,8 +190,9 @@ void launch(const Arguments& args, const Grid& grid, cudaStream_t stream) {
 
 }  // namespace
 
-size_t query_attention_sm90_workspace(const PagedAttentionParams& p) {
-  return query_partials_bytes(p, Grid(p).shares);
+QueryPlan query_attention_sm90_plan(const PagedAttentionParams& p) {
+  const int shares = Grid(p).shares;
+  return {shares, query_partials_bytes(p, shares), query_steps(p, shares)};
 }
 
 void query_attention_sm90(const PagedAttentionParams& p, void* workspace, cudaStream_t stream) {

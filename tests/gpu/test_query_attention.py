@@ -15,6 +15,7 @@ from paged import (
 )
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
+_C = pytest.importorskip("star_attention._C", exc_type=ImportError)
 
 SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 KERNELS = ["query_sm80", "context_sm80", *(["query_sm90"] if SM90 else [])]
@@ -28,6 +29,9 @@ LENGTHS = {
     "16 rows": [(16, 3000)],
     "many rows": [(300, 5003)],
     "512 rows": [(512, 4097)],
+    "600 rows": [(600, 5000)],
+    "1500 rows, own tokens only": [(1500, 1500)],
+    "1030 rows and few": [(1, 700), (1030, 3000), (129, 129), (1030, 500)],
     "several": [(1, 4000), (33, 33), (5, 129), (100, 2500)],
     "empty sequence and empty cache": [(3, 200), (0, 500), (2, 0), (1, 64)],
     "only empty caches": [(2, 0), (1, 0)],
@@ -138,6 +142,36 @@ def test_shards_merge_to_the_whole(kernel):
         parts.append(cuda.paged_attention(**shard, kernel=kernel, out=out))
     o, lse = (torch.stack(x) for x in zip(*parts, strict=True))
     assert_close(*cuda.merge_lse(o, lse, out_dtype=whole.dtype), whole)
+
+
+# Rows and query heads (four a KV head), and whether a GPU of 132 multiprocessors has to split KV.
+QUESTIONS = {
+    "600 of 8 heads": (600, 8, True),
+    "600 of 32 heads": (600, 32, True),
+    "1024 of 8 heads": (1024, 8, True),
+    "512 of 32 heads": (512, 32, False),
+    "2048 of 32 heads": (2048, 32, False),
+}
+
+
+@pytest.mark.parametrize(("rows", "heads", "split"), QUESTIONS.values(), ids=QUESTIONS.keys())
+def test_long_questions_split_the_cache(rows, heads, split):
+    problem = Problem([(rows, 8000)], num_q_heads=heads, num_kv_heads=heads // 4)
+    workspace = []
+
+    def allocate(size):
+        workspace.append(size)
+        return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    o, lse = torch.empty_like(problem.q), problem.q.new_empty(rows, heads, dtype=torch.float32)
+    arguments = problem.arguments()
+    tensors = [arguments.pop(name) for name in ("q", "kv_pool", "page_table")]
+    tensors += [arguments.pop(name) for name in ("cu_seqlens_q", "kv_lens")]
+    stream = torch.cuda.current_stream().cuda_stream
+    _C.paged_attention(*tensors, o, lse, allocate, **arguments, kernel="auto", stream=stream)
+    assert_close(o, lse, problem)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert (workspace[0] > 4) == split
 
 
 LATE_LENGTHS = r"""
