@@ -46,11 +46,10 @@ void launch(const PagedAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 double context_attention_sm80_steps(const PagedAttentionParams& p) {
-  const bool large = large_tile_fits_sm80(p.head_dim);
-  const int rows = p.max_q_len * (p.num_q_heads / p.num_kv_heads);
-  const int tile = large ? 256 : 128, blocks_per_sm = large ? 1 : 2;
-  const int64_t tiles = int64_t{(rows + tile - 1) / tile} * p.num_kv_heads;
-  return context_steps(p, tiles, blocks_per_sm) * (large ? 1 : kSmallTileTimeSm80);
+  const int group = p.num_q_heads / p.num_kv_heads;
+  return large_tile_fits_sm80(p.head_dim)
+             ? context_steps(p, 256, group, p.num_kv_heads, 1)
+             : context_steps(p, 128, group, p.num_kv_heads, 2) * kSmallTileTimeSm80;
 }
 
 void context_attention_sm80(const PagedAttentionParams& p, cudaStream_t stream) {

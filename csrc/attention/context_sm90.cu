@@ -272,7 +272,7 @@ void launch(const Arguments& args, int64_t work_tiles, cudaStream_t stream) {
 size_t context_attention_sm90_workspace() { return sizeof(int); }
 
 double context_attention_sm90_steps(const PagedAttentionParams& p) {
-  return context_steps(p, int64_t{(p.max_q_len + kRows - 1) / kRows} * p.num_q_heads, 1);
+  return context_steps(p, kRows, 1, p.num_q_heads, 1);
 }
 
 void context_attention_sm90(const PagedAttentionParams& params, void* workspace,
