@@ -137,14 +137,9 @@ size_t step_workspace_bytes(int num_q_heads, int num_kv_heads, int head_dim, int
   p.page_table = p.cu_seqlens_q = p.kv_lens = reinterpret_cast<int32_t*>(somewhere);
   p.lse = reinterpret_cast<float*>(somewhere);
   p.num_pages = p.num_seqs = p.num_tokens = 1;
-
-  // Which kernel runs, and on how many parts, changes with the rows in no simple way.
-  size_t most = 0;
-  for (int rows = 1; rows <= std::min(max_q_len, kMaxQueryTokens + 1); ++rows) {
-    p.max_q_len = rows;
-    most = std::max(most, paged_attention_workspace(p));
-  }
-  return partials_bytes(max_merge_tokens, num_q_heads, head_dim) + most;
+  p.max_q_len = std::max(1, max_q_len);
+  return partials_bytes(max_merge_tokens, num_q_heads, head_dim) +
+         most_paged_attention_workspace(p);
 }
 
 }  // namespace star_attention

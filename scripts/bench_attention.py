@@ -8,14 +8,16 @@ Prints one table a phase and saves everything as JSON:
 context: a block of B tokens behind an anchor of A tokens, causal, in TFLOP/s of
     4 Hq D (A B + B² / 2) floating-point operations. cuDNN and torch's FA2 cannot align a causal
     mask bottom-right: they make two calls, whose merge is not counted.
-query: n query tokens at the end of L cached ones, causal. Up to 16, in TB/s of K and V; more, in
-    TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L without a mask here.
+query: n query tokens of Hq heads (four a KV head) at the end of L cached ones, causal. Up to 16, in
+    TB/s of K and V; more, in TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L
+    without a mask here.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
 linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB).
 
 Our attention reads pages in random order, the peers contiguous K and V. "ours" is the kernel that
-is taken by itself, "ours, sm_80" the path for GPUs before Hopper. Ceilings are measured with each
+is taken by itself, "ours, sm_80" the path for GPUs before Hopper; of more than 64 query tokens, all
+four kernels are timed. Ceilings are measured with each
 row: a read of K and V, a copy that moves the row's bytes, an 8192³ matmul (whose time is that of
 the row's operations at its rate).
 
@@ -54,20 +56,28 @@ CONTEXT_SHAPES = [  # B, A
     (8192, 0),
     (32768, 0),
 ]
-QUERY_SHAPES = [  # L, n
-    (131072, 1),
-    (131072, 4),
-    (131072, 16),
-    (131072, 128),
-    (131072, 512),
-    (524288, 1),
-    (524288, 16),
-    (524288, 128),
+QUERY_SHAPES = [  # L, n, query heads
+    (16384, 64, 32),
+    (16384, 600, 8),
+    (16384, 600, 32),
+    (131072, 1, 32),
+    (131072, 4, 32),
+    (131072, 16, 32),
+    (131072, 128, 32),
+    (131072, 512, 32),
+    (131072, 600, 8),
+    (131072, 600, 32),
+    (131072, 1024, 8),
+    (131072, 1024, 32),
+    (524288, 1, 32),
+    (524288, 16, 32),
+    (524288, 128, 32),
 ]
 TOKENS, HIDDEN, INTERMEDIATE, EPS = 32768, 4096, 14336, 1e-5
 MATMUL, MATMUL_FLOPS = 8192, 2 * 8192**3
 CEILINGS = ("matmul", "copy", "read")
 SM80 = "ours, sm_80"
+KERNELS = ("context_sm90", "query_sm90", "context_sm80")  # beside what "ours" and SM80 are
 OPS = "star_attention.ops.cuda"
 GRAPH_MS, GRAPH_CALLS = 2.0, 50  # a graph of a row's fastest contender lasts about so long
 
@@ -96,7 +106,9 @@ class Row:
 
 
 def group(name: str) -> str:
-    return name if name in ("ours", SM80) else "ceiling" if name in CEILINGS else "peers"
+    if name in ("ours", SM80, *KERNELS):
+        return name
+    return "ceiling" if name in CEILINGS else "peers"
 
 
 class Timer:
@@ -267,13 +279,13 @@ def random_pages(count: int) -> torch.Tensor:
     return torch.randperm(count, device="cuda").int()
 
 
-def ours(q: torch.Tensor, tokens: int, kernel: str) -> Call:
+def ours(q: torch.Tensor, tokens: int, kv_heads: int, kernel: str) -> Call:
     """Attention of q, the last of `tokens` tokens, to their pages."""
     return imported(
         OPS,
         "paged_attention",
         q,
-        randn(tokens // PAGE, 2, KV_HEADS, PAGE, HEAD_DIM),
+        randn(tokens // PAGE, 2, kv_heads, PAGE, HEAD_DIM),
         random_pages(tokens // PAGE)[None],
         torch.tensor([0, len(q)], dtype=torch.int32, device="cuda"),
         torch.tensor([tokens], dtype=torch.int32, device="cuda"),
@@ -318,8 +330,8 @@ def attention(
 ) -> dict[str, Call]:
     """q [n, Hq, D] over kv [2, L, Hkv, D], which SDPA takes in `shards`."""
     return {
-        "ours": ours(q, kv.shape[1], "auto"),
-        SM80: ours(q, kv.shape[1], f"{phase}_sm80"),
+        "ours": ours(q, *kv.shape[1:3], "auto"),
+        SM80: ours(q, *kv.shape[1:3], f"{phase}_sm80"),
         "FlashInfer FA3": flashinfer_prefill(q, kv, "fa3"),
         "FlashInfer FA2": flashinfer_prefill(q, kv, "fa2"),
         "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, q, *shards),
@@ -327,8 +339,8 @@ def attention(
     }
 
 
-def attention_flops(rows: int, before: int) -> float:
-    return 4 * Q_HEADS * HEAD_DIM * (before * rows + rows**2 / 2)
+def attention_flops(rows: int, before: int, heads: int = Q_HEADS) -> float:
+    return 4 * heads * HEAD_DIM * (before * rows + rows**2 / 2)
 
 
 def merge(shards: int, tokens: int, dtype: torch.dtype) -> tuple[int, dict[str, Call]]:
@@ -390,18 +402,20 @@ def context_rows(timer: Timer) -> Iterator[Row]:
 
 
 def query_rows(timer: Timer) -> Iterator[Row]:
-    for tokens, rows in QUERY_SHAPES:
-        q, kv = randn(rows, Q_HEADS, HEAD_DIM), randn(2, tokens, KV_HEADS, HEAD_DIM)
+    for tokens, rows, heads in QUERY_SHAPES:
+        q, kv = randn(rows, heads, HEAD_DIM), randn(2, tokens, heads // 4, HEAD_DIM)
         calls = attention("query", q, kv, (kv, False))
         if rows == 1:
             calls["FlashInfer decode"] = imported(
                 "flashinfer", "single_decode_with_kv_cache", q[0], *kv, return_lse=True
             )
-        shape = {"L": tokens, "n": rows}
+        if rows > 64:
+            calls |= {name: ours(q, *kv.shape[1:3], name) for name in KERNELS}
+        shape = {"L": tokens, "n": rows, "Hq": heads}
         if rows <= 16:
             yield timer.row(shape, kv.nbytes, "TB/s", calls | {"read": device_read(kv)})
         else:
-            work = attention_flops(rows, tokens - rows)
+            work = attention_flops(rows, tokens - rows, heads)
             yield timer.row(shape, work, "TFLOP/s", calls | {"matmul": matmul()})
 
 
@@ -465,6 +479,7 @@ PHASES = {
             "ours / best peer": ("peers", "ours"),
             "ours / ceiling": ("ceiling", "ours"),
             "time / FlashInfer FA2 time": ("ours", "FlashInfer FA2"),
+            "sm_80 / FlashInfer FA2": ("FlashInfer FA2", SM80),
         },
     ),
     "bytes": Phase(

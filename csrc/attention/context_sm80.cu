@@ -3,6 +3,7 @@
 // shared memory. Blocks that run together share a KV head, so that its pages are read from L2; the
 // rows that see most go first, so that the causal triangle leaves no long tail.
 #include "attention/kernels.h"
+#include "attention/steps.h"
 #include "attention/tile_sm80.cuh"
 #include "common/check.h"
 #include "common/device.h"
@@ -21,11 +22,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   if (at.seq == p.num_seqs) return;
   const SequenceRows rows(p, at.seq, blockIdx.y);
   const Tile tile(p, rows, at.seq, at.offset * Tile::kRows, 0, INT32_MAX, smem);
-  tile.write(
-      [&](int row, int dim, float x, float y) {
-        store_output<typename Tile::T>(p, rows.out(p, row) * Tile::kHeadDim + dim, x, y);
-      },
-      [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; });
+  tile.write(output_of(p), [&](int row) { return rows.out(p, row); });
 }
 
 template <typename Tile>
@@ -43,11 +40,17 @@ template <typename T, int kHeadDim>
 void launch(const PagedAttentionParams& p, cudaStream_t stream) {
   using Large = TileSm80<T, kHeadDim, 8, 1, 2>;
   using Small = TileSm80<T, kHeadDim, 4, 1, 2>;
-  Large::kSmemBytes <= current_device().smem_per_block ? launch_tile<Large>(p, stream)
-                                                       : launch_tile<Small>(p, stream);
+  large_tile_fits_sm80(kHeadDim) ? launch_tile<Large>(p, stream) : launch_tile<Small>(p, stream);
 }
 
 }  // namespace
+
+double context_attention_sm80_steps(const PagedAttentionParams& p) {
+  const int group = p.num_q_heads / p.num_kv_heads;
+  return large_tile_fits_sm80(p.head_dim)
+             ? context_steps(p, 256, group, p.num_kv_heads, 1)
+             : context_steps(p, 128, group, p.num_kv_heads, 2) * kSmallTileTimeSm80;
+}
 
 void context_attention_sm80(const PagedAttentionParams& p, cudaStream_t stream) {
   dispatch_16bit(p.dtype, [&](auto element) {

@@ -1,5 +1,6 @@
 #include "star_attention/paged_attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention/kernels.h"
@@ -12,27 +13,52 @@ namespace {
 // Up to so many rows of a KV head, loading K and V takes longer than multiplying them on either
 // path.
 constexpr int kMemoryBoundRows = 64;
-// From so many rows of all query heads for each multiprocessor on, the sm_90a context kernel has
-// work for (nearly) all of them without splitting KV, which is faster.
-constexpr int kRowsThatFillSm90 = 115;
 
 #ifdef STAR_ATTENTION_SM90
 constexpr bool kBuiltSm90 = true;
 #else
 constexpr bool kBuiltSm90 = false;
 #endif
+
+bool use_sm90() { return kBuiltSm90 && current_device().compute_capability == 90; }
+
+bool is_memory_bound(const PagedAttentionParams& p) {
+  return int64_t{p.max_q_len} * (p.num_q_heads / p.num_kv_heads) <= kMemoryBoundRows;
+}
+
+// The query kernel for so many rows.
+AttentionKernel query_kernel(const PagedAttentionParams& p) {
+  return use_sm90() && !is_memory_bound(p) ? AttentionKernel::kQuerySm90
+                                           : AttentionKernel::kQuerySm80;
+}
+
+QueryPlan query_plan(const PagedAttentionParams& p, AttentionKernel kernel) {
+#ifdef STAR_ATTENTION_SM90
+  if (kernel == AttentionKernel::kQuerySm90) return query_attention_sm90_plan(p);
+#endif
+  return query_attention_sm80_plan(p);
+}
+
+double context_steps(const PagedAttentionParams& p) {
+#ifdef STAR_ATTENTION_SM90
+  if (use_sm90()) return context_attention_sm90_steps(p);
+#endif
+  return context_attention_sm80_steps(p);
+}
+
+// Whether cutting the KV into shares is faster than giving each tile of rows to one block.
+bool splitting_pays(const PagedAttentionParams& p) {
+  if (is_memory_bound(p)) return true;
+  const QueryPlan plan = query_plan(p, query_kernel(p));
+  return plan.shares > 1 && plan.steps < context_steps(p);
+}
+
 AttentionKernel resolve(const PagedAttentionParams& p, AttentionKernel kernel) {
-  const int capability = current_device().compute_capability;
-  const bool sm90 = kBuiltSm90 && capability == 90;
+  const bool sm90 = use_sm90();
   if (kernel == AttentionKernel::kAuto) {
-    const int64_t rows = int64_t{p.max_q_len} * p.num_q_heads;
-    const bool fills = sm90 && rows >= int64_t{kRowsThatFillSm90} * current_device().num_sms;
-    if (p.max_q_len > kMaxQueryTokens || fills) {
-      kernel = sm90 ? AttentionKernel::kContextSm90 : AttentionKernel::kContextSm80;
-    } else {
-      const bool few = rows / p.num_kv_heads <= kMemoryBoundRows;
-      kernel = sm90 && !few ? AttentionKernel::kQuerySm90 : AttentionKernel::kQuerySm80;
-    }
+    kernel = splitting_pays(p) ? query_kernel(p)
+             : sm90            ? AttentionKernel::kContextSm90
+                               : AttentionKernel::kContextSm80;
   }
   require(
       sm90 || (kernel != AttentionKernel::kQuerySm90 && kernel != AttentionKernel::kContextSm90),
@@ -78,18 +104,33 @@ void check(const PagedAttentionParams& p) {
 size_t paged_attention_workspace(const PagedAttentionParams& p, AttentionKernel kernel) {
   check(p);
   if (p.num_tokens == 0) return 0;
-  switch (resolve(p, kernel)) {
+  kernel = resolve(p, kernel);
+  switch (kernel) {
     case AttentionKernel::kQuerySm80:
-      return query_attention_sm80_workspace(p);
-#ifdef STAR_ATTENTION_SM90
     case AttentionKernel::kQuerySm90:
-      return query_attention_sm90_workspace(p);
+      return query_plan(p, kernel).workspace;
+#ifdef STAR_ATTENTION_SM90
     case AttentionKernel::kContextSm90:
-      return context_attention_sm90_workspace_bytes();
+      return context_attention_sm90_workspace();
 #endif
     default:
       return 0;
   }
+}
+
+size_t most_paged_attention_workspace(PagedAttentionParams p) {
+  check(p);
+  size_t most = 0;
+#ifdef STAR_ATTENTION_SM90
+  most = context_attention_sm90_workspace();
+#endif
+  const int max_q_len = p.max_q_len;
+  for (p.max_q_len = 1; p.max_q_len <= max_q_len; ++p.max_q_len) {
+    const QueryPlan plan = query_plan(p, query_kernel(p));
+    if (plan.shares == 1 && !is_memory_bound(p)) break;  // nor are there more with more rows
+    most = std::max(most, plan.workspace);
+  }
+  return most;
 }
 
 void paged_attention(const PagedAttentionParams& p, void* workspace, size_t workspace_bytes,

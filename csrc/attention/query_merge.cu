@@ -1,24 +1,28 @@
-// A block takes one token's head. Its warps stride over the pieces of the head's (sequence, KV
-// head) pair, each lane holding a slice of the head dimension; then the warps' sums are added in
-// order. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for it.
+// kRowWarps warps take one head of one token and stride over the pieces of its (sequence, KV head)
+// pair, each lane holding a slice of the head dimension; then the warps' sums are added in order: a
+// block for the few rows and many pieces of a decode step, a warp for the many rows and few pieces
+// of a question. On sm_90 blocks start while the query kernel runs, find their pieces, and wait for
+// it: it lets them start when what is in front of it has ended, so that the lengths are there.
 #include "attention/query_shares.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/device.h"
 
 namespace star_attention {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kInFlight = 5;  // pieces whose loads a warp issues before it needs the first
+constexpr int kMostPiecesOfWarp = 16;
 
-template <typename Out, int kHeadDim>
+template <typename Out, int kHeadDim, int kRowWarps>
 __global__ void __launch_bounds__(32 * kWarps)
     query_merge_kernel(const PagedAttentionParams p, const QueryPartials partials) {
   constexpr int kSlice = kHeadDim / 32;
-  __shared__ float sums[kWarps][kHeadDim];
 
   allow_next_kernel();
-  const int token = blockIdx.x, head = blockIdx.y;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kRowWarps;
+  const int out = blockIdx.x * (kWarps / kRowWarps) + threadIdx.x / 32 / kRowWarps;
+  const int token = out / p.num_q_heads, head = out % p.num_q_heads;
   const int group = p.num_q_heads / p.num_kv_heads;
   const auto tiles = [&](int seq) { return num_tiles_of(p, partials.tile, seq); };
 
@@ -43,7 +47,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   Pack<float, kSlice> slices[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    const int share = min(first + warp + i * kWarps, last);
+    const int share = min(first + warp + i * kRowWarps, last);
     slices[i] = load_pack<float, kSlice>(partials.o + index(share) * kHeadDim + lane * kSlice);
   }
 
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     max = fmaxf(max, other_max);
     sum = sum * __expf(old - max) + other_sum * __expf(other_max - max);
   }
-  const float scale = sum > 0.f ? 1.f / sum : 0.f;
+  const float scale = sum == 0.f ? 0.f : 1.f / sum;
 
   float acc[kSlice] = {};
   const auto add = [&](int share, const Pack<float, kSlice>& slice) {
@@ -72,30 +76,48 @@ __global__ void __launch_bounds__(32 * kWarps)
   };
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    const int share = first + warp + i * kWarps;
+    const int share = first + warp + i * kRowWarps;
     if (share <= last) add(share, slices[i]);
   }
-  for (int share = first + warp + kInFlight * kWarps; share <= last; share += kWarps) {
+  for (int share = first + warp + kInFlight * kRowWarps; share <= last; share += kRowWarps) {
     add(share, load_pack<float, kSlice>(partials.o + index(share) * kHeadDim + lane * kSlice));
   }
-#pragma unroll
-  for (int k = 0; k < kSlice; ++k) sums[warp][lane * kSlice + k] = acc[k];
-  __syncthreads();
+  if (warp == 0 && lane == 0) p.lse[out] = sum == 0.f ? -INFINITY : max + logf(sum);
 
-  const int64_t out = int64_t{token} * p.num_q_heads + head;
-  if (threadIdx.x < kHeadDim) {
-    float total = 0.f;
+  Out* const o = static_cast<Out*>(p.o) + int64_t{out} * kHeadDim;
+  if constexpr (kRowWarps == 1) {
+    Pack<Out, kSlice> pack;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[w][threadIdx.x];
-    static_cast<Out*>(p.o)[out * kHeadDim + threadIdx.x] = from_float<Out>(total);
+    for (int k = 0; k < kSlice; ++k) pack.v[k] = from_float<Out>(acc[k]);
+    store_pack(o + lane * kSlice, pack);
+  } else {
+    static_assert(kRowWarps == kWarps);
+    __shared__ float sums[kWarps][kHeadDim];
+#pragma unroll
+    for (int k = 0; k < kSlice; ++k) sums[warp][lane * kSlice + k] = acc[k];
+    __syncthreads();
+    if (threadIdx.x < kHeadDim) {
+      float total = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += sums[w][threadIdx.x];
+      o[threadIdx.x] = from_float<Out>(total);
+    }
   }
-  if (threadIdx.x == 0) p.lse[out] = sum > 0.f ? max + logf(sum) : -INFINITY;
 }
 
 template <typename Out, int kHeadDim>
 void launch(const PagedAttentionParams& p, const QueryPartials& partials, cudaStream_t stream) {
-  launch_dependent(query_merge_kernel<Out, kHeadDim>, dim3(p.num_tokens, p.num_q_heads),
-                   32 * kWarps, 0, stream, "query_merge", p, partials);
+  const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
+  const int pieces = partials.num_shares / p.num_kv_heads + 2;  // of a pair, at most
+  const auto run = [&](auto kernel, int64_t blocks) {
+    launch_dependent(kernel, dim3(static_cast<unsigned>(blocks)), 32 * kWarps, 0, stream,
+                     "query_merge", p, partials);
+  };
+  if (rows > kWarps * current_device().num_sms && pieces <= kMostPiecesOfWarp) {
+    run(query_merge_kernel<Out, kHeadDim, 1>, (rows + kWarps - 1) / kWarps);
+  } else {
+    run(query_merge_kernel<Out, kHeadDim, kWarps>, rows);
+  }
 }
 
 template <typename Out>

@@ -98,27 +98,22 @@ class QueryPieces {
   int num_tiles_ = 0;
 };
 
-// Calls write(store, store_lse) with the functions that take the piece's rows: to the output if the
-// piece is whole, to its slot of the partials otherwise.
-template <typename T, typename Write>
-__device__ void write_piece(const PagedAttentionParams& p, const QueryPartials& partials,
-                            const QueryPiece& piece, int share, const SequenceRows& rows,
-                            Write write) {
-  if (piece.whole()) {
-    const auto store = [&](int row, int dim, float x, float y) {
-      store_output<T>(p, rows.out(p, row) * p.head_dim + dim, x, y);
-    };
-    const auto store_lse = [&](int row, float lse) { p.lse[rows.out(p, row)] = lse; };
-    write(store, store_lse);
-  } else {
-    const int64_t first = partials.index(piece.slot(share), 0);
-    const auto store = [&](int row, int dim, float x, float y) {
-      store_pack(partials.o + (first + row) * p.head_dim + dim, Pack<float, 2>{x, y});
-    };
-    const auto store_lse = [&](int row, float lse) { partials.lse[first + row] = lse; };
-    write(store, store_lse);
+// Where a piece's rows go: to the output if it is the whole pair, else to its slot of the partials.
+struct PieceOut {
+  RowsOut to;
+  bool whole;
+  int64_t first;  // row of the slot
+
+  __device__ PieceOut(const PagedAttentionParams& p, const QueryPartials& partials,
+                      const QueryPiece& piece, int share)
+      : to(piece.whole() ? output_of(p) : RowsOut{partials.o, partials.lse, true}),
+        whole(piece.whole()),
+        first(partials.index(piece.slot(share), 0)) {}
+
+  __device__ int64_t index(const PagedAttentionParams& p, const SequenceRows& rows, int row) const {
+    return whole ? rows.out(p, row) : first + row;
   }
-}
+};
 
 inline size_t query_partials_bytes(const PagedAttentionParams& p, int num_shares) {
   const int64_t rows = int64_t{p.max_q_len} * (p.num_q_heads / p.num_kv_heads);

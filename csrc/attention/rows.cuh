@@ -39,9 +39,10 @@ struct SequenceRows {
 
   __device__ int count() const { return num_tokens * group; }
 
-  // Tokens of the page list that a row sees.
-  __device__ int visible(const PagedAttentionParams& p, int row) const {
-    return p.causal ? kv_len - (num_tokens - 1 - row / group) : kv_len;
+  // A row sees the first `limit` tokens of the page list: none if it is negative. Rows that do not
+  // exist see no more than all.
+  __device__ int limit(const PagedAttentionParams& p, int row) const {
+    return p.causal ? min(kv_len, kv_len - (num_tokens - 1 - row / group)) : kv_len;
   }
 
   template <typename T>
@@ -56,14 +57,24 @@ struct SequenceRows {
   }
 };
 
-// Stores two neighbours of o in its dtype: T, or float32.
+// Where rows of o and lse go: the output of a call, or partials.
+struct RowsOut {
+  void* o;
+  float* lse;
+  bool float32;  // o is so, and not of the kernel's 16-bit type
+};
+
+__host__ __device__ inline RowsOut output_of(const PagedAttentionParams& p) {
+  return {p.o, p.lse, p.o_dtype == DType::kFloat32};
+}
+
+// Stores two neighbours of o.
 template <typename T>
-__device__ inline void store_output(const PagedAttentionParams& p, int64_t element, float x,
-                                    float y) {
-  if (p.o_dtype == DType::kFloat32) {
-    store_pack(static_cast<float*>(p.o) + element, Pack<float, 2>{x, y});
+__device__ inline void store_pair(const RowsOut& out, int64_t element, float x, float y) {
+  if (out.float32) {
+    store_pack(static_cast<float*>(out.o) + element, Pack<float, 2>{x, y});
   } else {
-    store_pack(static_cast<T*>(p.o) + element, Pack<T, 2>{from_float<T>(x), from_float<T>(y)});
+    store_pack(static_cast<T*>(out.o) + element, Pack<T, 2>{from_float<T>(x), from_float<T>(y)});
   }
 }
 

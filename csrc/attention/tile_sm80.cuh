@@ -63,14 +63,14 @@ struct TileSm80 {
       }
     }
     const int last_row = min(row0 + kRows, rows.count()) - 1;
-    const int visible = min(rows.kv_len, rows.visible(p, last_row));
-    run(tile_begin, min(tile_end, ceil_div(max(visible, 0), kTokens)));
+    const int seen = max(0, rows.limit(p, last_row));
+    run(tile_begin, min(tile_end, ceil_div(seen, kTokens)));
     finish(smem);
   }
 
-  // Calls store(row, first dimension, two values of o) and store_lse(row, lse) for each row.
-  template <typename Store, typename StoreLse>
-  __device__ void write(Store store, StoreLse store_lse) const {
+  // index(row) is where a row goes.
+  template <typename Index>
+  __device__ void write(const RowsOut& out, Index index) const {
     if (warp() >= kRowWarps) return;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -78,15 +78,18 @@ struct TileSm80 {
       for (int half = 0; half < 2; ++half) {
         const int row = row0_ + 16 * m + 8 * half + lane() / 4;
         if (row >= rows_.count()) continue;
+        const int64_t to = index(row);
         const float sum = sum_[m][half];
-        const float scale = sum > 0.f ? 1.f / sum : 0.f;
+        const bool empty = sum == 0.f;  // o may be 0 * NaN
+        const float scale = 1.f / sum;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          store(row, 8 * n + lane() % 4 * 2, o_[m][n][2 * half] * scale,
-                o_[m][n][2 * half + 1] * scale);
+          const float* o = &o_[m][n][2 * half];
+          store_pair<T>(out, to * kHeadDim + 8 * n + lane() % 4 * 2, empty ? 0.f : o[0] * scale,
+                        empty ? 0.f : o[1] * scale);
         }
         if (lane() % 4 == 0) {
-          store_lse(row, sum > 0.f ? max_[m][half] * kLn2 + logf(sum) : -INFINITY);
+          out.lse[to] = empty ? -INFINITY : max_[m][half] * kLn2 + logf(sum);
         }
       }
     }
@@ -160,7 +163,7 @@ struct TileSm80 {
     load_q();
     ptx::cp_async_commit();
     int next_page = page_of(min(tile_begin + 1, tile_end - 1));
-    const int visible = min(rows_.visible(p_, row0_), rows_.kv_len);
+    const int limit = rows_.limit(p_, row0_);
     const bool has_rows = kLarge || row0_ < rows_.count();
     const int first = warp() / kRowWarps * kWarpTokens;  // the warp's tokens in a tile
 
@@ -187,7 +190,7 @@ struct TileSm80 {
       const int token = tile * kTokens + first;
       if (has_rows) {
         scores(k + first * kHeadDim * sizeof(T), s);
-        if (token + kWarpTokens > visible) mask(token, s);
+        if (token + kWarpTokens > limit) mask(token, s);
         softmax(s);
       }
       if constexpr (kVStages == 1) {
@@ -241,12 +244,12 @@ struct TileSm80 {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0_ + 16 * m + 8 * half + lane() / 4;
-        const int visible = min(rows_.kv_len, rows_.visible(p_, row)) - token;
+        const int limit = rows_.limit(p_, row) - token;
 #pragma unroll
         for (int n = 0; n < kWarpTokens / 8; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            if (8 * n + lane() % 4 * 2 + i >= visible) s[m][n][2 * half + i] = -INFINITY;
+            if (8 * n + lane() % 4 * 2 + i >= limit) s[m][n][2 * half + i] = -INFINITY;
           }
         }
       }

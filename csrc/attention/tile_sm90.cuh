@@ -1,5 +1,5 @@
-// What the sm_90a attention kernels share: two consumer warpgroups own 64 query rows each and
-// multiply them with KV tiles of 128 tokens, which a producer warp streams through rings of stages.
+// The steps of the sm_90a main loop (mainloop_sm90.cuh): products of a warpgroup's 64 query rows
+// with KV tiles of 128 tokens in shared memory, masks and softmax.
 //
 // Of its warp's 16 rows a thread holds two, `lane / 4` and 8 below it; in every 8 columns it has
 // the pair 2 * (lane % 4). So element i of an accumulator is in row i / 2 % 2 of the two.
@@ -176,9 +176,9 @@ struct Softmax {
     for (int i = 0; i < kTokens / 4; ++i) p[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Log-sum-exp of row r, whose probabilities add up to `total`.
+  // Log-sum-exp of row r, whose probabilities add up to `total`; NaN if that is.
   __device__ float lse(int r, float total) const {
-    if (total <= 0.f) return -kInfinity;
+    if (total == 0.f) return -kInfinity;
     // The reference of the sum is the rounded product of maximum and scale.
     const float rounding = fmaf(-maximum[r], scale_log2, exponent(maximum[r]));
     return fmaf(maximum[r], scale, (__log2f(total) + rounding) * kLn2);

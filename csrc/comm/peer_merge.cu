@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
       for (int i = 0; i < kElements; ++i) acc[i] += weight * to_float(shard.v[i]);
     }
-    const float scale = lost ? NAN : sum > 0.f ? 1.f / sum : 0.f;
+    const float scale = lost ? NAN : sum == 0.f ? 0.f : 1.f / sum;
     Pack<Out, kElements> out;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) out.v[i] = from_float<Out>(acc[i] * scale);

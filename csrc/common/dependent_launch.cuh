@@ -7,7 +7,11 @@
 
 namespace star_attention {
 
-// The blocks of the next kernel may start as soon as all blocks of this one have called it.
+// The blocks of the next kernel may start as soon as all blocks of this one have called it. What
+// the next one reads before its wait must not be the work of any kernel still running: if it reads
+// more than constants, this one calls wait_for_previous_kernel() first. (Kernels that start one
+// another early make a chain: the kernel in front of this one may not be the only one that still
+// runs.)
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstdint>
 
 #include "star_attention/attention.h"
@@ -14,7 +15,7 @@ using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 
 // A running maximum before the first score. Finite, so that differences are never NaN.
-constexpr float kNoMax = -1e30f;
+constexpr float kNoMax = -FLT_MAX;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(half_t x) { return __half2float(x); }

@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kThreads, 3) merge_lse_kernel(const MergeLsePa
     }
   }
 
-  const float scale = sum > 0.f ? 1.f / sum : 0.f;
+  const float scale = sum == 0.f ? 0.f : 1.f / sum;
   Pack<Out, kDims> out;
 #pragma unroll
   for (int i = 0; i < kDims; ++i) out.v[i] = from_float<Out>(acc[i] * scale);
   store_pack(static_cast<Out*>(p.out) + row * p.head_dim + dim, out);
-  if (p.out_lse != nullptr && dim == 0) p.out_lse[row] = sum > 0.f ? max + logf(sum) : -INFINITY;
+  if (p.out_lse != nullptr && dim == 0) p.out_lse[row] = sum == 0.f ? -INFINITY : max + logf(sum);
 }
 
 template <typename In, int kDims>

@@ -520,6 +520,41 @@ void test_wrong_context(Engine& engine) {
   expect_text(expect_failure([&] { engine.run(step); }), "kv_pool");
 }
 
+// What step_workspace_bytes() says is enough for every shorter step.
+void test_workspace_bound() {
+  constexpr int kHeads[][2] = {{8, 2}, {32, 8}, {8, 8}, {32, 1}};
+  constexpr int kMaxRows = 9000;
+  alignas(256) static char somewhere[256];  // the checks want addresses
+  for (const auto& heads : kHeads) {
+    const size_t bound = step_workspace_bytes(heads[0], heads[1], 128, kMaxRows, 0);
+    PagedAttentionParams p{};
+    p.dtype = DType::kFloat16;
+    p.o_dtype = DType::kFloat32;
+    p.num_q_heads = heads[0];
+    p.num_kv_heads = heads[1];
+    p.head_dim = p.tokens_per_block = 128;
+    p.causal = true;
+    p.scale = 1.f;
+    p.q = p.kv_pool = p.o = somewhere;
+    p.page_table = p.cu_seqlens_q = p.kv_lens = reinterpret_cast<int32_t*>(somewhere);
+    p.lse = reinterpret_cast<float*>(somewhere);
+    p.num_pages = p.page_table_stride = 10000;
+    for (int rows = 1; rows <= kMaxRows; rows += 1 + rows / 50) {
+      for (const int seqs : {1, 3}) {
+        for (const int kv_len : {rows, 20000, 1000000}) {
+          p.max_q_len = rows;
+          p.num_seqs = seqs;
+          p.num_tokens = rows * seqs;
+          p.max_kv_len = kv_len;
+          const size_t needed = paged_attention_workspace(p);
+          expect(needed <= bound, "at most " + std::to_string(bound) + " bytes for " +
+                                      std::to_string(rows) + " rows: " + std::to_string(needed));
+        }
+      }
+    }
+  }
+}
+
 void test_limits(Engine& engine) {
   const auto set = [&](int64_t tokens) {
     engine.execution().set_input("position_ids", {tokens}, engine.out.data());
@@ -576,6 +611,7 @@ int run(const std::string& folder) {
     with_engine("layer that stores only", test_storing_layer);
     with_engine("wrong context", test_wrong_context);
     with_engine("limits", test_limits);
+    ok &= passes("workspace bound", test_workspace_bound);
     ok &= passes("bad engines", [&] { test_bad_engines(file); });
   }
 #ifdef STAR_ATTENTION_CUBLAS

@@ -17,6 +17,7 @@ from star_attention import _C
 from star_attention.distributed import default_communicator
 from star_attention.distributed.gpu import GpuCommunicator, local_device
 from star_attention.errors import UserError
+from star_attention.ops import cuda
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = tuple(TOLERANCE)
@@ -77,6 +78,50 @@ def check_merges(host, comm):
                     check_merge(host, comm, (tokens, heads, head_dim), dtype, out_dtype, seed)
 
 
+def check_nan(host, comm):
+    """One rank's NaN reaches all ranks, in its rows."""
+    for dtype in DTYPES:
+        o, lse = partials(host.size, (3, 8, 64), dtype)
+        lse[0, 0, 1] = torch.nan
+        lse[:, 1, 2] = torch.nan
+        lse[0, 1, 3] = torch.inf
+        o[0, 2, 4, 5] = torch.nan
+        out = torch.zeros(3, 8, 64, device="cuda")
+        comm.merge(o[host.rank], lse[host.rank], out, stream())
+        torch.cuda.synchronize()
+        comm.check()
+        expected = torch.zeros_like(out, dtype=torch.bool)
+        expected[0, 1] = expected[1, 2] = expected[1, 3] = expected[2, 4, 5] = True
+        assert torch.equal(out.isnan(), expected)
+
+
+def check_nan_page(host, comm):
+    """A NaN in a page of the first rank reaches all ranks, in the heads that read it."""
+    torch.manual_seed(host.rank)
+    pool = torch.randn(9, 2, 2, 128, 128, dtype=torch.bfloat16, device="cuda")
+    if host.rank == 0:
+        pool[3, 0, 1, 5] = torch.nan
+    q = torch.randn(2, 8, 128, dtype=torch.bfloat16, device="cuda")
+    o, lse, out = q.float(), q.new_empty(2, 8, dtype=torch.float32), q.float()
+    cuda.paged_attention(
+        q,
+        pool,
+        torch.arange(9, dtype=torch.int32, device="cuda")[None],
+        torch.tensor([0, 2], dtype=torch.int32, device="cuda"),
+        torch.tensor([9 * 128], dtype=torch.int32, device="cuda"),
+        causal=True,
+        scale=128**-0.5,
+        max_q_len=2,
+        max_kv_len=9 * 128,
+        out=(o, lse),
+    )
+    comm.merge(o, lse, out, stream())
+    torch.cuda.synchronize()
+    comm.check()
+    assert out[:, 4:].isnan().all()
+    assert out[:, :4].isfinite().all()
+
+
 def merge(host, device):
     comm = GpuCommunicator(host, device, merge="peer", timeout=60)
     assert comm.merge_path == "peer"
@@ -86,11 +131,15 @@ def merge(host, device):
     traffic = comm.traffic - before
     assert (traffic.sent, traffic.received) == (sent, sent), traffic
     check_merges(host, comm)
+    check_nan(host, comm)
+    check_nan_page(host, comm)
 
 
 def nccl_merge(host, device):
     comm = GpuCommunicator(host, device, merge="nccl")
     check_merges(host, comm)
+    check_nan(host, comm)
+    check_nan_page(host, comm)
     in_pieces = GpuCommunicator(host, device, merge="nccl", merge_capacity=64 << 10)
     check_merge(host, in_pieces, (50, 8, 128), torch.bfloat16, torch.bfloat16)
 
@@ -245,6 +294,8 @@ def host_merge(host, device):
     _C.PeerMerge = original
     assert comm.merge_path == ("host" if comm.shares_gpu else "nccl")
     check_merge(host, comm, (17, 32, 128), torch.bfloat16, torch.bfloat16)
+    check_nan(host, comm)
+    check_nan_page(host, comm)
 
 
 def _no_peers(*_arguments):

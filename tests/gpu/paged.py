@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,8 @@ class Problem:
                 seen = torch.ones(n, kv_len, dtype=torch.bool, device="cuda").tril(kv_len - n)
                 scores.masked_fill_(~seen, -torch.inf)
             row_lse = scores.logsumexp(-1)
-            weights = (scores - row_lse[..., None]).exp().nan_to_num_(nan=0.0)
+            weights = (scores - row_lse[..., None]).exp()
+            weights.masked_fill_(row_lse[..., None] == -torch.inf, 0.0)
             o[rows] = torch.einsum("hgnl,hld->nhgd", weights, v).reshape(n, -1, self.head_dim)
             lse[rows] = row_lse.permute(2, 0, 1).reshape(n, -1)
         return o, lse
@@ -116,3 +118,66 @@ def assert_close(
     assert error <= TOLERANCE[problem.dtype], f"o is off by {error:.2e}"
     lse_error = float((lse.double() - expected_lse)[~empty].abs().max()) if (~empty).any() else 0.0
     assert lse_error <= lse_tolerance, f"lse is off by {lse_error:.2e}"
+
+
+Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor]]
+
+NAN_LENGTHS = {
+    "one row": [(1, 1000), (3, 200)],
+    "many splits": [(1, 20000), (1, 20000)],
+    "16 rows": [(16, 3000), (1, 70)],
+    "100 rows": [(100, 2500), (5, 129)],
+    "700 rows": [(700, 5003), (5, 129)],
+}
+NAN_PLACES = ["first token of k", "last shared token of k", "all of k", "v", "q"]
+
+
+def check_nan_surfaces(attend: Attend, lengths: list[tuple[int, int]], place: str) -> None:
+    """A NaN in the first sequence comes out where it is seen, and nowhere else."""
+    problem = Problem(lengths)
+    rows, kv_len = lengths[0]
+    dimensions, in_lse = slice(None), True
+    heads, hit_rows = slice(4, 8), slice(0, rows)  # those of the second KV head
+    if place == "q":
+        problem.q[0, 5] = torch.nan
+        heads, hit_rows = slice(5, 6), slice(0, 1)
+    elif place == "all of k":
+        pages = -(-kv_len // problem.page)
+        problem.kv_pool[problem.page_table[0, :pages].long(), 0, 1] = torch.nan
+    else:
+        token = kv_len - rows if place.startswith("last") else 0
+        page = problem.page_table[0, token // problem.page].long()
+        if place == "v":
+            dimensions, in_lse = slice(7, 8), False
+            problem.kv_pool[page, 1, 1, token % problem.page, 7] = torch.nan
+        else:
+            problem.kv_pool[page, 0, 1, token % problem.page, 3] = torch.nan
+
+    o, lse = attend(problem)
+    expected = torch.zeros_like(o, dtype=torch.bool)
+    expected[hit_rows, heads, dimensions] = True
+    assert torch.equal(o.isnan(), expected)
+    assert torch.equal(lse.isnan(), expected.any(dim=-1) & in_lse)
+    assert lse[~lse.isnan()].isfinite().all()
+
+
+def check_blind_rows(attend: Attend) -> None:
+    """Rows that see nothing give 0, whatever is in the tiles of those that do."""
+    problem = Problem([(400, 17), (1, 70)])
+    problem.kv_pool[problem.page_table[0, 0].long(), 1, :, 0] = torch.nan
+    o, lse = attend(problem)
+    blind = slice(0, 400 - 17)
+    assert (o[blind] == 0).all()
+    assert (lse[blind] == -torch.inf).all()
+    assert o[400 - 17 : 400].isnan().all()
+    assert not o[400].isnan().any()
+
+
+def check_overflow_surfaces(attend: Attend) -> None:
+    """Scores of +inf, as of weights gone wrong, do not become an empty cache."""
+    problem = Problem([(3, 3000), (70, 500)])
+    problem.q.abs_().add_(1)
+    problem.kv_pool[problem.page_table[:, 0].long(), 0, :, 5] = 3e38
+    o, lse = attend(problem)
+    assert o.isnan().all()
+    assert lse.isnan().all()

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from paged import Problem, assert_close, float32_out
+from paged import (
+    NAN_LENGTHS,
+    NAN_PLACES,
+    Problem,
+    assert_close,
+    check_blind_rows,
+    check_nan_surfaces,
+    check_overflow_surfaces,
+    float32_out,
+)
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
 
@@ -66,6 +75,20 @@ def test_large_scores(dtype):
     assert lse.abs().max() > 1e4
     # float32 resolves 1e-3 at 1e4.
     assert_close(*attend(problem), problem, lse_tolerance=1e-6 * float(lse.abs().max()))
+
+
+@pytest.mark.parametrize("place", NAN_PLACES)
+@pytest.mark.parametrize("lengths", NAN_LENGTHS.values(), ids=NAN_LENGTHS.keys())
+def test_nan_surfaces(lengths, place):
+    check_nan_surfaces(attend, lengths, place)
+
+
+def test_blind_rows():
+    check_blind_rows(attend)
+
+
+def test_overflow_surfaces():
+    check_overflow_surfaces(attend)
 
 
 def test_growing_scores():

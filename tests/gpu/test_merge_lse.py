@@ -43,6 +43,22 @@ def test_empty_shards_and_rows():
     assert (out_lse[2] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shards", [1, 3, 17])
+def test_nan_surfaces(shards, dtype):
+    o = torch.randn(shards, 5, 2, 64, dtype=dtype, device="cuda")
+    lse = torch.randn(shards, 5, 2, device="cuda")
+    lse[-1, 0, 0] = torch.nan
+    lse[:, 1, 1] = torch.nan
+    lse[0, 2, 0] = torch.inf
+    o[0, 3, 1, 7] = torch.nan
+    out, out_lse = cuda.merge_lse(o, lse)
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[0, 0] = expected[1, 1] = expected[2, 0] = expected[3, 1, 7] = True
+    assert torch.equal(out.isnan(), expected)
+    assert torch.equal(out_lse.isnan(), expected.all(dim=-1))
+
+
 def test_strides():
     o = torch.randn(6, 4, 3, 2, 128, dtype=torch.bfloat16, device="cuda")[::2].transpose(1, 2)
     lse = torch.randn(6, 4, 3, 2, device="cuda")[::2].transpose(1, 2)

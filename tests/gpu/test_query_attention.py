@@ -3,9 +3,19 @@ kernel (that of sm_90: test_context_attention.py)."""
 
 import pytest
 import torch
-from paged import Problem, assert_close, float32_out
+from paged import (
+    NAN_LENGTHS,
+    NAN_PLACES,
+    Problem,
+    assert_close,
+    check_blind_rows,
+    check_nan_surfaces,
+    check_overflow_surfaces,
+    float32_out,
+)
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
+_C = pytest.importorskip("star_attention._C", exc_type=ImportError)
 
 SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 KERNELS = ["query_sm80", "context_sm80", *(["query_sm90"] if SM90 else [])]
@@ -19,6 +29,9 @@ LENGTHS = {
     "16 rows": [(16, 3000)],
     "many rows": [(300, 5003)],
     "512 rows": [(512, 4097)],
+    "600 rows": [(600, 5000)],
+    "1500 rows, own tokens only": [(1500, 1500)],
+    "1030 rows and few": [(1, 700), (1030, 3000), (129, 129), (1030, 500)],
     "several": [(1, 4000), (33, 33), (5, 129), (100, 2500)],
     "empty sequence and empty cache": [(3, 200), (0, 500), (2, 0), (1, 64)],
     "only empty caches": [(2, 0), (1, 0)],
@@ -48,10 +61,40 @@ def test_formats(kernel, dtype, head_dim, page):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("rows", [1, 9, 40, 150])
 def test_groups(kernel, group, rows):
     problem = Problem([(rows, 1500), (rows, 300)], num_q_heads=3 * group, num_kv_heads=3)
     assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page", [64, 128])
+def test_formats_of_many_rows(kernel, dtype, head_dim, page):
+    """More than a tile of rows, with clusters of blocks and without."""
+    for rows in (100, 129, 300):
+        lengths = [(rows, 1111), (1, 700)]
+        problem = Problem(lengths, head_dim=head_dim, page=page, dtype=dtype)
+        assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("place", NAN_PLACES)
+@pytest.mark.parametrize("lengths", NAN_LENGTHS.values(), ids=NAN_LENGTHS.keys())
+def test_nan_surfaces(kernel, lengths, place):
+    def attend(problem):
+        return cuda.paged_attention(**problem.arguments(), kernel=kernel)
+
+    check_nan_surfaces(attend, lengths, place)
+
+
+def test_blind_rows(kernel):
+    check_blind_rows(lambda problem: cuda.paged_attention(**problem.arguments(), kernel=kernel))
+
+
+def test_overflow_surfaces(kernel):
+    check_overflow_surfaces(
+        lambda problem: cuda.paged_attention(**problem.arguments(), kernel=kernel)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -99,6 +142,69 @@ def test_shards_merge_to_the_whole(kernel):
         parts.append(cuda.paged_attention(**shard, kernel=kernel, out=out))
     o, lse = (torch.stack(x) for x in zip(*parts, strict=True))
     assert_close(*cuda.merge_lse(o, lse, out_dtype=whole.dtype), whole)
+
+
+# Rows and query heads (four a KV head), and whether a GPU of 132 multiprocessors has to split KV.
+QUESTIONS = {
+    "600 of 8 heads": (600, 8, True),
+    "600 of 32 heads": (600, 32, True),
+    "1024 of 8 heads": (1024, 8, True),
+    "512 of 32 heads": (512, 32, False),
+    "2048 of 32 heads": (2048, 32, False),
+}
+
+
+@pytest.mark.parametrize(("rows", "heads", "split"), QUESTIONS.values(), ids=QUESTIONS.keys())
+def test_long_questions_split_the_cache(rows, heads, split):
+    problem = Problem([(rows, 8000)], num_q_heads=heads, num_kv_heads=heads // 4)
+    workspace = []
+
+    def allocate(size):
+        workspace.append(size)
+        return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    o, lse = torch.empty_like(problem.q), problem.q.new_empty(rows, heads, dtype=torch.float32)
+    arguments = problem.arguments()
+    tensors = [arguments.pop(name) for name in ("q", "kv_pool", "page_table")]
+    tensors += [arguments.pop(name) for name in ("cu_seqlens_q", "kv_lens")]
+    stream = torch.cuda.current_stream().cuda_stream
+    _C.paged_attention(*tensors, o, lse, allocate, **arguments, kernel="auto", stream=stream)
+    assert_close(o, lse, problem)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert (workspace[0] > 4) == split
+
+
+LATE_LENGTHS = r"""
+extern "C" __global__ void late_lengths(int* kv_lens, int kv_len) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  for (const long long began = clock64(); clock64() - began < 1000000;) {}
+  *kv_lens = kv_len;
+}
+"""
+
+
+@pytest.mark.skipif(not SM90, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("rows", [1, 16, 1440])
+def test_lengths_written_by_the_kernel_in_front(kernel, rows):
+    """That kernel lets this one start early, and only then writes the lengths."""
+    cupy = pytest.importorskip("cupy")
+    late_lengths = cupy.RawKernel(LATE_LENGTHS, "late_lengths")
+    problem = Problem([(rows, 5000)])
+    out = float32_out(problem)
+    arguments = problem.arguments()
+
+    def attend():
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+            late_lengths((1,), (1,), (problem.kv_lens.data_ptr(), 5000))
+        cuda.paged_attention(**arguments, kernel=kernel, out=out)
+
+    attend()  # loads the kernels
+    for x in out:
+        x.fill_(torch.nan)
+    problem.kv_lens.zero_()
+    torch.cuda.synchronize()
+    attend()
+    assert_close(*out, problem)
 
 
 @pytest.mark.parametrize("rows", [1, 48])

@@ -16,7 +16,7 @@ def plain_attention(q, k, v, visible, scale):
     scores = torch.einsum("nhd,lhd->nhl", q.double(), k) * scale
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
+    weights = torch.exp(scores - lse[..., None]).masked_fill(lse[..., None] == -torch.inf, 0.0)
     return torch.einsum("nhl,lhd->nhd", weights, v), lse
 
 
@@ -46,12 +46,18 @@ def random_case(seed, num_rows, kv_lens, page, heads, head_dim, magnitude=1.0, d
     return q, pool, table, cu_seqlens, torch.tensor(kv_lens, dtype=torch.int32), kvs
 
 
-def check_paged_attention(case, causal, tolerance):
-    q, pool, table, cu_seqlens, kv_lens, kvs = case
+def attend(case, causal):
+    q, pool, table, cu_seqlens, kv_lens, _ = case
     scale = q.shape[-1] ** -0.5
-    o, lse = ops.paged_attention(
+    return ops.paged_attention(
         q, pool, table, cu_seqlens, kv_lens, causal=causal, scale=scale, max_q_len=0, max_kv_len=0
     )
+
+
+def check_paged_attention(case, causal, tolerance):
+    q, _, _, cu_seqlens, _, kvs = case
+    scale = q.shape[-1] ** -0.5
+    o, lse = attend(case, causal)
     assert o.dtype == q.dtype
     assert lse.dtype == torch.float32
     for sequence, kv in enumerate(kvs):
@@ -86,6 +92,51 @@ def test_extreme_scores(magnitude):
 def test_bfloat16():
     case = random_case(2, [1, 40], [200, 130], 32, (6, 2), 64, dtype=torch.bfloat16)
     check_paged_attention(case, True, 2e-2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("kv_len", "page"), [(7, 8), (20, 8), (64, 64), (200, 64), (3, 1), (700, 128)]
+)
+@pytest.mark.parametrize("tokens", [slice(0, 1), slice(2, 3), slice(None)])
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_nan_in_a_live_page_surfaces(kind, tokens, kv_len, page, rows, causal):
+    """In the rows that see it and the heads that share it, and in no others."""
+    case = random_case(3, [rows, 5], [kv_len, 40], page, (6, 2), 16)
+    _, pool, table, *_ = case
+    for token in range(kv_len)[tokens]:
+        pool[table[0, token // page], "kv".index(kind), 1, token % page] = torch.nan
+    o, lse = attend(case, causal)
+
+    seen = torch.arange(kv_len)[tokens].min() <= torch.arange(rows) + (
+        kv_len - rows if causal else kv_len
+    )
+    for head in range(6):
+        hit = seen if head >= 3 else torch.zeros(rows, dtype=torch.bool)
+        assert o[:rows, head].isnan().all(dim=-1)[hit].all()
+        assert torch.equal(lse[:rows, head].isnan(), hit & (kind == "k"))
+        if kind == "k":
+            assert torch.equal(o[:rows, head].isnan().any(dim=-1), hit)
+    assert not o[rows:].isnan().any()
+    assert not lse[rows:].isnan().any()
+
+
+@pytest.mark.parametrize("kv_len", [3, 40])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_overflow_is_not_a_plausible_answer(sign, kv_len):
+    """Scores of +inf end as NaN; those of -inf count for nothing, as if they were masked."""
+    case = random_case(4, [3], [kv_len], 8, (2, 1), 16)
+    q, pool, table, *_ = case
+    q.fill_(2.0)
+    pool[table[0].long(), 0] = sign * 3e38
+    o, lse = attend(case, False)
+    if sign > 0:
+        assert o.isnan().all()
+        assert lse.isnan().all()
+    else:
+        assert (o == 0).all()
+        assert (lse == -torch.inf).all()
 
 
 def random_shards(seed, shards, rows=3, heads=2, head_dim=4, magnitude=1.0):
@@ -131,6 +182,21 @@ def test_merge_of_empty_shards():
     merged, merged_lse = ops.merge_lse(o, lse)
     assert (merged == 0).all()
     assert (merged_lse == -torch.inf).all()
+
+
+def test_merge_shows_nan():
+    o, lse = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2)
+    lse[1, 0, 0] = torch.nan
+    lse[2, 1, 1] = torch.inf
+    o[0, 2, 0, 3] = torch.nan
+    lse[0, 3], o[0, 3] = -torch.inf, torch.nan  # an empty shard: whatever its o holds
+    merged, merged_lse = ops.merge_lse(o, lse)
+    for row, head in ((0, 0), (1, 1)):
+        assert merged[row, head].isnan().all()
+        assert not merged_lse[row, head].isfinite()
+    assert merged[2, 0].isnan().nonzero().flatten().tolist() == [3]
+    assert merged.isnan().sum() == 2 * 8 + 1
+    assert merged_lse.isfinite().sum() == 4 * 2 - 2
 
 
 def test_merge_equals_attention_over_all_keys():

@@ -13,7 +13,11 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 // One call attends `num_seqs` sequences of query rows to the pages that each sequence lists.
 // Row i of a sequence with n rows sees the first `kv_len - (n - 1 - i)` tokens of its page list
 // when `causal` (bottom-right aligned), all `kv_len` of them otherwise. A row that sees nothing
-// gets o = 0, lse = -inf.
+// gets o = 0, lse = -inf. A NaN in a live token surfaces: of K in o and lse of the rows that see
+// it, of V in o.
+//
+// The kernels in front on the stream may have written anything that the pointers name, lengths
+// included, also those that let this one start early (common/dependent_launch.cuh).
 struct PagedAttentionParams {
   DType dtype;    // of q and kv_pool: kFloat16 or kBFloat16
   DType o_dtype;  // dtype, or kFloat32 for partials that are merged later

@@ -6,7 +6,8 @@
 namespace star_attention {
 
 // lse = log sum_r exp(lse_r), o = sum_r exp(lse_r - lse) o_r. A shard with lse = -inf contributes
-// nothing whatever its o holds; a row that is empty in every shard gives o = 0, lse = -inf.
+// nothing whatever its o holds; a row that is empty in every shard gives o = 0, lse = -inf. NaN in
+// any shard's lse gives NaN.
 struct MergeLseParams {
   DType dtype;      // of o
   DType out_dtype;  // of out: any

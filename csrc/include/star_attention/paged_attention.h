@@ -5,12 +5,12 @@
 
 namespace star_attention {
 
-// kAuto: a query kernel up to kMaxQueryTokens rows a sequence, a context kernel beyond. On compute
-// capability 9.0 those of sm_90, but that of sm_80 where few rows make memory the bound; those of
-// sm_80 on any other from 8.0 on. The rest is for benchmarks and tests.
+// kAuto: a query kernel, which cuts the KV into shares and merges their results, where few rows
+// make memory the bound or where a context kernel has too few tiles of rows for all
+// multiprocessors; else a context kernel. On compute capability 9.0 those of sm_90, but the query
+// kernel of sm_80 where memory is the bound; those of sm_80 on any other from 8.0 on. The rest is
+// for benchmarks and tests.
 enum class AttentionKernel { kAuto, kContextSm80, kContextSm90, kQuerySm80, kQuerySm90 };
-
-constexpr int kMaxQueryTokens = 512;
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
 void check(const PagedAttentionParams& params);
@@ -19,6 +19,10 @@ void check(const PagedAttentionParams& params);
 // stays valid for graph replays; its contents do not matter before or after a call.
 size_t paged_attention_workspace(const PagedAttentionParams& params,
                                  AttentionKernel kernel = AttentionKernel::kAuto);
+
+// The most that kAuto needs for up to params.max_q_len rows a sequence, however many sequences and
+// tokens there are.
+size_t most_paged_attention_workspace(PagedAttentionParams params);
 
 void paged_attention(const PagedAttentionParams& params, void* workspace, size_t workspace_bytes,
                      cudaStream_t stream, AttentionKernel kernel = AttentionKernel::kAuto);

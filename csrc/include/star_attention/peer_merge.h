@@ -42,7 +42,7 @@ struct PeerMergeParams {
   int head_dim;  // a multiple of 8, from 16 to 256
 
   const void* o;     // [num_tokens, num_heads, head_dim], contiguous
-  const float* lse;  // [num_tokens, num_heads]; -inf: o counts for nothing
+  const float* lse;  // [num_tokens, num_heads]; -inf: o counts for nothing; NaN surfaces
   void* out;         // [num_tokens, num_heads, head_dim]; 0 where every rank's lse is -inf
 };
 

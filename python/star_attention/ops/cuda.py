@@ -40,7 +40,7 @@ def paged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to 512 rows a sequence take the query kernel; more, or as many as fill the GPU, the
+    """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the
     context kernel.
 
     Args:

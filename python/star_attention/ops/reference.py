@@ -71,7 +71,11 @@ def merge_lse(
     o: torch.Tensor, lse: torch.Tensor, *, out_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     merged_lse = torch.logsumexp(lse, dim=0)
-    weights = torch.exp(lse - merged_lse).nan_to_num_(nan=0.0)  # -inf - -inf: empty everywhere
+    weights = torch.exp(lse - merged_lse)
+    empty = lse == -torch.inf
+    if empty.any():  # whatever their o holds, and where all are
+        weights = weights.masked_fill_(empty, 0.0)
+        o = o.masked_fill(empty[..., None], 0.0)
     merged = (weights[..., None] * o.float()).sum(dim=0)
     return merged.to(out_dtype or o.dtype), merged_lse
 
@@ -141,12 +145,12 @@ def _attend(
     """q [n, Hq, D] over contiguous k, v [Hkv, L, D]; `causal` needs L == n."""
     num_rows, num_q_heads, head_dim = q.shape
     groups = k.shape[0]
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    o, lse = _flash_attention(
         q.view(num_rows, groups, -1, head_dim).permute(1, 2, 0, 3),
         k[:, None].expand(-1, num_q_heads // groups, -1, -1),
         v[:, None].expand(-1, num_q_heads // groups, -1, -1),
-        is_causal=causal,
-        scale=scale,
+        causal,
+        scale,
     )
     return o.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(q.shape[:2])
 
@@ -159,9 +163,28 @@ def _attend_whole_pages(
     num_rows, num_q_heads, head_dim = q.shape
     num_pages, _, groups, _, _ = pages.shape
     packed = q.view(num_rows, groups, -1, head_dim).transpose(0, 1).reshape(groups, -1, head_dim)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        packed.expand(num_pages, -1, -1, -1), pages[:, 0], pages[:, 1], scale=scale
+    o, lse = _flash_attention(
+        packed.expand(num_pages, -1, -1, -1), pages[:, 0], pages[:, 1], False, scale
     )
     o, lse = merge_lse(o, lse)
     o = o.view(groups, num_rows, -1, head_dim).transpose(0, 1).reshape(q.shape)
     return o, lse.view(groups, num_rows, -1).transpose(0, 1).reshape(num_rows, num_q_heads)
+
+
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, n, D], k and v [B, H, L, D]. Where torch's kernel finds no largest score, since all
+    are NaN or -inf, it says o = 0, lse = 0: here NaN for the one, lse = -inf for the other."""
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=causal, scale=scale
+    )
+    zero = lse == 0
+    if zero.any():
+        for batch, head, row in (zero & (o == 0).all(dim=-1)).nonzero().tolist():
+            seen = k[batch, head, : row + 1] if causal else k[batch, head]
+            scores = seen.float() @ q[batch, head, row].float() * scale
+            lse[batch, head, row] = scores.logsumexp(0)
+            if scores.isnan().any():
+                o[batch, head, row] = torch.nan
+    return o, lse
