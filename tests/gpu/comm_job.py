@@ -15,7 +15,8 @@ import torch
 
 from star_attention import _C
 from star_attention.distributed import default_communicator
-from star_attention.distributed.gpu import GpuCommunicator, local_device
+from star_attention.distributed.gpu import GpuCommunicator
+from star_attention.distributed.topology import local_device
 from star_attention.errors import UserError
 from star_attention.ops import cuda
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from star_attention.distributed import SingleProcess, Traffic
+import star_attention
+from star_attention.distributed import SingleProcess, Traffic, topology
 from star_attention.errors import UserError
 
 gpu = pytest.importorskip("star_attention.distributed.gpu", exc_type=ImportError)
@@ -71,8 +72,10 @@ def connect(monkeypatch, size, merge, num_gpus=8, broken=None, machines=1, **mis
         device_id=lambda device: f"GPU {device}",
     )
     names = threading.local()
-    monkeypatch.setattr(gpu, "_C", stand_ins)
-    monkeypatch.setattr(gpu, "_machine", lambda: names.machine)
+    for module in (gpu, star_attention):
+        monkeypatch.setattr(module, "_C", stand_ins)
+    for module in (gpu, topology):
+        monkeypatch.setattr(module, "machine", lambda: names.machine)
     threads, results = Threads(size), [None] * size
 
     def run(rank):
@@ -146,7 +149,7 @@ def test_local_device(monkeypatch):
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(gpu._C, "device_count", lambda: 0)
     with pytest.raises(UserError, match="rank 0 sees no GPU: use --device cpu"):
-        gpu.local_device(SingleProcess())
+        topology.local_device(SingleProcess())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ import numpy as np
 from star_attention import _C
 from star_attention.config import MERGE_PATHS, MergePath
 from star_attention.distributed.base import Buffer, Communicator, Request, agree
+from star_attention.distributed.topology import local_device, machine
 from star_attention.errors import RankError, UserError
 
 # A contiguous tensor with __dlpack__ and nbytes: torch, CuPy.
@@ -76,7 +76,7 @@ class GpuCommunicator:
         self.device = local_device(host.world) if device is None else device
         self._capacity = merge_capacity
 
-        gpus = host.gather_objects((_machine(), _C.device_id(self.device)))
+        gpus = host.gather_objects((machine(), _C.device_id(self.device)))
         self._num_gpus = len(set(gpus))
         self.shares_gpu = self._num_gpus < self.size
         self.ranks_here = gpus.count(gpus[self.rank])
@@ -86,7 +86,7 @@ class GpuCommunicator:
 
         self._peer, why_not = None, "--merge is nccl"
         if merge != "nccl" or self.size == 1:
-            one_node = len({machine for machine, _ in gpus}) == 1
+            one_node = len({where for where, _ in gpus}) == 1
             self._peer, why_not = self._connect_peers(one_node, timeout)
         if merge == "peer" and self._peer is None:
             raise UserError(f"--merge is peer, but {why_not}: use auto or nccl")
@@ -319,28 +319,6 @@ class GpuCommunicator:
     def _count(self, nbytes: int) -> None:
         self.traffic.sent += nbytes * (self.size - 1)
         self.traffic.received += nbytes * (self.size - 1)
-
-
-def local_device(host: Communicator) -> int:
-    """This rank's GPU: ranks of a machine take the GPUs that they see in turn.
-
-    Raises:
-        UserError: a rank sees no GPU.
-    """
-
-    def count() -> int:
-        if num_devices := _C.device_count():
-            return num_devices
-        raise UserError(f"--device is cuda, but rank {host.rank} sees no GPU: use --device cpu")
-
-    num_devices = agree(host, count)
-    machines = host.gather_objects(_machine())
-    return machines[: host.rank].count(machines[host.rank]) % num_devices
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _nccl_path() -> str:

@@ -1,0 +1,45 @@
+"""What ranks of one machine share: its GPUs and its cores."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from star_attention.distributed.base import Communicator, agree
+from star_attention.errors import UserError
+
+
+def machine() -> str:
+    """Tells machines apart, also those of one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def local_device(host: Communicator) -> int:
+    """This rank's GPU: ranks of a machine take the GPUs that they see in turn.
+
+    Raises:
+        UserError: a rank sees no GPU.
+    """
+    from star_attention import _C
+
+    def count() -> int:
+        if num_devices := _C.device_count():
+            return num_devices
+        raise UserError(f"--device is cuda, but rank {host.rank} sees no GPU: use --device cpu")
+
+    num_devices = agree(host, count)
+    machines = host.gather_objects(machine())
+    return machines[: host.rank].count(machines[host.rank]) % num_devices
+
+
+def share_cores(comm: Communicator) -> None:
+    """Gives torch the cores that this rank may use, divided by the ranks that have the same ones,
+    unless OMP_NUM_THREADS says otherwise. Every rank takes part."""
+    import torch
+
+    mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    sharing = comm.gather_objects(mine).count(mine)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(mine[1]) // sharing))
