@@ -25,7 +25,8 @@ import torch
 from star_attention import SamplingParams, StarConfig
 from star_attention.distributed import default_communicator
 from star_attention.distributed.launch import run_ranks
-from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.leader import lead_together
 from star_attention.runtime.orders import Report, Wait

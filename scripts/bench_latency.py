@@ -33,7 +33,8 @@ from star_attention.cli.options import parse_tokens
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.engines.base import ModelEngine
-from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine, star_ranks
+from star_attention.engines.loader import dummy_engine, load_engine, star_ranks
+from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig

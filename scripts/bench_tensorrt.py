@@ -27,12 +27,13 @@ from bench_latency import QUESTION_TOKENS, environment, generate, part_of, token
 from star_attention.cli.options import parse_tokens
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import EngineOptions, dummy_engine, load_engine
+from star_attention.engines.loader import dummy_engine, load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt.build import GEMM_PLUGIN, BuildOptions, build_folder
 from star_attention.engines.tensorrt.folder import EngineLimits
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
-from star_attention.models.llama import random_checkpoint
+from star_attention.models.loading import random_checkpoint
 from star_attention.runtime.leader import Leader, lead_together
 
 BLOCK = 32768

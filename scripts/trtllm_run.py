@@ -13,8 +13,9 @@ import torch
 from tensorrt_llm.runtime import Session
 
 from star_attention.config import StarConfig
-from star_attention.engines.tensorrt.folder import ROTARY, plan_file, read_engine_config
+from star_attention.engines.tensorrt.folder import ROTARY, plan_file
 from star_attention.engines.tensorrt.library import load_tensorrt
+from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.plan import make_plan
 

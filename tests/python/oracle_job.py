@@ -19,7 +19,8 @@ from helpers import forced_logits
 from star_attention.config import StarConfig
 from star_attention.distributed import default_communicator
 from star_attention.engines.base import Limits
-from star_attention.engines.loader import EngineOptions, load_engine, star_ranks
+from star_attention.engines.loader import load_engine, star_ranks
+from star_attention.engines.options import EngineOptions
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.leader import lead_together
 

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import load_script, save_tiny_model
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import EngineOptions
+from star_attention.engines.options import EngineOptions
 from star_attention.runtime.leader import lead_together
 
 

@@ -12,10 +12,12 @@ from onnx.reference.op_run import OpRun
 from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.base import Limits
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
-from star_attention.models.llama import rotary_table
+from star_attention.models.rotary import rotary_table
 from star_attention.ops import reference
 from star_attention.runtime.runtime import Runtime
 
@@ -46,7 +48,7 @@ class StarAttention(OpRun):
 class OnnxEngine:
     """`ModelEngine` over the evaluator."""
 
-    max_pages = max_step_tokens = None
+    limits = Limits()
     wait_seconds = 0.0
     peak_memory_bytes = 0
 
@@ -55,6 +57,9 @@ class OnnxEngine:
         self._evaluator = ReferenceEvaluator(str(graph), new_ops=[StarAttention])
         self._rotary = rotary_table(config.rope, config.head_dim, 512, torch.device("cpu")).numpy()
         self._pools = None
+
+    def reserve_positions(self, positions):
+        assert positions <= len(self._rotary)
 
     def reserve_pages(self, num_pages):
         grown = torch.zeros(self.config.kv_shape(num_pages, PAGE))
@@ -117,15 +122,17 @@ def weights_by_file(graph):
     return files
 
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "qkv_bias": [f"self_attn.{part}_proj.bias" for part in "qkv"],
+    "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+}
 
 
 def parts_of(name):
     """Names in the checkpoint of what a weight of the graph holds."""
-    for fused, parts in FUSED.items():
-        if fused in name:
-            return [name.replace(fused, part) for part in parts]
-    return [name]
+    layer, _, field = name.rpartition(".")
+    return [f"{layer}.{part}" for part in FUSED[field]] if field in FUSED else [name]
 
 
 def check_weights(graph, hf_model):

@@ -7,11 +7,13 @@ import torch
 
 from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.config import ModelConfig, RopeConfig
-from star_attention.models.llama import load_weights, rotary_frequencies
+from star_attention.models.loading import load_weights
+from star_attention.models.rotary import rotary_frequencies
 from star_attention.runtime.runtime import Runtime
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 50).astype(np.int32)

@@ -1,5 +1,7 @@
 """Limits of memory, checked before anything runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from star_attention.engines.base import is_decode_step
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig, RopeConfig
-from star_attention.models.llama import random_weights
+from star_attention.models.loading import random_weights
 from star_attention.runtime.pages import Rows, paged_step
 from star_attention.runtime.runtime import Runtime
 
@@ -19,11 +21,11 @@ CONTEXT = np.zeros(1000, np.int32)
 CONFIG = StarConfig(block_size=128, tokens_per_block=16)
 
 
-def make_runtime(max_pages, max_step_tokens=None):
+def make_runtime(max_pages, pass_tokens=None):
     comm = SingleProcess()
     weights = random_weights(TINY, torch.float32, torch.device("cpu"))
     engine = TorchEngine(TINY, weights, comm, 16, max_pages)
-    engine.max_step_tokens = max_step_tokens
+    engine.limits = replace(engine.limits, pass_tokens=pass_tokens)
     return Runtime(engine, comm)
 
 

@@ -16,16 +16,18 @@ from helpers import save_tiny_model, train_tokenizer
 from star_attention.cli import build as trt_cli
 from star_attention.cli import main as cli
 from star_attention.config import StarConfig
-from star_attention.engines.loader import EngineOptions, division_of
+from star_attention.engines.loader import division_of
+from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt import build as trt_build
 from star_attention.engines.tensorrt.build import BuildOptions, build_engine, limits_for, profiles
-from star_attention.engines.tensorrt.engine import max_sequences, runs_of
-from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.tensorrt.engine import runs_of
+from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits
 from star_attention.engines.tensorrt.library import LogFile
+from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import LLAMA_3_1_8B
-from star_attention.models.llama import rotary_table
+from star_attention.models.rotary import rotary_table
 from star_attention.models.tokenizer import Tokenizer
 
 
@@ -95,7 +97,7 @@ def test_profiles():
     context, generation = profiles(LLAMA_3_1_8B, limits)
     assert set(context) == set(generation)
     assert context["input_ids"] == ([1], [1024], [1024])
-    assert context["page_table"] == ([1, 1], [1, 64], [max_sequences(limits), 64])
+    assert context["page_table"] == ([1, 1], [1, 64], [limits.max_sequences, 64])
     assert generation["cu_seqlens_q"] == ([2], [2], [5])
     assert generation["rotary"] == ([4096, 128],) * 3
 

@@ -12,11 +12,13 @@ from onnx.reference import ReferenceEvaluator
 from helpers import forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import EngineOptions, load_engine
+from star_attention.engines.base import Limits
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt import engine as trt_engine
-from star_attention.engines.tensorrt.build import profiles, write_rotary
+from star_attention.engines.tensorrt.build import profiles
 from star_attention.engines.tensorrt.engine import TensorRtEngine
-from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, EngineLimits
+from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, EngineLimits, write_rotary
 from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
@@ -170,7 +172,7 @@ def test_a_rank_without_blocks(engine):
 def test_more_than_the_engine_was_built_for(engine):
     runtime = Runtime(engine, SingleProcess())
     context = np.zeros(400, np.int32)
-    with pytest.raises(UserError, match=r"an engine with more than --max_num_tokens 256"):
+    with pytest.raises(UserError, match=r"320 tokens in one pass, there is room for 256"):
         runtime.encode(context, StarConfig(320, 0, tokens_per_block=PAGE))
     with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):
         runtime.encode(context, StarConfig(attention="ring", tokens_per_block=PAGE))
@@ -179,5 +181,23 @@ def test_more_than_the_engine_was_built_for(engine):
     encoded = runtime.encode(context, StarConfig(256, 0, tokens_per_block=PAGE))
     batch = runtime.questions()
     batch.ask([encoded] * 3, [np.zeros(3, np.int32)] * 3, 2)
-    with pytest.raises(UserError, match="--max_batch_size 2, this needs 3: ask for less"):
+    with pytest.raises(ValueError, match="a step of 3 sequences, the engine takes 2"):
         batch.step([0, 1, 2], [1, 1, 1])
+
+
+def test_limits(engine):
+    assert engine.limits == Limits(
+        pages=32,
+        pass_tokens=256,
+        pass_sequences=4,
+        question_tokens=256,
+        questions=2,
+        input_len=500,
+        seq_len=512,
+    )
+    engine.reserve_pages(32)
+    with pytest.raises(ValueError, match="33 pages are asked for, there are 32"):
+        engine.reserve_pages(33)
+    engine.reserve_positions(512)
+    with pytest.raises(ValueError, match="513 positions are asked for, the engine has 512"):
+        engine.reserve_positions(513)

@@ -24,10 +24,12 @@ from star_attention.cli import trtllm as trtllm_cli
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import PagedStep
-from star_attention.engines.loader import EngineOptions, division_of, load_engine
-from star_attention.engines.tensorrt.build import profiles, write_rotary
-from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits, read_engine_config
+from star_attention.engines.loader import division_of, load_engine
+from star_attention.engines.options import EngineOptions
+from star_attention.engines.tensorrt.build import profiles
+from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits, write_rotary
 from star_attention.engines.tensorrt.onnx import export_graph, graph_inputs
+from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.errors import UserError
 from star_attention.llm import LLM
 from star_attention.models.checkpoint import find_model, is_engine_folder, open_checkpoint
@@ -198,7 +200,7 @@ def test_logits_are_the_torch_engines(monkeypatch, plugin, model):
 
 
 def rotary_of(config):
-    from star_attention.models.llama import rotary_table
+    from star_attention.models.rotary import rotary_table
 
     return rotary_table(config.rope, config.head_dim, 512, torch.device("cpu")).numpy()
 

@@ -84,6 +84,11 @@ def is_decode_step(attention: AttentionStep, logit_rows: np.ndarray) -> bool:
     return one_token_each and np.array_equal(logit_rows, np.arange(count))
 
 
+def padded_count(sequences: int) -> int:
+    """Sequences that a decode graph has which serves so many: a few graphs serve all numbers."""
+    return 1 << (sequences - 1).bit_length()
+
+
 # float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
 Logits = Any
 
@@ -120,6 +125,7 @@ class ModelEngine(Protocol):
 
     Attributes:
         has_ring: whether a step's attention can be a `RingStep`.
+        shares_pages: whether a step can have `shared_pages`.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
@@ -129,6 +135,7 @@ class ModelEngine(Protocol):
     tokens_per_block: int
     limits: Limits
     has_ring: bool
+    shares_pages: bool
     wait_seconds: float
     graph_steps: int
 

@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from star_attention.errors import UserError
-from star_attention.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    import torch
+from star_attention.models.weights import Checkpoint
 
 SMOLLM2 = "smollm2"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # One of them makes a folder that of a TensorRT engine: star-attn build's, trtllm-build's.
 ENGINE_FILE, TRTLLM_ENGINE_FILE = "engine.plan", "rank0.engine"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model on disk.
-
-    Attributes:
-        path: the folder or the GGUF file.
-        config: its shape.
-        tensor: reads one weight by its Hugging Face name, in its stored or dequantised dtype;
-            raises UserError when the file lacks it.
-    """
-
-    path: Path
-    config: ModelConfig
-    tensor: Callable[[str], torch.Tensor]
 
 
 def find_model(model: str, with_weights: bool = True) -> Path:

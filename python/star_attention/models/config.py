@@ -34,8 +34,18 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """What a layer has besides the sizes that all of them share."""
+
+    qkv_bias: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Llama-family decoder. Names are Hugging Face's where they exist."""
+    """Shape of a Llama-family decoder. Names are Hugging Face's where they exist.
+
+    The fields are the model's; `layers` says what follows from them for each layer.
+    """
 
     num_layers: int
     hidden_size: int
@@ -70,6 +80,10 @@ class ModelConfig:
                 f"the model has {self.num_q_heads} query heads, "
                 f"which its {self.num_kv_heads} KV heads do not divide"
             )
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        return (LayerConfig(qkv_bias=self.qkv_bias),) * self.num_layers
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the KV of `tokens` tokens in all layers, in elements of `itemsize` bytes."""

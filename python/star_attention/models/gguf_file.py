@@ -12,26 +12,11 @@ from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import Checkpoint
 from star_attention.models.config import ModelConfig, RopeConfig
+from star_attention.models.weights import Checkpoint, weight_table
 
 _LONG_ARRAY = 1024
 _QKV_BIAS = {"llama": False, "qwen2": True}
-
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -46,21 +31,20 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(f"{path} is truncated or not GGUF: {error}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(reader, tensors)
-    heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}
+    table = {weight.name: weight for weight in weight_table(config)}
     interleaved = _field(reader, "general.architecture") == "llama"
 
     def tensor(name: str) -> torch.Tensor:
-        gguf_name = _gguf_name(name)
-        if gguf_name not in tensors:
-            raise UserError(f"{path}: the weights lack {gguf_name}")
-        stored = tensors[gguf_name]
-        weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
-        num_heads = heads.get(gguf_name.split(".")[-2])
-        if interleaved and num_heads:
+        weight = table[name]
+        if weight.gguf not in tensors:
+            raise UserError(f"{path}: the weights lack {weight.gguf}")
+        stored = tensors[weight.gguf]
+        values = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
+        if interleaved and weight.rotary_heads:
             # llama.cpp stores rotary pairs side by side; Hugging Face keeps them half a head apart.
-            pairs = weight.view(num_heads, -1, 2, *weight.shape[1:])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        return weight
+            pairs = values.view(weight.rotary_heads, -1, 2, *values.shape[1:])
+            values = pairs.transpose(1, 2).reshape(values.shape)
+        return values
 
     return Checkpoint(path, config, tensor)
 
@@ -81,15 +65,6 @@ class _HeaderReader(GGUFReader):
                     end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
                 return end - orig_offs, [], [], [GGUFValueType.ARRAY]
         return super()._get_field_parts(orig_offs, raw_type)
-
-
-def _gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    stem, kind = name.rsplit(".", 1)
-    if not stem.startswith("model.layers."):
-        return f"{_NAMES[stem]}.{kind}"
-    layer, part = stem.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{_NAMES[part]}.{kind}"
 
 
 def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:

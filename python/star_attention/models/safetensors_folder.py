@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import Checkpoint
 from star_attention.models.config import ModelConfig
+from star_attention.models.weights import Checkpoint
 
 
 def open_folder(folder: Path) -> Checkpoint:

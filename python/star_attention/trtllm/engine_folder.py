@@ -16,6 +16,7 @@ from star_attention.engines.tensorrt.folder import (
     TOKENIZER,
     EngineConfig,
     read_content,
+    write_rotary,
 )
 from star_attention.errors import UserError
 from star_attention.trtllm.settings import SETTINGS, check_model, limits_of
@@ -61,7 +62,6 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
         UserError: the folder is not one that it made with Star Attention, or the settings do not
             fit the engine.
     """
-    from star_attention.engines.tensorrt.build import write_rotary
     from star_attention.models.tokenizer import save_tokenizer
 
     content = read_content(folder)

@@ -1,6 +1,6 @@
 """TensorRT-LLM's Llama and Qwen2 with Star Attention, for `trtllm-build --model_cls_file`: its own
 layers and weights around the plugin. Inputs, outputs and profiles of the engine are those that
-`star-attn build` gives (engines/onnx_export.py). names.py lists what is used of TensorRT-LLM."""
+`star-attn build` gives (engines/tensorrt/onnx.py). names.py lists what is used of TensorRT-LLM."""
 
 from __future__ import annotations
 

@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.cache import cache_folder
-from star_attention.engines.tensorrt.engine import (
-    max_logit_rows,
-    max_pages_of_sequence,
-    max_sequences,
-)
 from star_attention.engines.tensorrt.folder import (
     PLAN,
     ROTARY,
     TOKENIZER,
     EngineConfig,
     EngineLimits,
+    write_rotary,
 )
 from star_attention.engines.tensorrt.library import LogFile, gpu_of, load_tensorrt
 from star_attention.engines.tensorrt.onnx import GRAPH, WEIGHTS, write_graph
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import Checkpoint, is_engine_folder, open_checkpoint
+from star_attention.models.checkpoint import is_engine_folder, open_checkpoint
 from star_attention.models.config import ModelConfig
+from star_attention.models.weights import Checkpoint
 
 BUILD_DTYPES = ("float16", "bfloat16")
 GEMM_PLUGIN = ("auto", "disable")
@@ -133,8 +130,7 @@ def build_folder(
         on_progress("writing the graph")
         gemm_plugin = options.gemm_plugin == "auto" and trt.HAS_CUBLAS
         write_graph(checkpoint, graph, graph, options.dtype, gemm_plugin=gemm_plugin)
-        with (graph / WEIGHTS).open("rb") as weights:
-            weights_sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+        weights_sha256 = _sha256(graph / WEIGHTS)
         on_progress("building the engine")
         _build_plan(trt, checkpoint.config, limits, options, graph, unfinished, log)
         shutil.rmtree(graph)
@@ -167,7 +163,7 @@ def profiles(model: ModelConfig, limits: EngineLimits) -> list[dict[str, Range]]
     """The context profile and the generation profile. TensorRT chooses kernels for the usual
     shapes: a full pass, and a token of one question."""
     most, batch = limits.max_num_tokens, limits.max_batch_size
-    context = (1, most, most), (1, 1, max_sequences(limits)), (1, 1, max_logit_rows(limits))
+    context = (1, most, most), (1, 1, limits.max_sequences), (1, 1, limits.max_logit_rows)
     generation = (1, 1, batch), (1, 1, batch), (1, 1, batch)
     return [_profile(model, limits, *sizes) for sizes in (context, generation)]
 
@@ -179,7 +175,7 @@ def _profile(
     sequences: Sequence[int],
     rows: Sequence[int],
 ) -> dict[str, Range]:
-    pages = max_pages_of_sequence(limits)
+    pages = limits.max_pages_of_sequence
 
     def ranges(*sizes: Sequence[int]) -> Range:
         least, usual, largest = zip(*sizes, strict=True)
@@ -224,11 +220,9 @@ def _build_plan(
         raise log.explain(error) from None
 
 
-def write_rotary(model: ModelConfig, positions: int, path: Path) -> None:
-    """The engine's input `rotary`, for its folder."""
-    import torch
-
-    from star_attention.models.llama import rotary_table
-
-    table = rotary_table(model.rope, model.head_dim, positions, torch.device("cpu"))
-    table.numpy().tofile(path)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

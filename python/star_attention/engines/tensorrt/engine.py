@@ -11,16 +11,19 @@ import numpy as np
 
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree, require_same
-from star_attention.engines.base import AttentionStep, PagedStep, is_decode_step
-from star_attention.engines.tensorrt.folder import (
-    ROTARY,
-    EngineConfig,
-    EngineLimits,
-    plan_file,
-    read_engine_config,
+from star_attention.distributed.topology import local_device
+from star_attention.engines.base import (
+    AttentionStep,
+    Limits,
+    PagedStep,
+    is_decode_step,
+    padded_count,
 )
+from star_attention.engines.options import EngineOptions
+from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, plan_file
 from star_attention.engines.tensorrt.library import gpu_of, load_tensorrt, require_cupy, session_log
-from star_attention.errors import UserError
+from star_attention.engines.tensorrt.read import read_engine_config
+from star_attention.errors import RankError, UserError
 from star_attention.trtllm.engine_folder import load_plugins
 
 CONTEXT, GENERATION = 0, 1  # an engine's profiles
@@ -41,20 +44,6 @@ class _Inputs(NamedTuple):
     logit_rows: Any
 
 
-def max_sequences(limits: EngineLimits) -> int:
-    """Blocks of a context pass, or questions, at most."""
-    return max(limits.max_batch_size, limits.max_num_tokens // limits.tokens_per_block)
-
-
-def max_logit_rows(limits: EngineLimits) -> int:
-    """Rows of a pass whose logits can be had: of all questions, or of a question's tokens."""
-    return max(limits.max_batch_size, 128)
-
-
-def max_pages_of_sequence(limits: EngineLimits) -> int:
-    return -(-limits.max_seq_len // limits.tokens_per_block)
-
-
 def runs_of(pages: np.ndarray, every: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """A rank's pages as runs (first page, count), cut wherever `every` rank's are not consecutive:
     all ranks get runs of the same counts."""
@@ -68,7 +57,7 @@ class TensorRtEngine:
     """Runs a TensorRT engine on this rank's GPU. See `ModelEngine`.
 
     Steps of one token a sequence take the generation profile and are captured in a CUDA graph, one
-    for each number of sequences; all others take the context profile.
+    for each of a few padded numbers of sequences; all others take the context profile.
 
     Args:
         folder: the engine's.
@@ -93,13 +82,11 @@ class TensorRtEngine:
         self._cupy = cupy
         self._trt = load_tensorrt()
         self._check_machine(config, device)
-        self.config, self._limits = config.model, config.limits
+        self.config, self._built = config.model, config.limits
         self.tokens_per_block = config.limits.tokens_per_block
-        self.max_input_len = config.limits.max_input_len
-        self.max_seq_len = config.limits.max_seq_len
-        self.max_step_tokens = config.limits.max_num_tokens
-        self.step_limit = f"an engine with more than --max_num_tokens {self.max_step_tokens}"
+        self.shares_pages = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
+        self.graph_steps = 0
         self._comm = comm
         self._device = device
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -134,10 +121,29 @@ class TensorRtEngine:
         shape = self.config.kv_shape(num_pages, self.tokens_per_block)
         # Nobody but the kernels knows the type of its 16-bit elements.
         self._pool = self._cupy.empty(shape, self._cupy.uint16)
-        self.max_pages = num_pages
+        built = self._built
+        questions = built.max_num_tokens
+        if self._comm.size > 1:
+            questions = min(questions, _MAX_MERGE_TOKENS)
+        self.limits = Limits(
+            pages=num_pages,
+            pass_tokens=built.max_num_tokens,
+            pass_sequences=built.max_sequences,
+            question_tokens=questions,
+            questions=built.max_batch_size,
+            input_len=built.max_input_len,
+            seq_len=built.max_seq_len,
+        )
 
     def reserve_pages(self, num_pages: int) -> None:
-        pass  # all are there from the start
+        if num_pages > self._pool.shape[1]:
+            raise ValueError(f"{num_pages} pages are asked for, there are {self._pool.shape[1]}")
+
+    def reserve_positions(self, positions: int) -> None:
+        if positions > self._built.max_seq_len:
+            raise ValueError(
+                f"{positions} positions are asked for, the engine has {self._built.max_seq_len}"
+            )
 
     def copy_page(self, source: int, target: int) -> None:
         with self._stream:
@@ -152,9 +158,8 @@ class TensorRtEngine:
         on_layer: Callable[[float], None] | None = None,
     ) -> Any:
         assert isinstance(attention, PagedStep)
-        limits, decodes = self._limits, is_decode_step(attention, logit_rows)
-        most_sequences = limits.max_batch_size if decodes else max_sequences(limits)
-        self._check_step(positions, attention, len(logit_rows), most_sequences)
+        decodes = is_decode_step(attention, logit_rows)
+        self._check_step(positions, attention, len(logit_rows), decodes)
         with self._stream:
             try:
                 if decodes:
@@ -163,7 +168,7 @@ class TensorRtEngine:
                     logits = self._run(token_ids, positions, attention, logit_rows)
                 self._stream.synchronize()
             except RuntimeError as error:
-                raise self._log.explain(error) from None
+                raise RankError(str(self._log.explain(error))) from None
         self._comm.check()
         return logits
 
@@ -203,13 +208,13 @@ class TensorRtEngine:
         return logits[:wanted]
 
     def _decode(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
-        count = len(step.kv_lens)
+        count = min(padded_count(len(step.kv_lens)), self._built.max_batch_size)
         graph = self._graphs.get(count)
         if graph is None:
             graph = self._graphs[count] = _DecodeGraph(self, count, step)
         logits = graph.run(token_ids, positions, step)
         self._count_traffic(count, step, True)
-        return logits
+        return logits[: len(step.kv_lens)]
 
     def _bind(self, execution: Any, inputs: _InputArrays, context: Any) -> Any:
         """Gives a step its tensors and returns the one for its logits."""
@@ -243,29 +248,23 @@ class TensorRtEngine:
         return self._trt.SharedPages(self._comm.nccl, self._comm.rank, runs)
 
     def _check_step(
-        self, positions: np.ndarray, step: PagedStep, num_rows: int, most_sequences: int
+        self, positions: np.ndarray, step: PagedStep, num_rows: int, decodes: bool
     ) -> None:
-        limits = self._limits
-        if step.merge and self._comm.size > 1 and len(positions) > _MAX_MERGE_TOKENS:
-            raise UserError(
-                f"questions asked together have {len(positions)} tokens: ask with at most "
-                f"{_MAX_MERGE_TOKENS}, and put long text into the context"
-            )
-        if step.shared_pages is not None and self._comm.size > 1 and self._comm.nccl is None:
+        """Raises ValueError for a step beyond `limits`, which no rank may be given."""
+        built, limits = self._built, self.limits
+        merges = step.merge and self._comm.size > 1
+        if step.shared_pages is not None and not self.shares_pages:
             raise UserError(
                 "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
             )
-        for flag, needed, most in (
-            ("--max_seq_len", int(positions.max(initial=-1)) + 1, limits.max_seq_len),
-            ("--max_num_tokens", len(positions), limits.max_num_tokens),
-            ("--max_batch_size", len(step.kv_lens), most_sequences),
-            ("--max_batch_size", num_rows, max_logit_rows(limits)),
+        for what, needed, most in (
+            ("positions", int(positions.max(initial=-1)) + 1, built.max_seq_len),
+            ("tokens", len(positions), limits.question_tokens if merges else limits.pass_tokens),
+            ("sequences", len(step.kv_lens), limits.questions if decodes else built.max_sequences),
+            ("rows of logits", num_rows, built.max_logit_rows),
         ):
             if needed > most:
-                raise UserError(
-                    f"the engine was built for {flag} {getattr(limits, flag[2:])}, this needs "
-                    f"{needed}: ask for less, or build it for more"
-                )
+                raise ValueError(f"a step of {needed} {what}, the engine takes {most}")
 
     def _check_machine(self, config: EngineConfig, device: int) -> None:
         name, capability = gpu_of(device)
@@ -301,7 +300,7 @@ class TensorRtEngine:
 
     def _read_rotary(self, path: Path) -> Any:
         table = np.memmap(path, np.float32, "r").reshape(-1, self.config.head_dim)
-        if len(table) != self._limits.max_seq_len:
+        if len(table) != self._built.max_seq_len:
             raise UserError(f"{path} is damaged: build the engine again")
         return self._cupy.asarray(table)
 
@@ -311,7 +310,7 @@ class TensorRtEngine:
             num_q_heads=config.num_q_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            max_q_len=self._limits.max_num_tokens,
+            max_q_len=self._built.max_num_tokens,
             max_merge_tokens=_MAX_MERGE_TOKENS if self._comm.size > 1 else 0,
             device=self._device,
         )
@@ -366,10 +365,10 @@ class _DecodeGraph:
     TensorRT for its shapes, and is captured then; the others replay it."""
 
     def __init__(self, engine: TensorRtEngine, count: int, step: PagedStep) -> None:
-        width = min(engine.max_pages, max_pages_of_sequence(engine._limits))
+        width = min(engine.limits.pages, engine._built.max_pages_of_sequence)
         each = (count,)
         shapes = _Inputs(each, each, each, (count + 1,), each, (count, width), each)
-        self._stream = engine._stream
+        self._engine, self._stream = engine, engine._stream
         self._execution = engine._session.execution(GENERATION)
         self._inputs = _InputArrays(engine._cupy, shapes)
         self._context = engine._context(step, attends_last=True)
@@ -381,15 +380,20 @@ class _DecodeGraph:
         self._inputs.host.logit_rows[:] = np.arange(count)
 
     def run(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
-        host = self._inputs.host
-        host.input_ids[:] = token_ids
-        host.position_ids[:] = positions
-        host.slot_mapping[:] = step.slot_mapping
-        host.kv_lens[:] = step.kv_lens
-        host.page_table[:, : step.page_table.shape[1]] = step.page_table
+        host, count = self._inputs.host, len(token_ids)
+        for array, given, beyond in (  # rows beyond the sequences store and see nothing
+            (host.input_ids, token_ids, 0),
+            (host.position_ids, positions, 0),
+            (host.slot_mapping, step.slot_mapping, -1),
+            (host.kv_lens, step.kv_lens, 0),
+        ):
+            array[:count] = given
+            array[count:] = beyond
+        host.page_table[:count, : step.page_table.shape[1]] = step.page_table
         self._inputs.upload()
         if self._graph:
             self._graph.launch(self._stream.ptr)
+            self._engine.graph_steps += 1
         else:
             self._execution.enqueue(self._stream.ptr)
             self._stream.synchronize()
@@ -397,15 +401,11 @@ class _DecodeGraph:
         return self._logits
 
 
-def load_trt_engine(
-    folder: Path, comm: Communicator, kv_bytes: Callable[[int], int], merge: str
-) -> TensorRtEngine:
+def load_trt_engine(folder: Path, comm: Communicator, options: EngineOptions) -> TensorRtEngine:
     """The engine of `folder` on this rank; every rank of the job takes part.
 
     Args:
         comm: of all ranks, for host memory.
-        kv_bytes: from a GPU's free bytes for a rank to those that the KV cache takes.
-        merge: as in `GpuCommunicator`.
 
     Raises:
         UserError: on every rank, if it cannot run on any.
@@ -427,19 +427,19 @@ def load_trt_engine(
         )
     import cupy
 
-    from star_attention.distributed.gpu import GpuCommunicator, local_device
+    from star_attention.distributed.gpu import GpuCommunicator
 
     device = local_device(comm)
     cupy.cuda.Device(device).use()
     ranks_here = 1
     if comm.size > 1:
-        comm = GpuCommunicator(comm, device, merge=merge)
+        comm = GpuCommunicator(comm, device, merge=options.merge)
         agree(comm, lambda: _check_merge(comm))
         ranks_here = comm.ranks_here
     engine = agree(comm, lambda: TensorRtEngine(folder, config, comm, device))
     page_bytes = config.model.kv_bytes(config.limits.tokens_per_block, itemsize=2)
     free, _ = cupy.cuda.runtime.memGetInfo()
-    pages = agree(comm, lambda: kv_bytes(free // ranks_here)) // page_bytes
+    pages = agree(comm, lambda: options.kv_cache_bytes(free // ranks_here)) // page_bytes
     engine.allocate_pool(min(comm.gather_objects(pages)))
     return engine
 

@@ -9,7 +9,7 @@ tokenizer/    the model's, in Hugging Face's format
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from star_attention.models.config import ModelConfig
 
 PLAN = ENGINE_FILE
 CONFIG, ROTARY, TOKENIZER = "config.json", "rotary.bin", "tokenizer"
-_KIND = "star_attention_engine"
-_FORMAT = 1
+KIND = "star_attention_engine"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,20 @@ class EngineLimits:
                 f"{self.block_size}"
             )
 
+    @property
+    def max_sequences(self) -> int:
+        """Blocks of a context pass, or questions, at most."""
+        return max(self.max_batch_size, self.max_num_tokens // self.tokens_per_block)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """Rows of a pass whose logits can be had: of all questions, or of a question's tokens."""
+        return max(self.max_batch_size, 128)
+
+    @property
+    def max_pages_of_sequence(self) -> int:
+        return -(-self.max_seq_len // self.tokens_per_block)
+
     def divide(self, config: StarConfig) -> StarConfig:
         """`config` with the engine's own division where it leaves that open.
 
@@ -111,7 +125,7 @@ class EngineConfig:
     built_by: str
 
     def write(self, folder: Path) -> None:
-        content = {_KIND: _FORMAT, **asdict(self)}
+        content = {KIND: FORMAT, **asdict(self)}
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -132,30 +146,11 @@ def read_content(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_engine_config(folder: Path) -> EngineConfig:
-    """Raises UserError if the folder is incomplete or not one of an engine."""
-    content = read_content(folder)
-    if "pretrained_config" in content:
-        from star_attention.trtllm.engine_folder import engine_config
+def write_rotary(model: ModelConfig, positions: int, path: Path) -> None:
+    """The engine's input `rotary`."""
+    import torch
 
-        if not (folder / ROTARY).exists():
-            raise UserError(
-                f"{folder} has no {ROTARY}: run star-attn trtllm finish --engine_dir {folder}"
-            )
-        return engine_config(folder, content)
-    if content.get(_KIND) != _FORMAT:
-        raise UserError(
-            f"{folder / CONFIG} is not one that star-attn build of this version wrote: "
-            "build the engine again"
-        )
-    try:
-        parts = {field.name: content[field.name] for field in fields(EngineConfig)}
-        return EngineConfig(
-            **{
-                **parts,
-                "model": ModelConfig.from_dict(content["model"]),
-                "limits": EngineLimits(**content["limits"]),
-            }
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged ({error}): build the engine again") from None
+    from star_attention.models.rotary import rotary_table
+
+    table = rotary_table(model.rope, model.head_dim, positions, torch.device("cpu"))
+    table.numpy().tofile(path)

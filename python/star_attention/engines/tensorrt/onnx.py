@@ -24,13 +24,15 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import Checkpoint, open_checkpoint
+from star_attention.models.checkpoint import open_checkpoint
 from star_attention.models.config import ModelConfig
+from star_attention.models.decoder import decode
+from star_attention.models.weights import Checkpoint, Weight, assemble
 
 if TYPE_CHECKING:
     import onnx
@@ -125,8 +127,8 @@ def write_graph(
 
 
 class _Graph:
-    """Collects nodes and weights in `folder`, to be moved to `final`. Methods that add nodes take
-    and return names of values."""
+    """The decoder's operators on names of values: collects nodes and weights in `folder`, to be
+    moved to `final`. See `models.decoder.Operators`."""
 
     def __init__(
         self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, gemm_plugin: bool
@@ -142,7 +144,7 @@ class _Graph:
         import onnx
         from onnx import TensorProto, helper
 
-        logits = self._decoder()
+        logits = decode(self, assemble(self._config, self._weights.add))
         infos = [
             helper.make_tensor_value_info(name, getattr(TensorProto, dtype.upper()), dims)
             for name, (dtype, dims) in graph_inputs(self._config).items()
@@ -161,63 +163,44 @@ class _Graph:
         model.ir_version = 9  # what TensorRT 8.6 and the runtimes of its time read
         onnx.save(model, self._folder / GRAPH)
 
-    def _decoder(self) -> str:
-        config = self._config
-        embedding = self._weights.add("model.embed_tokens.weight", config.vocab_size, None)
-        x = self._node(GATHER_ROWS, [embedding, "input_ids"])
-        for index in range(config.num_layers):
-            x = self._layer(x, index, f"model.layers.{index}.")
-        x = self._norm(x, "model.norm.weight")
-        lm_head = embedding
-        if not config.tie_embeddings:
-            lm_head = self._weights.add("lm_head.weight", config.vocab_size, None)
-        return self._node("Cast", [self._linear(x, lm_head)], "logits", domain="", to=_FLOAT)
+    def embed(self, embedding: str) -> str:
+        return self._node(GATHER_ROWS, [embedding, "input_ids"])
 
-    def _layer(self, x: str, index: int, prefix: str) -> str:
-        config = self._config
-        q_rows = config.num_q_heads * config.head_dim
-        kv_rows = config.num_kv_heads * config.head_dim
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-
-        def qkv_of(kind: str, *columns: None) -> str:
-            rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-            parts = {f"{attention}{name}_proj.{kind}": size for name, size in rows.items()}
-            return self._weights.fuse(f"{attention}qkv_proj.{kind}", parts, *columns)
-
-        normed = self._norm(x, prefix + "input_layernorm.weight")
-        bias = qkv_of("bias") if config.qkv_bias else None
-        attended = self._attend(self._linear(normed, qkv_of("weight", None), bias), index)
-        if index == config.num_layers - 1:  # from here on nobody wants the other rows
-            x, attended = (self._node(GATHER_ROWS, [rows, "logit_rows"]) for rows in (x, attended))
-        out = self._weights.add(attention + "o_proj.weight", None, q_rows)
-        x = self._linear(attended, out, x)
-
-        normed = self._norm(x, prefix + "post_attention_layernorm.weight")
-        inner = config.intermediate_size
-        parts = {f"{mlp}{name}_proj.weight": inner for name in ("gate", "up")}
-        gate_up = self._linear(normed, self._weights.fuse(f"{mlp}gate_up_proj.weight", parts, None))
-        down = self._weights.add(mlp + "down_proj.weight", None, inner)
-        return self._linear(self._node(SILU_MUL, [gate_up]), down, x)
-
-    def _attend(self, qkv: str, layer: int) -> str:
+    def attend(self, layer: int, x: str, project: Callable[[str], str]) -> str:
         return self._node(
             PLUGIN,
-            [qkv, *PLUGIN_INPUTS],
+            [project(x), *PLUGIN_INPUTS],
             plugin_version=PLUGIN_VERSION,
             plugin_namespace="",
             **plugin_fields(self._config, layer),
         )
 
-    def _norm(self, x: str, weight: str) -> str:
-        inputs = [x, self._weights.add(weight, None)]
-        return self._node(RMS_NORM, inputs, eps=self._config.rms_norm_eps)
+    def by_rows(self, finish: Callable[[str, str], str], x: str, attended: str) -> str:
+        return finish(x, attended)
 
-    def _linear(self, x: str, weight: str, addend: str | None = None) -> str:
-        """x weight^T + addend, weight [out, in] as checkpoints have it."""
-        inputs = [x, weight] + ([addend] if addend else [])
+    def wanted_rows(self, x: str) -> str:
+        return self._node(GATHER_ROWS, [x, "logit_rows"])
+
+    def rms_norm(self, x: str, weight: str) -> str:
+        return self._node(RMS_NORM, [x, weight], eps=self._config.rms_norm_eps)
+
+    def linear(self, x: str, weight: str, bias: str | None = None) -> str:
+        return self._linear([x, weight] + ([bias] if bias else []))
+
+    def add_linear(self, x: str, inputs: str, weight: str) -> str:
+        return self._linear([inputs, weight, x])
+
+    def silu_mul(self, gate_up: str) -> str:
+        return self._node(SILU_MUL, [gate_up])
+
+    def logits(self, x: str, lm_head: str) -> str:
+        return self._node("Cast", [self.linear(x, lm_head)], "logits", domain="", to=_FLOAT)
+
+    def _linear(self, inputs: Sequence[str]) -> str:
+        """x weight^T, weight [out, in] as checkpoints have it, and what is added to it."""
         if not self._gemm_plugin:
             return self._node("Gemm", inputs, domain="", transB=1)
-        return self._node(LINEAR_ADD if addend else LINEAR, inputs)
+        return self._node(LINEAR_ADD if len(inputs) == 3 else LINEAR, inputs)
 
     def _node(
         self,
@@ -289,31 +272,23 @@ class _Weights:
         self._places = _safetensors_places(checkpoint.path) if in_place else {}
         self._own = (folder / WEIGHTS).open("wb")
 
-    def add(self, name: str, *shape: int | None) -> str:
-        """The weight as a value of the graph; `None` in shape stands for the hidden size."""
-        if name in self._tensors:
-            return name
-        dims = self._dims(shape)
-        place = self._places.get(name)
+    def add(self, weights: Sequence[Weight]) -> str:
+        """One weight, or several stacked, as a value of the graph."""
+        first = weights[0]
+        if len(weights) > 1:
+            dims = [sum(weight.shape[0] for weight in weights), *first.shape[1:]]
+            name = f"model.layers.{first.layer}.{first.field}"
+            return self._declare(name, dims, WEIGHTS, *self._write(weights))
+        dims, place = list(first.shape), self._places.get(first.name)
         if place and place.dtype == self._dtype and place.shape == dims:
-            return self._declare(name, dims, place.file.name, place.offset, place.length)
-        return self._declare(name, dims, WEIGHTS, *self._write({name: dims}))
-
-    def fuse(self, name: str, parts: Mapping[str, int], *columns: int | None) -> str:
-        """Weights as one, each with so many rows."""
-        dims = self._dims(columns)
-        place = self._write({part: [rows, *dims] for part, rows in parts.items()})
-        return self._declare(name, [sum(parts.values()), *dims], WEIGHTS, *place)
+            return self._declare(first.name, dims, place.file.name, place.offset, place.length)
+        return self._declare(first.name, dims, WEIGHTS, *self._write(weights))
 
     def finish(self) -> list[onnx.TensorProto]:
         self._own.close()
         if not (self._folder / WEIGHTS).stat().st_size:
             (self._folder / WEIGHTS).unlink()
         return list(self._tensors.values())
-
-    def _dims(self, shape: Sequence[int | None]) -> list[int]:
-        hidden = self._checkpoint.config.hidden_size
-        return [hidden if size is None else size for size in shape]
 
     def _declare(self, name: str, dims: list[int], location: str, offset: int, length: int) -> str:
         from onnx import TensorProto
@@ -325,20 +300,17 @@ class _Weights:
         self._tensors[name] = tensor
         return name
 
-    def _write(self, shapes: Mapping[str, list[int]]) -> tuple[int, int]:
-        """Weights, whose shapes are checked, one behind the other: offset and bytes."""
+    def _write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+        """Weights one behind the other: offset and bytes."""
         import torch
+
+        from star_attention.models.loading import read_weight
 
         self._own.write(b"\0" * (-self._own.tell() % _ALIGNMENT))
         offset = self._own.tell()
-        for name, dims in shapes.items():
-            weight = self._checkpoint.tensor(name)
-            if list(weight.shape) != dims:
-                raise UserError(
-                    f"{self._checkpoint.path}: {name} has shape {list(weight.shape)}, "
-                    f"the config asks for {dims}"
-                )
-            data = weight.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
+        for weight in weights:
+            stored = read_weight(self._checkpoint, weight)
+            data = stored.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
             self._own.write(data.tobytes())
         return offset, self._own.tell() - offset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from star_attention import ops
 from star_attention.distributed import Communicator
 from star_attention.engines.base import AttentionStep, RingStep
+
+_MERGE_ROWS = 4096  # of partials that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class PagedTables:
 
 class Attention:
     """Attention of one pass, layer by layer: a layer's pool is announced by `begin`, then written,
-    `stored` being told how far, then attended to by a call."""
+    `stored` being told how far, then attended to by a call. A layer that is only written is not
+    announced."""
 
     def __init__(self, comm: Communicator, scale: float, device: torch.device) -> None:
         self._comm = comm
@@ -97,10 +101,10 @@ class PagedAttention(Attention):
 
     Pages that rank 0 shares travel while the others compute their own: they are received from
     `begin` on and awaited before attention; rank 0 sends them as soon as they are written, and its
-    GPU waits at the `end` only, so that it may run ahead.
+    GPU runs ahead of the others by at most two layers, which bounds what is on its way.
 
     Args:
-        shared_pages: as in `PagedStep`.
+        shared_pages, shared_rows: as in `PagedStep`.
         merge: outputs are merged over the ranks.
     """
 
@@ -110,39 +114,46 @@ class PagedAttention(Attention):
         comm: Communicator,
         scale: float,
         shared_pages: np.ndarray | None = None,
-        merge: bool = False,
         shared_rows: int = 0,
+        merge: bool = False,
     ) -> None:
         super().__init__(comm, scale, tables.kv_lens.device)
         alone = comm.size == 1
         self._tables = tables
         self._merge = merge and not alone
-        self._shared_rows = shared_rows
         self._shared = None if alone else shared_pages
-        self._transfer: _Transfer | None = None
-        self._sent: list[_Transfer] = []
+        self._shared_rows = shared_rows
+        self._to_send = False
+        self._transfers: deque[_Transfer] = deque()  # under way, oldest first
 
     def begin(self, pool: torch.Tensor) -> None:
-        if self._shared is not None and self._comm.rank:
-            self._transfer = _Transfer(self._comm, pool, self._shared)
+        if self._shared is None:
+            return
+        self._to_send = self._comm.rank == 0
+        if self._to_send:
+            self.stored(pool, 0)
+        else:
+            self._transfers.append(_Transfer(self._comm, pool, self._shared))
 
     def stored(self, pool: torch.Tensor, rows: int) -> None:
-        if self._shared is None or self._comm.rank or self._transfer:
-            return
-        if rows >= self._shared_rows:  # rank 0's rows begin with the shared tokens
-            self._transfer = _Transfer(self._comm, pool, self._shared)
+        if self._to_send and rows >= self._shared_rows:
+            self._to_send = False
+            self._finish(all_but=1)
+            self._transfers.append(_Transfer(self._comm, pool, self._shared))
 
     def end(self) -> None:
-        for transfer in self._sent:  # the pages may be overwritten from here on
-            transfer.finish()
+        self._finish()  # the pages may be overwritten from here on
+
+    def _finish(self, all_but: int = 0) -> None:
+        while len(self._transfers) > all_but:
+            self._transfers.popleft().finish()
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        if self._transfer and self._comm.rank == 0 and q.is_cuda:
-            self._sent.append(self._transfer)
-        elif self._transfer:  # also where it is rank 0's: MPI sends while it is waited for
-            with self._clock:
-                self._transfer.finish()
-        self._transfer = None
+        if self._to_send:
+            raise ValueError(f"rank 0 shares {self._shared_rows} rows of {len(q)}")
+        if self._transfers and not (self._comm.rank == 0 and q.is_cuda):
+            with self._clock:  # also where it is rank 0's: MPI sends while it is waited for
+                self._finish()
         if not self._merge:
             return self._tables.attend(q, pool, self._scale)[0]
         if not q.is_cuda:
@@ -176,7 +187,7 @@ class RingAttention(Attention):
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         comm, stream = self._comm, stream_of(q.device)
         here = select_pages(pool, self._pages)
-        o, lse = _partials(q, len(self._hops))
+        o, lse = _partials(q, min(2, len(self._hops)))  # of the hops so far, and of this one
         for hop, (_, tables) in enumerate(self._hops):
             request = None
             if hop + 1 < len(self._hops):
@@ -184,12 +195,15 @@ class RingAttention(Attention):
                 request = comm.exchange(
                     here, (comm.rank + 1) % comm.size, arriving, (comm.rank - 1) % comm.size, stream
                 )
-            tables.attend(q, here, self._scale, (o[hop], lse[hop]))
+            this = min(hop, 1)
+            tables.attend(q, here, self._scale, (o[this], lse[this]))
+            if this:
+                _merge_into_first(o, lse)
             if request:
                 with self._clock:
                     request.wait(stream)
                 here = arriving
-        return ops.merge_lse(o, lse, out_dtype=q.dtype)[0]
+        return o[0].to(q.dtype)
 
 
 def attention_on(
@@ -199,7 +213,7 @@ def attention_on(
     if isinstance(step, RingStep):
         return RingAttention(step, comm, scale, device)
     tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
-    return PagedAttention(tables, comm, scale, step.shared_pages, step.merge, step.shared_rows)
+    return PagedAttention(tables, comm, scale, step.shared_pages, step.shared_rows, step.merge)
 
 
 def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -212,9 +226,20 @@ def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> 
 
 def select_pages(pool: torch.Tensor, pages: np.ndarray) -> torch.Tensor:
     """The pages in order, contiguous: a view where they are consecutive, otherwise a copy."""
-    if len(pages) and (np.diff(pages) == 1).all():
+    if _consecutive(pages):
         return pool[int(pages[0]) : int(pages[-1]) + 1]
     return pool[to_device(pages, pool.device)]
+
+
+def _consecutive(pages: np.ndarray) -> bool:
+    return len(pages) > 0 and bool((np.diff(pages) == 1).all())
+
+
+def _merge_into_first(o: torch.Tensor, lse: torch.Tensor) -> None:
+    """Both partials' attention, o [2, T, Hq, D] and lse [2, T, Hq], in place of the first."""
+    for first in range(0, o.shape[1], _MERGE_ROWS):
+        rows = slice(first, first + _MERGE_ROWS)
+        o[0, rows], lse[0, rows] = ops.merge_lse(o[:, rows], lse[:, rows])
 
 
 def _partials(q: torch.Tensor, *shards: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,12 +266,12 @@ class _Transfer:
         self._pool, self._pages = pool, pages
         self._stream = stream_of(pool.device)
         self._buffer = select_pages(pool, pages)
-        self._receives = comm.rank > 0
+        self._unpacks = comm.rank > 0 and not _consecutive(pages)
         self._request = comm.start_broadcast(self._buffer, 0, self._stream)
 
     def finish(self) -> None:
         self._request.wait(self._stream)
-        if self._receives and self._buffer.data_ptr() != self._pool[self._pages[0]].data_ptr():
+        if self._unpacks:
             self._pool[to_device(self._pages, self._pool.device)] = self._buffer
 
 

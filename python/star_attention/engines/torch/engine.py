@@ -1,4 +1,4 @@
-"""The model in plain torch."""
+"""The model in torch, on the CPU and on CUDA GPUs."""
 
 from __future__ import annotations
 
@@ -7,70 +7,80 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from star_attention import ops
-from star_attention.distributed import Communicator, SingleProcess, Traffic
-from star_attention.engines.base import AttentionStep, Limits, PagedStep, is_decode_step
-from star_attention.engines.torch.attention import (
-    Attention,
-    PagedAttention,
-    PagedTables,
-    attention_on,
-    stream_of,
-    to_device,
-)
+from star_attention.distributed import Communicator, SingleProcess
+from star_attention.engines.base import AttentionStep, Limits, is_decode_step
+from star_attention.engines.torch.attention import Attention, attention_on, to_device
+from star_attention.engines.torch.graphs import DecodeGraphs
+from star_attention.engines.torch.kv_pool import KvPool
+from star_attention.engines.torch.memory import pass_limits
+from star_attention.engines.torch.operators import PassInputs, TorchOperators
 from star_attention.models.config import ModelConfig
-from star_attention.models.llama import LayerWeights, LlamaWeights, rotary_table
+from star_attention.models.decoder import decode
+from star_attention.models.rotary import rotary_table
+from star_attention.models.weights import ModelWeights
 
-# Rows that go through the projections and the MLP at a time: bounds the activations of a long
-# block, and keeps them in the cache of a CPU core.
-_CHUNK_ROWS = {"cpu": 512, "cuda": 16384}
+# Positions beyond those that the model was made for come so many at a time.
+_POSITIONS = 65536
 
 
 class TorchEngine:
     """Runs a Llama-family model on one device. See `ModelEngine`.
 
-    On a GPU, steps of one token a sequence are captured in a CUDA graph, one for each number of
-    sequences, when they come for the second time, and replayed from then on.
+    On a GPU, steps of one token a sequence are replays of CUDA graphs; see `DecodeGraphs`.
 
     Args:
         config: the model's shape.
         weights: on the device and in the dtype to compute with.
         comm: connects the ranks; reaches the device's memory.
         tokens_per_block: tokens a page holds.
-        max_pages: pages of the KV pool, allocated at once; None: it grows, without CUDA graphs.
+        max_pages: pages of the KV pool, allocated at once; None: it grows (CPU only).
         group: the ranks that have the other parts of `weights`, and the same tokens (tensor
             parallelism); `comm` connects this rank with those that have the same part.
+        memory_share: of the GPU's free memory that this rank may use for activations.
+
+    Raises:
+        UserError: a pass of useful length does not fit into the GPU's memory.
     """
 
-    has_ring = True
-    graph_steps = 0
+    has_ring = shares_pages = True
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: LlamaWeights,
+        weights: ModelWeights[torch.Tensor],
         comm: Communicator,
         tokens_per_block: int = 128,
         max_pages: int | None = None,
         group: Communicator | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         self.config = config
+        self.tokens_per_block = tokens_per_block
+        self.wait_seconds = 0.0
         self._group = group or SingleProcess()
         self._part = config.shard(self._group.size)
-        self.tokens_per_block = tokens_per_block
-        self.max_pages = max_pages
-        self.wait_seconds = 0.0
         self._weights = weights
         self._comm = comm
-        self._device = weights.embedding.device
-        self._chunk = _CHUNK_ROWS[self._device.type]
-        self._rotary = rotary_table(config.rope, config.head_dim, 0, self._device)
-        self._pool = self._empty_pool(max_pages or 0)
-        fit = self._tokens_that_fit() if self._device.type == "cuda" else None
-        self.limits = Limits(max_pages, fit, question_tokens=fit)
-        self._graphs: dict[int, _DecodeGraph | None] = {}  # by sequences; None: seen once
+        embedding = weights.embedding
+        self._device = embedding.device
+        self._scale = config.head_dim**-0.5
+        self._rotary = self._make_rotary(config.max_position)
+        self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
+        self._graphs: DecodeGraphs | None = None
+        self.limits = Limits(pages=max_pages)
+        if self._device.type == "cuda":
+            self.limits = pass_limits(
+                self._part, embedding.dtype, comm.size, max_pages, memory_share
+            )
+            if comm.capturable and self._group.capturable:
+                self._graphs = DecodeGraphs(
+                    self._forward, comm, self._scale, self._device, max_pages, tokens_per_block
+                )
+
+    @property
+    def graph_steps(self) -> int:
+        return self._graphs.replays if self._graphs else 0
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -79,13 +89,17 @@ class TorchEngine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def reserve_pages(self, num_pages: int) -> None:
-        if self.max_pages is None and num_pages > self._pool.shape[1]:
-            grown = self._empty_pool(num_pages)
-            grown[:, : self._pool.shape[1]] = self._pool
-            self._pool = grown
+        self._pool.reserve(num_pages)
+
+    def reserve_positions(self, positions: int) -> None:
+        if positions > len(self._rotary):
+            self._rotary = None  # never two tables at a time
+            self._rotary = self._make_rotary(-(-positions // _POSITIONS) * _POSITIONS)
+            if self._graphs:
+                self._graphs.clear()
 
     def copy_page(self, source: int, target: int) -> None:
-        self._pool[:, target] = self._pool[:, source]
+        self._pool.copy_page(source, target)
 
     @torch.inference_mode()
     def step(
@@ -96,182 +110,75 @@ class TorchEngine:
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
-        graph = self._graph_for(attention, logit_rows)
-        if graph:
-            logits = graph.replay(token_ids, positions, attention)
-        else:
+        beyond = int(positions.max(initial=-1)) + 1
+        if beyond > len(self._rotary):
+            raise ValueError(
+                f"position {beyond - 1} is not reserved: reserve_positions({beyond}) comes first"
+            )
+        try:
+            if self._graphs and is_decode_step(attention, logit_rows):
+                logits = self._graphs.step(token_ids, positions, attention)
+                self._wait()
+                return logits
             attend = attention_on(attention, self._comm, self._scale, self._device)
-            inputs = (token_ids, positions, attention.slot_mapping, logit_rows)
-            try:
-                logits = self._forward(
-                    *(to_device(array, self._device) for array in inputs), attend, on_layer
-                )
-            except torch.OutOfMemoryError as error:
-                raise MemoryError(
-                    f"{len(token_ids)} tokens in one pass do not fit beside the KV cache: use more "
-                    f"ranks, smaller blocks or a smaller --kv-cache-gib ({error})"
-                ) from None
+            inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
+            logits = self._forward(inputs, attend, self._progress(on_layer))
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"{len(token_ids)} tokens in one pass do not fit beside the KV cache: use more "
+                f"ranks, smaller blocks or a smaller --kv-cache-gib ({error})"
+            ) from None
+        self._wait()
+        self.wait_seconds += attend.wait_seconds
+        return logits
+
+    def _forward(
+        self,
+        inputs: PassInputs,
+        attention: Attention,
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> torch.Tensor:
+        operators = TorchOperators(
+            self._part, inputs, self._pool.data, self._rotary, attention, self._group
+        )
+        logits = decode(operators, self._weights, on_layer)
+        attention.end()
+        if logits is None:
+            return torch.empty(0, self.config.vocab_size, device=self._device)
+        return logits
+
+    def _to_device(self, *arrays: np.ndarray) -> PassInputs:
+        *tokens, logit_rows = arrays
+        wants_all = np.array_equal(logit_rows, np.arange(len(tokens[0])))
+        return PassInputs(
+            *(to_device(array, self._device) for array in tokens),
+            None if wants_all and len(logit_rows) else to_device(logit_rows, self._device),
+        )
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
             self._comm.check()
             self._group.check()
-        if not graph:
-            self.wait_seconds += attend.wait_seconds
-        return logits
 
-    @property
-    def _scale(self) -> float:
-        return self.config.head_dim**-0.5
+    def _progress(self, on_layer: Callable[[float], None] | None) -> Callable[[int], None]:
+        """Tells `on_layer` of the layers done, and lets the host run at most a layer ahead of a GPU
+        then, so that it is true."""
+        if on_layer is None:
+            return lambda layer: None
+        done: list[torch.cuda.Event] = []
 
-    def _forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        logit_rows: torch.Tensor,
-        attend: Attention,
-        on_layer: Callable[[float], None] | None = None,
-    ) -> torch.Tensor:
-        weights = self._weights
-        x = F.embedding(token_ids, weights.embedding)
-        q = x.new_empty(len(x), self._part.num_q_heads, self._part.head_dim)
-        parts = [slice(i, min(i + self._chunk, len(x))) for i in range(0, len(x), self._chunk)]
-        last = len(weights.layers) - 1
-        for index, layer in enumerate(weights.layers):
-            pool = self._pool[index]
-            attends = index < last or len(logit_rows) > 0
-            if attends:
-                attend.begin(pool)
-            for part in parts:
-                self._append_kv(x[part], layer, positions[part], slots[part], pool, q[part])
-                if attends:
-                    attend.stored(pool, part.stop)
-            if not attends:
-                attend.end()
-                return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-            attended = attend(q, pool)
-            for part in parts:
-                self._add(x[part], attended[part].flatten(1), layer.out)
-                self._add_mlp(x[part], layer)
-            if on_layer:
-                self._wait_for_layer(index)
-                on_layer((index + 1) / len(weights.layers))
-        attend.end()
-        x = self._norm(x[logit_rows], weights.norm)
-        return self._whole_rows(ops.linear(x, weights.lm_head)).float()
+        def report(layer: int) -> None:
+            if self._device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record()
+                done.append(event)
+                if len(done) > 1:
+                    done.pop(0).synchronize()
+            on_layer((layer + 1) / self.config.num_layers)
 
-    def _whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
-        """[R, vocab_size] from each rank's part of the rows."""
-        if self._group.size == 1:
-            return logits
-        parts = logits.new_empty(self._group.size, *logits.shape)
-        self._group.all_gather(logits, parts, stream_of(logits.device))
-        return parts.transpose(0, 1).flatten(1)
+        return report
 
-    def _append_kv(
-        self,
-        x: torch.Tensor,
-        layer: LayerWeights,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        pool: torch.Tensor,
-        q: torch.Tensor,
-    ) -> None:
-        """Projects x [T, hidden_size]; stores K and V in their pages, and Q, rotated, in q."""
-        qkv = ops.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
-        ops.rope_append(qkv, positions, self._rotary, pool, slots, q)
-
-    def _add_mlp(self, x: torch.Tensor, layer: LayerWeights) -> None:
-        gate_up = ops.linear(self._norm(x, layer.post_norm), layer.gate_up)
-        self._add(x, ops.silu_mul(gate_up), layer.down)
-
-    def _add(self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-        """x += inputs weight^T, summed over the group, whose first rank adds x."""
-        ops.linear(inputs, weight, None if self._group.rank else x, out=x)
-        self._group.all_reduce(x, stream_of(x.device))
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, weight, self.config.rms_norm_eps)
-
-    def _graph_for(self, attention: AttentionStep, logit_rows: np.ndarray) -> _DecodeGraph | None:
-        """The graph that can run this step, if any. All ranks capture at the same step: capturing
-        can be a collective call."""
-        if self.max_pages is None or not (self._comm.capturable and self._group.capturable):
-            return None
-        if not is_decode_step(attention, logit_rows):
-            return None
-        count = len(attention.slot_mapping)
-        if count not in self._graphs:
-            self._graphs[count] = None
-        elif self._graphs[count] is None:
-            self._graphs[count] = _DecodeGraph(self, count, attention.merge)
-        return self._graphs[count]
-
-    def _wait_for_layer(self, index: int) -> None:
-        """Lets the host run at most a layer ahead of a GPU, so that progress is true."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            if index:
-                self._layer_done.synchronize()
-            self._layer_done = event
-
-    def _empty_pool(self, num_pages: int) -> torch.Tensor:
-        shape = self._part.kv_shape(num_pages, self.tokens_per_block)
-        return self._weights.embedding.new_empty(shape)
-
-    def _tokens_that_fit(self) -> int:
-        """Tokens whose activations the GPU's free memory holds: x, q and attention's output of all
-        of them, and the MLP's of a chunk, with something to spare for tables and fragments."""
-        part, size = self._part, self._pool.element_size()
-        free = 0.9 * torch.cuda.mem_get_info(self._device)[0]
-        chunk = self._chunk * (part.hidden_size + 3 * part.intermediate_size) * size
-        each = (part.hidden_size + 2 * part.num_q_heads * part.head_dim) * size
-        return max(0, int((free - chunk) // each))
-
-    def reserve_positions(self, positions: int) -> None:
-        if positions > self._rotary.shape[0]:
-            rows = 1 << (positions - 1).bit_length()
-            config = self.config
-            self._rotary = rotary_table(config.rope, config.head_dim, rows, self._device)
-            self._graphs.clear()
-
-
-class _DecodeGraph:
-    """One token for each of `count` sequences, captured on construction; its inputs are copied to
-    the GPU in one piece before each replay."""
-
-    def __init__(self, engine: TorchEngine, count: int, merge: bool) -> None:
-        width = engine.max_pages
-        sizes = [count] * 4 + [count + 1, count * width]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
-        self._inputs = self._host.to(engine._device)
-        host = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
-        self._token_ids, self._positions, self._slots, self._kv_lens, starts, table = host
-        starts[:] = np.arange(count + 1)
-        self._table = table.reshape(count, width)
-        token_ids, positions, slots, kv_lens, starts, table = self._inputs.split(sizes)
-        tables = PagedTables(
-            table.view(count, width), starts, kv_lens, False, 1, width * engine.tokens_per_block
-        )
-        attend = PagedAttention(tables, engine._comm, engine._scale, merge=merge)
-        self._rows = torch.arange(count, device=engine._device)
-        self._traffic = engine._comm.traffic
-        before = self._traffic.copy()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            inputs = (token_ids, positions, slots, self._rows)
-            self._logits = engine._forward(*inputs, attend)
-        self._per_step = self._traffic - before
-        self._traffic.add(Traffic() - self._per_step)  # nothing was sent yet
-
-    def replay(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> torch.Tensor:
-        self._token_ids[:] = token_ids
-        self._positions[:] = positions
-        self._slots[:] = step.slot_mapping
-        self._kv_lens[:] = step.kv_lens
-        self._table[:, : step.page_table.shape[1]] = step.page_table
-        self._inputs.copy_(self._host, non_blocking=True)
-        self._graph.replay()
-        self._traffic.add(self._per_step)
-        return self._logits
+    def _make_rotary(self, positions: int) -> torch.Tensor:
+        config = self.config
+        return rotary_table(config.rope, config.head_dim, positions, self._device)

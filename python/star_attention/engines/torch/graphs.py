@@ -1,0 +1,155 @@
+"""Decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from star_attention.distributed import Communicator, Traffic
+from star_attention.engines.base import PagedStep, padded_count
+from star_attention.engines.torch.attention import Attention, PagedAttention, PagedTables
+from star_attention.engines.torch.operators import PassInputs
+
+# A forward pass over inputs that stay where they are: logits.
+Forward = Callable[[PassInputs, Attention], torch.Tensor]
+
+
+class DecodeGraphs:
+    """A graph for each of a few padded numbers of sequences, all in one memory pool.
+
+    A shape's first step runs without a graph, which prepares what kernels need; the second is
+    captured, which can be a collective call: every rank sees the same decode steps, so all ranks
+    capture at the same one.
+
+    Args:
+        forward: what is captured.
+        max_pages, tokens_per_block: of the KV pool, whose address is fixed.
+
+    Attributes:
+        replays: steps that were replays so far.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        comm: Communicator,
+        scale: float,
+        device: torch.device,
+        max_pages: int,
+        tokens_per_block: int,
+    ) -> None:
+        self._forward = forward
+        self._comm = comm
+        self._scale = scale
+        self._device = device
+        self._width = max_pages
+        self._tokens_per_block = tokens_per_block
+        self.replays = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Memory that they read has moved. Every rank calls it at the same step."""
+        self._shapes: dict[tuple[int, bool], _DecodeGraph] = {}
+        self._memory: Any = None
+
+    def step(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> torch.Tensor:
+        """One token for each sequence: float32 [S, vocab_size], valid until the next step."""
+        shape = padded_count(len(token_ids)), step.merge
+        graph = self._shapes.get(shape)
+        is_new = graph is None
+        if is_new:
+            graph = self._shapes[shape] = self._make(*shape)
+        graph.fill(token_ids, positions, step)
+        if is_new:
+            logits = graph.run()
+        else:
+            if not graph.captured:
+                self._memory = self._memory or graph_memory()
+                graph.capture(self._memory)
+            logits = graph.replay()
+            self.replays += 1
+        return logits[: len(token_ids)]
+
+    def _make(self, count: int, merge: bool) -> _DecodeGraph:
+        inputs = _DecodeInputs(count, self._width, self._device)
+        max_kv_len = self._width * self._tokens_per_block
+        starts = torch.arange(count + 1, dtype=torch.int32, device=self._device)
+        tables = PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)
+        attention = PagedAttention(tables, self._comm, self._scale, merge=merge)
+        return _DecodeGraph(
+            inputs, lambda: self._forward(inputs.tokens, attention), self._comm.traffic
+        )
+
+
+class _DecodeInputs:
+    """A token for each of `count` sequences, in one piece of host and one of device memory.
+
+    Attributes:
+        tokens, kv_lens, page_table: on the device.
+    """
+
+    def __init__(self, count: int, width: int, device: torch.device) -> None:
+        sizes = [count] * 4 + [count * width]
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        self._device = self._host.to(device, copy=True)
+        *columns, table = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
+        self._columns, self._table = columns, table.reshape(count, width)
+        token_ids, positions, slots, self.kv_lens, table = self._device.split(sizes)
+        self.tokens = PassInputs(token_ids, positions, slots, None)
+        self.page_table = table.view(count, width)
+
+    def fill(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> None:
+        """Rows beyond the sequences store nothing and see nothing."""
+        count = len(token_ids)
+        values = token_ids, positions, step.slot_mapping, step.kv_lens
+        for column, given, beyond in zip(self._columns, values, (0, 0, -1, 0), strict=True):
+            column[:count] = given
+            column[count:] = beyond
+        self._table[:count, : step.page_table.shape[1]] = step.page_table
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class _DecodeGraph:
+    """A pass over its inputs, to be run as it is and then captured and replayed."""
+
+    def __init__(
+        self, inputs: _DecodeInputs, run: Callable[[], torch.Tensor], traffic: Traffic
+    ) -> None:
+        self.fill = inputs.fill
+        self.run = run
+        self._traffic = traffic
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+    def capture(self, memory: Any) -> None:
+        before = self._traffic.copy()
+        self._replay, self._logits = capture(self.run, memory)
+        self._per_step = self._traffic - before
+        self._traffic.add(Traffic() - self._per_step)  # nothing was sent yet
+
+    def replay(self) -> torch.Tensor:
+        self._replay()
+        self._traffic.add(self._per_step)
+        return self._logits
+
+
+def graph_memory() -> Any:
+    """A memory pool for graphs that are never replayed at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(
+    run: Callable[[], torch.Tensor], memory: Any
+) -> tuple[Callable[[], None], torch.Tensor]:
+    """What launches the work that `run` queues, and its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        result = run()
+    return graph.replay, result

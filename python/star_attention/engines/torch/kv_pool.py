@@ -1,0 +1,57 @@
+"""The pages of this rank's KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from star_attention.models.config import ModelConfig
+
+_GROWTH = 1.5
+
+
+class KvPool:
+    """Pages of all layers. On the CPU the pool grows, by a factor, so that many small requests copy
+    little; on a GPU it is fixed, and its address with it.
+
+    Args:
+        part: what this rank computes of the model.
+        tokens_per_block: tokens a page holds.
+        fixed: pages; None: it starts empty and grows.
+
+    Attributes:
+        data: [num_layers, num_pages, 2, Hkv, tokens_per_block, D], not initialised.
+    """
+
+    def __init__(
+        self,
+        part: ModelConfig,
+        tokens_per_block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed: int | None,
+    ) -> None:
+        self._part = part
+        self._tokens_per_block = tokens_per_block
+        self._fixed = fixed
+        self.data = torch.empty(self._shape(fixed or 0), dtype=dtype, device=device)
+
+    @property
+    def num_pages(self) -> int:
+        return self.data.shape[1]
+
+    def reserve(self, num_pages: int) -> None:
+        """Makes pages below `num_pages` usable. Raises ValueError if a fixed pool has fewer."""
+        have = self.num_pages
+        if num_pages <= have:
+            return
+        if self._fixed is not None:
+            raise ValueError(f"{num_pages} pages are asked for, the KV pool has {self._fixed}")
+        grown = self.data.new_empty(self._shape(max(num_pages, int(_GROWTH * have))))
+        grown[:, :have] = self.data
+        self.data = grown
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.data[:, target] = self.data[:, source]
+
+    def _shape(self, num_pages: int) -> tuple[int, ...]:
+        return self._part.kv_shape(num_pages, self._tokens_per_block)

@@ -1,0 +1,96 @@
+"""Weights, device and communicators of a torch engine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from star_attention.distributed import Communicator
+from star_attention.distributed.base import agree
+from star_attention.distributed.topology import local_device, share_cores
+from star_attention.engines.options import DTYPES, EngineOptions
+from star_attention.engines.torch.engine import TorchEngine
+from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
+from star_attention.models.weights import ModelWeights
+
+
+def load_torch_engine(
+    config: ModelConfig,
+    make_weights: Callable[..., ModelWeights[torch.Tensor]],
+    comm: Communicator,
+    tokens_per_block: int,
+    options: EngineOptions,
+) -> TorchEngine:
+    """The engine of this process; every process of the job takes part.
+
+    Args:
+        make_weights: called with dtype, device, part and parts, as `load_weights`.
+        comm: the ranks that have the same part of the model.
+
+    Raises:
+        UserError: on every rank, if one lacks the device or its memory.
+    """
+    dtype = getattr(torch, options.dtype or DTYPES[options.device][0])
+    device = torch.device("cpu")
+    world = comm.world
+    share_cores(world)
+    group = world.split(world.rank // options.tp) if options.tp > 1 else None
+    on_gpu = options.device == "cuda"
+    if on_gpu:
+        device = _take_gpu(world)
+        comm = _on_gpu(comm, device, options.merge)
+        group = group and _on_gpu(group, device, "nccl")
+    ranks_here = comm.ranks_here if on_gpu and comm.size > 1 else 1
+
+    def load() -> ModelWeights[torch.Tensor]:
+        try:
+            return make_weights(dtype, device, group.rank if group else 0, options.tp)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the weights do not fit into the GPU's memory: {error}") from None
+
+    def pages() -> int | None:
+        if not on_gpu:
+            return None
+        free = torch.cuda.mem_get_info()[0] // ranks_here
+        page_bytes = config.shard(options.tp).kv_bytes(tokens_per_block, dtype.itemsize)
+        return options.kv_cache_bytes(free) // page_bytes
+
+    def engine() -> TorchEngine:
+        share = 1 / ranks_here
+        return TorchEngine(config, weights, comm, tokens_per_block, max_pages, group, share)
+
+    weights = agree(world, load)
+    every = world.gather_objects(agree(world, pages))
+    max_pages = min(every) if on_gpu else None
+    return agree(world, engine)
+
+
+def _take_gpu(world: Communicator) -> torch.device:
+    """Makes this process's GPU torch's current one."""
+
+    def check() -> None:
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU here: use --device cpu")
+        try:
+            importlib.import_module("star_attention.ops.cuda")
+        except ImportError as error:
+            raise UserError(f"--device cuda: {error}") from None
+
+    agree(world, check)
+    index = torch.cuda.current_device()
+    if world.size > 1:
+        index = local_device(world)
+        torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _on_gpu(comm: Communicator, device: torch.device, merge: str) -> Communicator:
+    """`comm`, but one that reaches the GPU."""
+    if comm.size == 1:
+        return comm
+    from star_attention.distributed.gpu import GpuCommunicator
+
+    return GpuCommunicator(comm, device.index, merge=merge)

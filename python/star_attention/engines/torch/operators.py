@@ -1,0 +1,130 @@
+"""The decoder's operators in torch: rows in place, a chunk of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from star_attention import ops
+from star_attention.distributed import Communicator
+from star_attention.engines.torch.attention import Attention, stream_of
+from star_attention.models.config import ModelConfig
+
+# Rows that go through the projections and the MLP at a time: bounds the activations of a long
+# block, and keeps them in the cache of a CPU core.
+CHUNK_ROWS = {"cpu": 512, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """A pass's tokens on the device.
+
+    Attributes:
+        token_ids, positions, slots: int32 [T].
+        logit_rows: int32 [R]; None: all rows.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    logit_rows: torch.Tensor | None
+
+
+class TorchOperators:
+    """The operators of one pass. See `models.decoder.Operators`.
+
+    Args:
+        part: what this GPU computes of the model.
+        pool: KV pages of all layers, [num_layers, num_pages, 2, Hkv, tokens_per_block, D].
+        rotary: float32 [positions, D].
+        attention: of this pass.
+        group: the ranks that have the other parts of the model.
+    """
+
+    def __init__(
+        self,
+        part: ModelConfig,
+        inputs: PassInputs,
+        pool: torch.Tensor,
+        rotary: torch.Tensor,
+        attention: Attention,
+        group: Communicator,
+    ) -> None:
+        self._part = part
+        self._inputs = inputs
+        self._pool = pool
+        self._rotary = rotary
+        self._attention = attention
+        self._group = group
+        rows = inputs.logit_rows
+        self._wants_logits = rows is None or len(rows) > 0
+
+    def embed(self, embedding: torch.Tensor) -> torch.Tensor:
+        x = F.embedding(self._inputs.token_ids, embedding)
+        self._q = x.new_empty(len(x), self._part.num_q_heads, self._part.head_dim)
+        return x
+
+    def attend(
+        self, layer: int, x: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        inputs, pool, attention = self._inputs, self._pool[layer], self._attention
+        ends_here = layer == self._part.num_layers - 1 and not self._wants_logits
+        if not ends_here:
+            attention.begin(pool)
+        for chunk in _chunks(x):
+            qkv = project(x[chunk])
+            positions, slots = inputs.positions[chunk], inputs.slots[chunk]
+            ops.rope_append(qkv, positions, self._rotary, pool, slots, self._q[chunk])
+            del qkv  # before the next chunk's is made
+            attention.stored(pool, chunk.stop)
+        return None if ends_here else attention(self._q, pool).flatten(1)
+
+    def by_rows(
+        self,
+        finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        attended: torch.Tensor,
+    ) -> torch.Tensor:
+        for chunk in _chunks(x):
+            finish(x[chunk], attended[chunk])
+        return x
+
+    def wanted_rows(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._inputs.logit_rows
+        return x if rows is None else x[rows]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, weight, self._part.rms_norm_eps)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return ops.linear(x, weight, bias)
+
+    def add_linear(
+        self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """In x, which the group's first rank adds."""
+        ops.linear(inputs, weight, None if self._group.rank else x, out=x)
+        self._group.all_reduce(x, stream_of(x.device))
+        return x
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return ops.silu_mul(gate_up)
+
+    def logits(self, x: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+        """Every rank of the group has a part of the vocabulary."""
+        own = ops.linear(x, lm_head)
+        if self._group.size == 1:
+            return own.float()
+        parts = own.new_empty(self._group.size, *own.shape)
+        self._group.all_gather(own, parts, stream_of(own.device))
+        return parts.transpose(0, 1).flatten(1).float()
+
+
+def _chunks(x: torch.Tensor) -> list[slice]:
+    size = CHUNK_ROWS[x.device.type]
+    return [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)]

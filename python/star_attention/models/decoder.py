@@ -1,0 +1,74 @@
+"""The Llama-family decoder, written once over the operators that an engine gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from star_attention.models.weights import ModelWeights, W
+
+
+class Operators(Protocol[W]):
+    """What the decoder computes with. Values are an engine's own: tensors of some rows, which
+    operators may overwrite, or names in a graph."""
+
+    def embed(self, embedding: W) -> W:
+        """The tokens' rows, [T, hidden_size]."""
+
+    def attend(self, layer: int, x: W, project: Callable[[W], W]) -> W | None:
+        """Stores the KV of `project`(rows of x), the fused Q, K and V, in the layer's pages, and
+        gives what the rows attend to, [T, Hq * D]; None in the last layer of a pass of which no
+        logits are wanted."""
+
+    def by_rows(self, finish: Callable[[W, W], W], x: W, attended: W) -> W:
+        """`finish` of the rows of x and `attended`, as many at a time as the engine likes."""
+
+    def wanted_rows(self, x: W) -> W:
+        """The rows whose logits are wanted."""
+
+    def rms_norm(self, x: W, weight: W) -> W: ...
+
+    def linear(self, x: W, weight: W, bias: W | None = None) -> W:
+        """x weight^T + bias."""
+
+    def add_linear(self, x: W, inputs: W, weight: W) -> W:
+        """x + inputs weight^T, where tensor-parallel parts of it are summed up."""
+
+    def silu_mul(self, gate_up: W) -> W: ...
+
+    def logits(self, x: W, lm_head: W) -> W:
+        """float32 x lm_head^T."""
+
+
+def decode(
+    ops: Operators[W],
+    weights: ModelWeights[W],
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> W | None:
+    """One forward pass; the wanted rows' logits, [R, vocab_size], if there are any.
+
+    Args:
+        on_layer: called with each layer's index when it is done.
+    """
+    x = ops.embed(weights.embedding)
+    last = len(weights.layers) - 1
+    for index, layer in enumerate(weights.layers):
+
+        def project(rows: W, layer=layer) -> W:
+            normed = ops.rms_norm(rows, layer.input_norm)
+            return ops.linear(normed, layer.qkv, layer.qkv_bias)
+
+        def finish(rows: W, attended: W, layer=layer) -> W:
+            rows = ops.add_linear(rows, attended, layer.out)
+            gate_up = ops.linear(ops.rms_norm(rows, layer.post_norm), layer.gate_up)
+            return ops.add_linear(rows, ops.silu_mul(gate_up), layer.down)
+
+        attended = ops.attend(index, x, project)
+        if attended is None:
+            return None
+        if index == last:  # from here on nobody wants the other rows
+            x, attended = ops.wanted_rows(x), ops.wanted_rows(attended)
+        x = ops.by_rows(finish, x, attended)
+        del attended  # before the next layer's is made
+        on_layer(index)
+    return ops.logits(ops.rms_norm(x, weights.norm), weights.lm_head)
