@@ -27,14 +27,13 @@ class MpiCommunicator:
     cores. An exception that nothing catches on one rank ends all of them, instead of leaving the
     others to wait for it."""
 
-    capturable = False
-
     def __init__(
         self, ranks: MPI.Comm = MPI.COMM_WORLD, world: MpiCommunicator | None = None
     ) -> None:
         self._ranks = ranks
         self.rank = ranks.Get_rank()
         self.size = ranks.Get_size()
+        self.capturable = self.size == 1  # alone, it does nothing with buffers
         self.traffic = Traffic()
         self.world = world or self
         if world:
