@@ -6,11 +6,13 @@ float32 logits, and ours may be 1.5 times as far, measured as ‖logits - oracle
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from decode_job import COUNTS, WITHOUT
 from helpers import (
     LLAMA3_ROPE,
     block_mask,
@@ -115,6 +117,23 @@ def test_ranks_without_blocks(tmp_path):
     hf_model = save_tiny_model(tmp_path, initializer_range=0.05, **MODELS["llama"])
     tokens = np.random.default_rng(1).integers(0, 97, 2 * 256 - 10 + 2 * 20).astype(np.int32)
     check(tmp_path / "job", 4, tmp_path, hf_model, tokens, 20, 256, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("processes", "tp"), [(1, 1), (2, 1), (2, 2), (4, 2)], ids=["1", "2", "2-tp2", "4-tp2"]
+)
+def test_decode_runs_by_graph(tmp_path, processes, tp):
+    """All steps but the first of each padded number of questions, on every rank, over two contexts
+    in turn whose parts have different lengths; rows beyond the questions change nothing."""
+    if tp > 1 and torch.cuda.device_count() < processes:
+        pytest.skip(f"{processes} processes with --tp {tp} need as many GPUs")
+    save_tiny_model(tmp_path, initializer_range=0.05, vocab_size=98, **MODELS["llama"])
+    options = {"device": "cuda", "dtype": "float16", "kv_cache_gib": 1, "tp": tp}
+    job = Path(__file__).parents[1] / "python/decode_job.py"
+    run = run_job(processes, job, tmp_path, json.dumps(options))
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["graph_steps"] == [len(COUNTS) - WITHOUT] * processes
+    assert max(result["errors"]) < 5e-3
 
 
 @pytest.mark.parametrize("moment", ["context", "decode"])

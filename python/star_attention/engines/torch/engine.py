@@ -13,7 +13,6 @@ from star_attention.engines.base import AttentionStep, Limits, is_decode_step
 from star_attention.engines.torch.attention import Attention, attention_on, to_device
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
-from star_attention.engines.torch.memory import pass_limits
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
@@ -37,10 +36,6 @@ class TorchEngine:
         max_pages: pages of the KV pool, allocated at once; None: it grows (CPU only).
         group: the ranks that have the other parts of `weights`, and the same tokens (tensor
             parallelism); `comm` connects this rank with those that have the same part.
-        memory_share: of the GPU's free memory that this rank may use for activations.
-
-    Raises:
-        UserError: a pass of useful length does not fit into the GPU's memory.
     """
 
     has_ring = shares_pages = True
@@ -53,7 +48,6 @@ class TorchEngine:
         tokens_per_block: int = 128,
         max_pages: int | None = None,
         group: Communicator | None = None,
-        memory_share: float = 1.0,
     ) -> None:
         self.config = config
         self.tokens_per_block = tokens_per_block
@@ -67,16 +61,12 @@ class TorchEngine:
         self._scale = config.head_dim**-0.5
         self._rotary = self._make_rotary(config.max_position)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
-        self._graphs: DecodeGraphs | None = None
         self.limits = Limits(pages=max_pages)
-        if self._device.type == "cuda":
-            self.limits = pass_limits(
-                self._part, embedding.dtype, comm.size, max_pages, memory_share
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and comm.capturable and self._group.capturable:
+            self._graphs = DecodeGraphs(
+                self._forward, comm, self._scale, self._device, max_pages, tokens_per_block
             )
-            if comm.capturable and self._group.capturable:
-                self._graphs = DecodeGraphs(
-                    self._forward, comm, self._scale, self._device, max_pages, tokens_per_block
-                )
 
     @property
     def graph_steps(self) -> int:

@@ -10,8 +10,10 @@ import torch
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.distributed.topology import local_device, share_cores
+from star_attention.engines.base import Limits
 from star_attention.engines.options import DTYPES, EngineOptions
 from star_attention.engines.torch.engine import TorchEngine
+from star_attention.engines.torch.memory import pass_limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.models.weights import ModelWeights
@@ -58,14 +60,18 @@ def load_torch_engine(
         page_bytes = config.shard(options.tp).kv_bytes(tokens_per_block, dtype.itemsize)
         return options.kv_cache_bytes(free) // page_bytes
 
-    def engine() -> TorchEngine:
-        share = 1 / ranks_here
-        return TorchEngine(config, weights, comm, tokens_per_block, max_pages, group, share)
+    def limits() -> Limits:
+        free = torch.cuda.mem_get_info()[0] // ranks_here
+        return pass_limits(config.shard(options.tp), dtype, comm.size, max_pages, free)
 
     weights = agree(world, load)
     every = world.gather_objects(agree(world, pages))
     max_pages = min(every) if on_gpu else None
-    return agree(world, engine)
+    engine = TorchEngine(config, weights, comm, tokens_per_block, max_pages, group)
+    if on_gpu:
+        world.gather_objects(None)  # ranks that share a GPU have their pools
+        engine.limits = agree(world, limits)
+    return engine
 
 
 def _take_gpu(world: Communicator) -> torch.device:

@@ -17,24 +17,22 @@ _LEAST_TOKENS = 128
 
 
 def pass_limits(
-    part: ModelConfig, dtype: torch.dtype, num_ranks: int, pages: int, share: float
+    part: ModelConfig, dtype: torch.dtype, num_ranks: int, pages: int, free: int
 ) -> Limits:
-    """What fits into the current GPU beside weights, rotary table and KV pool, which are there.
+    """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
     Args:
         part: what the GPU computes of the model.
         pages: of the KV pool.
-        share: of free memory that this rank may use.
 
     Raises:
-        UserError: hardly anything.
+        UserError: hardly anything fits.
     """
-    free = torch.cuda.mem_get_info()[0]
-    tokens, question = tokens_that_fit(part, dtype.itemsize, num_ranks, int(share * free))
+    tokens, question = tokens_that_fit(part, dtype.itemsize, num_ranks, free)
     if min(tokens, question) < _LEAST_TOKENS:
         raise UserError(
-            f"beside weights and KV cache, {share * free / 2**30:.1f} GiB of the GPU are free, too "
-            "little for a pass: use a smaller --kv-cache-gib, or a larger --tp"
+            f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
+            "for a pass: use a smaller --kv-cache-gib, or a larger --tp"
         )
     return Limits(pages=pages, pass_tokens=tokens, question_tokens=question)
 
