@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -125,6 +126,10 @@ class TorchOperators:
         return parts.transpose(0, 1).flatten(1).float()
 
 
-def _chunks(x: torch.Tensor) -> list[slice]:
-    size = CHUNK_ROWS[x.device.type]
-    return [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)]
+def _chunks(x: torch.Tensor) -> tuple[slice, ...]:
+    return _slices(len(x), CHUNK_ROWS[x.device.type])
+
+
+@functools.lru_cache
+def _slices(rows: int, size: int) -> tuple[slice, ...]:
+    return tuple(slice(first, min(first + size, rows)) for first in range(0, rows, size))
