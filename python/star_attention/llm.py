@@ -14,7 +14,8 @@ from typing import Any, overload
 import numpy as np
 
 from star_attention.config import MergePath, StarConfig
-from star_attention.engines.loader import EngineOptions, LoadFormat, division_of
+from star_attention.engines.loader import division_of
+from star_attention.engines.options import EngineOptions, LoadFormat
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from star_attention.runtime.runtime import Runtime
 
 from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
@@ -19,7 +20,6 @@ from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.rotary import rotary_table
 from star_attention.ops import reference
-from star_attention.runtime.runtime import Runtime
 
 PAGE = 8
 STEPS = {}  # by the address that a step's runtime context would have

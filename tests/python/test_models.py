@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from star_attention.runtime.runtime import Runtime
 
 from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
 from star_attention.distributed import SingleProcess
@@ -14,7 +15,6 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import load_weights
 from star_attention.models.rotary import rotary_frequencies
-from star_attention.runtime.runtime import Runtime
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 50).astype(np.int32)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from star_attention.runtime.runtime import Runtime
 
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
@@ -14,7 +15,6 @@ from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import random_weights
 from star_attention.runtime.pages import Rows, paged_step
-from star_attention.runtime.runtime import Runtime
 
 TINY = ModelConfig(1, 32, 32, 4, 2, 8, 64, 1024, 1e-5, RopeConfig())
 CONTEXT = np.zeros(1000, np.int32)

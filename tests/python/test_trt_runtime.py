@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from star_attention.runtime.runtime import Runtime
 
 from helpers import forced_logits, save_tiny_model
 from star_attention.config import StarConfig
@@ -23,7 +24,6 @@ from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
 from star_attention.runtime.pages import paged_step
-from star_attention.runtime.runtime import Runtime
 from star_attention.runtime.sampling import to_numpy
 from test_export import STEPS, StarAttention
 

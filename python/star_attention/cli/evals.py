@@ -20,7 +20,7 @@ from star_attention.cli.options import TOKENS, engine_of, engine_options
 from star_attention.cli.ranks import check_ranks, needs_ranks, run_as_ranks
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
 from star_attention.distributed import world_size
-from star_attention.engines.loader import DTYPES
+from star_attention.engines.options import DTYPES
 from star_attention.errors import UserError, say
 from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
 from star_attention.models.tokenizer import TEMPLATES
@@ -392,7 +392,7 @@ def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
     from star_attention.models.checkpoint import is_engine_folder
 
     if is_engine_folder(path):
-        from star_attention.engines.tensorrt.folder import read_engine_config
+        from star_attention.engines.tensorrt.read import read_engine_config
 
         return "tensorrt", read_engine_config(path).dtype
     return options["device"], options["dtype"] or DTYPES[options["device"]][0]

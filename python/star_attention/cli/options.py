@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from star_attention.config import ANCHOR_MODES, MERGE_PATHS, StarConfig
-from star_attention.engines.loader import DTYPES, LOAD_FORMATS, EngineOptions
+from star_attention.engines.options import DTYPES, LOAD_FORMATS, EngineOptions
 from star_attention.runtime.sampling import SamplingParams
 
 

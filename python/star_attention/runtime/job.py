@@ -20,7 +20,8 @@ from star_attention.distributed import Communicator, default_communicator
 from star_attention.distributed.base import agree, require_same
 from star_attention.distributed.watch import watch_for_stops
 from star_attention.engines.base import Limits
-from star_attention.engines.loader import EngineOptions, load_engine, star_ranks
+from star_attention.engines.loader import load_engine, star_ranks
+from star_attention.engines.options import EngineOptions
 from star_attention.errors import RankError, UserError, say
 from star_attention.models.fingerprint import fingerprint
 from star_attention.runtime.orders import Order
