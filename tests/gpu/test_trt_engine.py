@@ -177,11 +177,6 @@ BAD = {
         ("--max-tokens", 3000, "--block-size", 512),
         "the engine was built for --max_seq_len 4096: use a shorter text",
     ),
-    "long block": (
-        lambda folder: None,
-        ("--block-size", 4096),
-        "a smaller block size, or an engine with more than --max_num_tokens 2048",
-    ),
 }
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from star_attention.runtime.runtime import Runtime
 
 from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
@@ -20,6 +19,7 @@ from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.rotary import rotary_table
 from star_attention.ops import reference
+from star_attention.runtime.leader import lead_together
 
 PAGE = 8
 STEPS = {}  # by the address that a step's runtime context would have
@@ -49,8 +49,9 @@ class OnnxEngine:
     """`ModelEngine` over the evaluator."""
 
     limits = Limits()
+    has_ring = shares_pages = False
     wait_seconds = 0.0
-    peak_memory_bytes = 0
+    peak_memory_bytes = graph_steps = 0
 
     def __init__(self, graph, config):
         self.config, self.tokens_per_block = config, PAGE
@@ -107,9 +108,9 @@ def test_same_logits_as_torch(tmp_path, architecture, overrides, gemm_plugin):
     context, question, answer = np.split(tokens, [70, 76])
     logits = []
     for each in (engine, OnnxEngine(graph, engine.config)):
-        runtime = Runtime(each, SingleProcess())
-        encoded = runtime.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
-        logits.append(forced_logits(runtime, encoded, question, answer))
+        leader, _ = lead_together(each, SingleProcess())
+        encoded = leader.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
+        logits.append(forced_logits(leader, encoded, question, answer))
     np.testing.assert_allclose(*logits, atol=2e-5)
 
 

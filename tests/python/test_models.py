@@ -4,9 +4,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from star_attention.runtime.runtime import Runtime
 
-from helpers import LLAMA3_ROPE, hf_logits, save_tiny_model
+from helpers import LLAMA3_ROPE, forced_logits, hf_logits, save_tiny_model
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import load_engine
 from star_attention.engines.options import EngineOptions
@@ -15,6 +14,7 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import load_weights
 from star_attention.models.rotary import rotary_frequencies
+from star_attention.runtime.leader import lead_together
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 50).astype(np.int32)
 
@@ -23,11 +23,10 @@ def logits_of(folder, dtype="float32"):
     """The last ten tokens' logits, the others being one block of context."""
     from star_attention import StarConfig
 
-    runtime = Runtime(
-        load_engine(folder, SingleProcess(), 16, EngineOptions(dtype=dtype)), SingleProcess()
-    )
-    context = runtime.encode(TOKENS[:40], StarConfig(attention="dense", tokens_per_block=16))
-    return runtime.logits(context, TOKENS[40:])
+    engine = load_engine(folder, SingleProcess(), 16, EngineOptions(dtype=dtype))
+    leader, _ = lead_together(engine, SingleProcess())
+    context = leader.encode(TOKENS[:40], StarConfig(attention="dense", tokens_per_block=16))
+    return forced_logits(leader, context, TOKENS[40:], [])
 
 
 def hf_causal_logits(model):

@@ -6,7 +6,7 @@ import torch
 
 from engine_steps import NONE, ints, slots_of, step_of
 from star_attention.distributed import SingleProcess
-from star_attention.engines.base import RingHop, RingStep, padded_count
+from star_attention.engines.base import RingHop, RingStep, is_decode_step, padded_count
 from star_attention.engines.torch import attention as torch_attention
 from star_attention.engines.torch import graphs
 from star_attention.engines.torch.engine import TorchEngine
@@ -163,6 +163,15 @@ def test_positions_are_reserved():
     torch.testing.assert_close(engine.step(ints(1), ints(255), step, ints(0)), before)
     engine.reserve_positions((1 << 16) + 1)
     assert len(engine._rotary) == 2 << 16  # strides, no doubling
+
+
+def test_what_a_decode_step_is():
+    one_each = step_of(([0], 4, 1), ([1], 6, 1))
+    assert is_decode_step(one_each, np.arange(2))
+    assert not is_decode_step(one_each, np.arange(1))
+    assert not is_decode_step(step_of(([0], 3, 2)), np.arange(2))
+    # A rank without blocks still takes part in what the others send.
+    assert not is_decode_step(step_of(shared_pages=ints(0)), np.arange(0))
 
 
 def test_padded_counts():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from star_attention.runtime.runtime import Runtime
 
+from engine_steps import step_of
 from helpers import forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
@@ -23,12 +23,13 @@ from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, EngineL
 from star_attention.engines.tensorrt.onnx import export_graph
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
-from star_attention.runtime.pages import paged_step
+from star_attention.runtime.leader import lead_together
+from star_attention.runtime.orders import Ask, Decode, QuestionPart
 from star_attention.runtime.sampling import to_numpy
 from test_export import STEPS, StarAttention
 
 PAGE = 64
-LIMITS = EngineLimits(2, 500, 512, 256, PAGE)
+LIMITS = EngineLimits(3, 500, 512, 256, PAGE)
 ADDRESS = 11 << 32
 NONE = np.zeros(0, np.int32)
 
@@ -141,48 +142,71 @@ def test_same_logits_as_torch(engine, model, mode):
     context, question, answer = np.split(tokens, [270, 276])
     logits = []
     for each in (load_engine(model, SingleProcess(), PAGE, EngineOptions()), engine):
-        runtime = Runtime(each, SingleProcess())
-        encoded = runtime.encode(context, StarConfig(64, 64, mode, tokens_per_block=PAGE))
-        logits.append(forced_logits(runtime, encoded, question, answer))
+        leader, _ = lead_together(each, SingleProcess())
+        encoded = leader.encode(context, StarConfig(64, 64, mode, tokens_per_block=PAGE))
+        logits.append(forced_logits(leader, encoded, question, answer))
     np.testing.assert_allclose(*logits, atol=2e-5)
     assert engine._graphs.keys() == {1}
+    assert engine.graph_steps == len(answer) - 1
 
 
-def test_two_questions(engine, model):
+def test_several_questions(engine, model):
+    """Three take the graph of three, which is the most, not of four."""
     tokens = np.random.default_rng(7).integers(0, 97, 200).astype(np.int32)
-    questions = np.split(tokens[190:], [4])
+    questions = np.split(tokens[190:], [2, 6])
     logits = []
     for each in (load_engine(model, SingleProcess(), PAGE, EngineOptions()), engine):
-        runtime = Runtime(each, SingleProcess())
-        encoded = runtime.encode(tokens[:190], StarConfig(64, 64, "local", tokens_per_block=PAGE))
-        batch = runtime.questions()
-        steps = [to_numpy(batch.ask([encoded] * 2, questions, 3)).copy()]
-        steps += [to_numpy(batch.step([0, 1], [5, 6])).copy() for _ in range(2)]
-        steps.append(to_numpy(batch.step([1], [7])))
-        logits.append(np.concatenate(steps))
+        leader, _ = lead_together(each, SingleProcess())
+        config = StarConfig(64, 64, "local", tokens_per_block=PAGE)
+        number = leader.encode(tokens[:190], config).number
+        parts = [QuestionPart(i, number, question, 0) for i, question in enumerate(questions)]
+        orders = [Ask(tuple(parts))]
+        for asked in ((0, 1, 2), (0, 1), (1,), (2, 0, 1), (2,)):
+            orders.append(Decode(asked, tuple(i + 5 for i in asked), (0,) * len(asked)))
+        logits.append(np.concatenate([to_numpy(leader.execute(order)).copy() for order in orders]))
     np.testing.assert_allclose(*logits, atol=2e-5)
-    assert engine._graphs.keys() == {1, 2}
+    assert engine._graphs.keys() == {1, 2, 3}
+    assert engine.graph_steps == 2
 
 
 def test_a_rank_without_blocks(engine):
-    logits = engine.step(NONE, NONE, paged_step([], PAGE, shared_pages=NONE), NONE)
+    logits = engine.step(NONE, NONE, step_of(shared_pages=NONE), NONE)
     assert logits.shape == (0, 97)
 
 
 def test_more_than_the_engine_was_built_for(engine):
-    runtime = Runtime(engine, SingleProcess())
-    context = np.zeros(400, np.int32)
-    with pytest.raises(UserError, match=r"320 tokens in one pass, there is room for 256"):
-        runtime.encode(context, StarConfig(320, 0, tokens_per_block=PAGE))
+    leader, _ = lead_together(engine, SingleProcess())
     with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):
-        runtime.encode(context, StarConfig(attention="ring", tokens_per_block=PAGE))
-    with pytest.raises(UserError, match=r"in one pass.*: use star over several ranks"):
-        runtime.encode(context, StarConfig(attention="dense", tokens_per_block=PAGE))
-    encoded = runtime.encode(context, StarConfig(256, 0, tokens_per_block=PAGE))
-    batch = runtime.questions()
-    batch.ask([encoded] * 3, [np.zeros(3, np.int32)] * 3, 2)
-    with pytest.raises(ValueError, match="a step of 3 sequences, the engine takes 2"):
-        batch.step([0, 1, 2], [1, 1, 1])
+        leader.encode(np.zeros(400, np.int32), StarConfig(attention="ring", tokens_per_block=PAGE))
+    with pytest.raises(UserError, match="takes 501 tokens, the engine was built for --max_input"):
+        leader.encode(np.zeros(501, np.int32), StarConfig(tokens_per_block=PAGE))
+    # What is longer than a pass takes several.
+    dense = StarConfig(attention="dense", tokens_per_block=PAGE)
+    assert leader.encode(np.zeros(400, np.int32), dense).is_ready
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "message"),
+    [
+        (257, 0, "a step of 257 tokens, the engine takes 256"),
+        (1, 0, "position 512"),
+        (1, 129, "a step of 129 rows of logits, the engine takes 128"),
+    ],
+)
+def test_steps_beyond_the_limits(engine, count, rows, message):
+    """Bugs: no order asks for them."""
+    positions = np.full(count, 512 if "position" in message else 0, np.int32)
+    message = message.replace("position 512", "a step of 513 positions, the engine takes 512")
+    step = step_of((list(range(8)), 0, count), page=PAGE)
+    with pytest.raises(ValueError, match=message):
+        engine.step(np.zeros(count, np.int32), positions, step, np.zeros(rows, np.int32))
+
+
+def test_too_many_questions(engine):
+    step = step_of(*[([0], 5, 1)] * 4, page=PAGE)
+    four = np.arange(4, dtype=np.int32)
+    with pytest.raises(ValueError, match="a step of 4 sequences, the engine takes 3"):
+        engine.step(four, four, step, four)
 
 
 def test_limits(engine):
@@ -191,7 +215,7 @@ def test_limits(engine):
         pass_tokens=256,
         pass_sequences=4,
         question_tokens=256,
-        questions=2,
+        questions=3,
         input_len=500,
         seq_len=512,
     )
