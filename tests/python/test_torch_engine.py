@@ -6,13 +6,14 @@ import torch
 
 from engine_steps import NONE, ints, slots_of, step_of
 from star_attention.distributed import SingleProcess
-from star_attention.engines.base import RingHop, RingStep, is_decode_step, padded_count
+from star_attention.engines.base import Limits, RingHop, RingStep, is_decode_step, padded_count
 from star_attention.engines.torch import attention as torch_attention
 from star_attention.engines.torch import graphs
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
-from star_attention.engines.torch.memory import tokens_that_fit
+from star_attention.engines.torch.memory import pass_limits
+from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig, RopeConfig
 from star_attention.models.loading import random_weights
 from thread_ranks import ThreadRanks
@@ -265,16 +266,26 @@ def test_ranks_capture_at_the_same_step(monkeypatch):
 
 
 def test_tokens_that_fit():
-    free = 12 << 30
-    alone, asked = tokens_that_fit(LLAMA_3_1_8B, 2, 1, free)
-    context, question = tokens_that_fit(LLAMA_3_1_8B, 2, 2, free)
-    assert alone == asked
-    chunk = 16384 * (4096 + 3 * 14336) * 2
+    free, pages = 12 << 30, 3000
+
+    def limits(num_ranks, free=free):
+        return pass_limits(LLAMA_3_1_8B, 2, num_ranks, pages, 128, free)
+
+    chunk = 4096 + 3 * 14336
     each = 3 * 4096 * 2 + 32 * 4  # x, q and what attention gives
-    assert alone == int((0.9 * free - chunk) // each)
-    assert question == int((0.9 * free - chunk) // (each + 4 * 32 * 129))
-    assert context < question < alone
-    # A chunk's rows are counted even where not a chunk fits.
-    few, _ = tokens_that_fit(LLAMA_3_1_8B, 2, 1, 100 << 20)
-    assert few * (each + chunk // 16384) <= 0.9 * (100 << 20)
-    assert tokens_that_fit(LLAMA_3_1_8B, 2, 2, 0) == (0, 0)
+    room = int(0.9 * free) - 16384 * 2 * chunk
+    alone, shared = limits(1), limits(4)
+    assert alone == Limits(pages, room // each, question_tokens=room // each)
+    partial = 4 * 32 * 129
+    arriving = 2 * pages * 128 * 2 * 8 * 128 * 2
+    assert shared.question_tokens == room // (each + partial)
+    assert shared.pass_tokens == (room - arriving) // (each + 2 * partial)
+    # Not a whole chunk fits: its rows are counted.
+    few = limits(1, 100 << 20).pass_tokens
+    assert few == int(0.9 * (100 << 20)) // (each + 2 * chunk)
+
+
+@pytest.mark.parametrize(("num_ranks", "free"), [(1, 16 << 20), (2, 1 << 30), (2, 0)])
+def test_memory_that_no_pass_fits_into(num_ranks, free):
+    with pytest.raises(UserError, match="too little for a pass: use a smaller --kv-cache-gib, or"):
+        pass_limits(LLAMA_3_1_8B, 2, num_ranks, 3000, 128, free)

@@ -8,7 +8,7 @@ from pathlib import Path
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
-from star_attention.engines.base import Limits, ModelEngine
+from star_attention.engines.base import ModelEngine
 from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder, open_checkpoint
@@ -52,7 +52,7 @@ def load_engine(
     path: Path, comm: Communicator, tokens_per_block: int, options: EngineOptions
 ) -> ModelEngine:
     """The TensorRT engine of the folder `path`, or the torch engine with the weights of `path`.
-    Every process of the job takes part, and all get the same limits.
+    Every process of the job takes part; `Limits.common` of all engines is what a job can do.
 
     Args:
         comm: `star_ranks` of the job.
@@ -64,7 +64,7 @@ def load_engine(
     if is_engine_folder(path):
         from star_attention.engines.tensorrt.engine import load_trt_engine
 
-        return _with_common_limits(load_trt_engine(path, comm, options), comm)
+        return load_trt_engine(path, comm, options)
 
     from star_attention.engines.torch.load import load_torch_engine
     from star_attention.models.loading import load_weights
@@ -73,8 +73,7 @@ def load_engine(
     if options.load_format == "dummy":
         return dummy_engine(checkpoint.config, comm, tokens_per_block, options)
     load = functools.partial(load_weights, checkpoint)
-    engine = load_torch_engine(checkpoint.config, load, comm, tokens_per_block, options)
-    return _with_common_limits(engine, comm)
+    return load_torch_engine(checkpoint.config, load, comm, tokens_per_block, options)
 
 
 def dummy_engine(
@@ -85,11 +84,4 @@ def dummy_engine(
     from star_attention.models.loading import random_weights
 
     load = functools.partial(random_weights, config)
-    engine = load_torch_engine(config, load, comm, tokens_per_block, options)
-    return _with_common_limits(engine, comm)
-
-
-def _with_common_limits(engine: ModelEngine, comm: Communicator) -> ModelEngine:
-    """No step is too much for one rank only."""
-    engine.limits = Limits.common(comm.world.gather_objects(engine.limits))
-    return engine
+    return load_torch_engine(config, load, comm, tokens_per_block, options)

@@ -62,7 +62,8 @@ def load_torch_engine(
 
     def limits() -> Limits:
         free = torch.cuda.mem_get_info()[0] // ranks_here
-        return pass_limits(config.shard(options.tp), dtype, comm.size, max_pages, free)
+        part = config.shard(options.tp)
+        return pass_limits(part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free)
 
     weights = agree(world, load)
     every = world.gather_objects(agree(world, pages))

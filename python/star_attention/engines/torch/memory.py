@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from star_attention.engines.base import Limits
 from star_attention.engines.torch.operators import CHUNK_ROWS
 from star_attention.errors import UserError
@@ -17,48 +15,43 @@ _LEAST_TOKENS = 128
 
 
 def pass_limits(
-    part: ModelConfig, dtype: torch.dtype, num_ranks: int, pages: int, free: int
+    part: ModelConfig, itemsize: int, num_ranks: int, pages: int, tokens_per_block: int, free: int
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
     Args:
-        part: what the GPU computes of the model.
-        pages: of the KV pool.
+        part: what the GPU computes of the model, in elements of `itemsize` bytes.
+        pages, tokens_per_block: of the KV pool.
 
     Raises:
         UserError: hardly anything fits.
     """
-    tokens, question = tokens_that_fit(part, dtype.itemsize, num_ranks, free)
-    if min(tokens, question) < _LEAST_TOKENS:
-        raise UserError(
-            f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
-            "for a pass: use a smaller --kv-cache-gib, or a larger --tp"
-        )
-    return Limits(pages=pages, pass_tokens=tokens, question_tokens=question)
-
-
-def tokens_that_fit(part: ModelConfig, itemsize: int, num_ranks: int, free: int) -> tuple[int, int]:
-    """Tokens of a pass of phase 1, and of one that merges over ranks, in `free` bytes."""
     q, kv = part.num_q_heads * part.head_dim, 2 * part.num_kv_heads * part.head_dim
     partial = (q + part.num_q_heads) * _FLOAT
     # Of all rows: x, q and attention's output, and the log-sum-exp beside it.
     alone = (part.hidden_size + 2 * q) * itemsize + part.num_q_heads * _FLOAT
-    context = question = alone
-    if num_ranks > 1:
-        question += partial
-        # A ring's two partials and pages that leave and arrive; a shared anchor's copies take less.
-        context += 2 * partial + 3 * kv * itemsize
     # Of a chunk's, whichever is more: the MLP's normed x, gate, up and their product, or the fused
     # projection.
     chunk = (part.hidden_size + max(3 * part.intermediate_size, q + kv)) * itemsize
-    return tuple(
-        _rows(int(_USABLE * free), each, chunk, CHUNK_ROWS["cuda"]) for each in (context, question)
-    )
+    usable = int(_USABLE * free)
+    if num_ranks == 1:
+        context = question = _rows(usable, alone, chunk)
+    else:
+        # A layer's pages that leave and arrive, in a ring all that another rank has, and a ring's
+        # two partials. A shared anchor's copies take less.
+        arriving = 2 * part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
+        context = _rows(usable - arriving, alone + 2 * partial, chunk)
+        question = _rows(usable, alone + partial, chunk)
+    if min(context, question) < _LEAST_TOKENS:
+        raise UserError(
+            f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
+            "for a pass: use a smaller --kv-cache-gib, or a larger --tp"
+        )
+    return Limits(pages=pages, pass_tokens=context, question_tokens=question)
 
 
-def _rows(free: int, each: int, chunk: int, chunk_rows: int) -> int:
-    """Rows that take `each` bytes, and up to chunk_rows of them `chunk` bytes more."""
-    few = free // (each + chunk)
-    if few <= chunk_rows:
-        return few
-    return (free - chunk_rows * chunk) // each
+def _rows(free: int, each: int, chunk: int) -> int:
+    """Rows that take `each` bytes, and up to a chunk of them `chunk` bytes more."""
+    most = CHUNK_ROWS["cuda"]
+    few = max(0, free) // (each + chunk)
+    return few if few <= most else (free - most * chunk) // each
