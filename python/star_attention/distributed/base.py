@@ -49,7 +49,8 @@ class Communicator(Protocol):
     size: int
     traffic: Traffic
     world: Communicator  # of the whole job, if this one is for some of its ranks
-    capturable: bool  # what is done with buffers on a GPU can be captured in CUDA graphs
+    # What is done with buffers on a GPU can be captured in CUDA graphs; nothing is, with one rank.
+    capturable: bool
 
     def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
         """Overwrites `buffer` on every rank with the root's."""
