@@ -257,6 +257,7 @@ def test_running_an_engine_needs_no_torch():
         "import sys; sys.modules['torch'] = None\n"
         "import star_attention.cli.main, star_attention.llm\n"
         "import star_attention.engines.tensorrt.engine\n"
-        "import star_attention.runtime.runtime, star_attention.models.tokenizer\n"
+        "import star_attention.runtime.job, star_attention.models.tokenizer\n"
+        "import star_attention.engines.tensorrt.build, star_attention.models.decoder\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
