@@ -1,5 +1,7 @@
 """The torch engine step by step, without the runtime: several ranks are threads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ def make_engine(comm=None, pages=None):
     weights = random_weights(CONFIG, torch.float32, CPU)
     engine = TorchEngine(CONFIG, weights, comm or SingleProcess(), PAGE, pages)
     engine.reserve_pages(pages or 20)
+    engine.reserve_positions(CONFIG.max_position)
     return engine
 
 
@@ -152,18 +155,31 @@ def test_a_fixed_pool():
 
 
 def test_positions_are_reserved():
-    engine = make_engine()
-    step = step_of(([0], 0, 1))
+    engine, step = make_engine(), step_of(([0], 0, 1))
+    assert len(engine._rotary) == 256  # what the model was made for
     with pytest.raises(ValueError, match="position 256 is not reserved"):
         engine.step(ints(1), ints(256), step, ints(0))
     before = engine.step(ints(1), ints(255), step, ints(0)).clone()
-    engine.reserve_positions(256)
-    assert len(engine._rotary) == 256
     engine.reserve_positions(257)
     engine.step(ints(1), ints(256), step, ints(0))
     torch.testing.assert_close(engine.step(ints(1), ints(255), step, ints(0)), before)
-    engine.reserve_positions((1 << 16) + 1)
-    assert len(engine._rotary) == 2 << 16  # strides, no doubling
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "rows"),
+    [
+        (1 << 20, 1, 1 << 16),
+        (1 << 20, (1 << 20) - 5, 1 << 20),
+        (70_000, 66_000, 70_000),
+        (1 << 20, (1 << 20) + 1, (1 << 20) + (1 << 16)),  # no doubling
+    ],
+)
+def test_the_rotary_table_grows_by_strides(most, asked, rows):
+    config = replace(CONFIG, max_position=most, head_dim=2)
+    engine = TorchEngine(config, make_engine()._weights, SingleProcess(), PAGE)
+    assert len(engine._rotary) == 0
+    engine.reserve_positions(asked)
+    assert len(engine._rotary) == rows
 
 
 def test_what_a_decode_step_is():

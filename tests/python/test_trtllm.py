@@ -159,6 +159,7 @@ def test_logits_are_the_torch_engines(monkeypatch, plugin, model):
     star = make_model(model)
     engine = load_engine(model, SingleProcess(), 64, EngineOptions())
     engine.reserve_pages(4)
+    engine.reserve_positions(200)
     tokens = np.random.default_rng(3).integers(0, 97, 200).astype(np.int32)
     places = np.arange(200, dtype=np.int32)
     two_blocks = PagedStep(

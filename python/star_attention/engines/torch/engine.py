@@ -19,7 +19,7 @@ from star_attention.models.decoder import decode
 from star_attention.models.rotary import rotary_table
 from star_attention.models.weights import ModelWeights
 
-# Positions beyond those that the model was made for come so many at a time.
+# The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
 
 
@@ -59,11 +59,13 @@ class TorchEngine:
         embedding = weights.embedding
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
-        self._rotary = self._make_rotary(config.max_position)
+        on_gpu = self._device.type == "cuda"
+        # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
+        self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
-        if self._device.type == "cuda" and comm.capturable and self._group.capturable:
+        if on_gpu and comm.capturable and self._group.capturable:
             self._graphs = DecodeGraphs(
                 self._forward, comm, self._scale, self._device, max_pages, tokens_per_block
             )
@@ -83,8 +85,11 @@ class TorchEngine:
 
     def reserve_positions(self, positions: int) -> None:
         if positions > len(self._rotary):
+            rows = -(-positions // _POSITIONS) * _POSITIONS
+            if positions <= self.config.max_position < rows:
+                rows = self.config.max_position
             self._rotary = None  # never two tables at a time
-            self._rotary = self._make_rotary(-(-positions // _POSITIONS) * _POSITIONS)
+            self._rotary = self._make_rotary(rows)
             if self._graphs:
                 self._graphs.clear()
 
