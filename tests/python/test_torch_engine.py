@@ -1,16 +1,19 @@
 """The torch engine step by step, without the runtime: several ranks are threads."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine_steps import NONE, ints, slots_of, step_of
+from helpers import run_job
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import Limits, RingHop, RingStep, is_decode_step, padded_count
 from star_attention.engines.torch import attention as torch_attention
 from star_attention.engines.torch import graphs
+from star_attention.engines.torch.attention import PagedAttention
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
@@ -96,6 +99,37 @@ def test_rank_0_shares_what_it_has_not_computed():
 
     with pytest.raises(ValueError, match="rank 0 shares 5 rows of 4"):
         ThreadRanks(2, timeout=5).run(work)
+
+
+def test_rank_0_is_at_most_two_layers_ahead():
+    """On a GPU it waits for no transfer before that; each may hold a copy of the anchor."""
+    under_way, most = [], 0
+
+    class Request:
+        def __init__(self, buffer):
+            under_way.append(self)
+            self.buffer = buffer
+
+        def wait(self, stream):
+            assert under_way.pop(0) is self
+
+    comm = SimpleNamespace(
+        rank=0, size=2, start_broadcast=lambda buffer, root, stream: Request(buffer)
+    )
+    tables = SimpleNamespace(kv_lens=torch.zeros(1), attend=lambda *_: (None, None))
+    attention = PagedAttention(tables, comm, 1.0, shared_pages=ints(3, 1), shared_rows=5)
+    for layer in range(6):
+        pool = torch.full((4, 2, 1, PAGE, 8), float(layer))
+        attention.begin(pool)
+        attention.stored(pool, 4)
+        before = len(under_way)
+        attention.stored(pool, 8)
+        most = max(most, before, len(under_way))
+        assert under_way[-1].buffer.eq(layer).all()
+        attention(SimpleNamespace(is_cuda=True), pool)
+    assert most == 2
+    attention.end()
+    assert not under_way
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -193,6 +227,18 @@ def test_what_a_decode_step_is():
 
 def test_padded_counts():
     assert [padded_count(n) for n in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 4, 4, 8, 8, 16, 64]
+
+
+def test_a_group_of_one_rank_is_capturable():
+    """As with --tp 2 and one star rank: decode runs by graph."""
+    code = (
+        "from star_attention.distributed import default_communicator\n"
+        "world = default_communicator()\n"
+        "alone = world.split(world.rank)\n"
+        "assert alone.world is world\n"
+        "print((alone.size, alone.capturable, world.capturable))\n"
+    )
+    assert run_job(2, "-c", code).stdout.count("(1, True, False)") == 2
 
 
 class StandIn:
