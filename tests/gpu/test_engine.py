@@ -136,12 +136,31 @@ def test_decode_runs_by_graph(tmp_path, processes, tp):
     assert max(result["errors"]) < 5e-3
 
 
-@pytest.mark.parametrize("moment", ["context", "decode"])
-@pytest.mark.parametrize("kind", ["raise", "kill"])
+@pytest.mark.parametrize("moment", ["Chunk", "Decode"])
+@pytest.mark.parametrize("kind", ["raise", "kill", "stop"])
 def test_one_rank_fails(tmp_path, kind, moment):
     save_tiny_model(tmp_path, hidden_size=256, vocab_size=700, max_position_embeddings=2048)
     train_tokenizer(tmp_path, "llama3")
-    check_job_ends(kind, moment, 1, tmp_path, "--device", "cuda", "--kv-cache-gib", "1")
+    options = "--device", "cuda", "--kv-cache-gib", "1"
+    check_job_ends(kind, moment, 1, tmp_path, *options, seconds=15)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_slow_reader(tmp_path, processes):
+    """Longer than a merge over peer memory waits for another rank."""
+    save_tiny_model(tmp_path, hidden_size=256, vocab_size=700, max_position_embeddings=2048)
+    train_tokenizer(tmp_path, "llama3")
+    code = (
+        "import sys, time\n"
+        "from star_attention import LLM, SamplingParams, StarConfig\n"
+        "llm = LLM(sys.argv[1], StarConfig(block_size=128), device='cuda', kv_cache_gib=1)\n"
+        "context = llm.encode('The quick brown fox. ' * 99)\n"
+        "params = SamplingParams(max_tokens=4, ignore_eos=True)\n"
+        "for piece in llm.stream(context, 'What?', params):\n"
+        "    time.sleep(12 if len(piece.answer.token_ids) == 2 else 0)\n"
+        "print(len(llm.ask(context, 'Why?', SamplingParams(max_tokens=4)).token_ids))\n"
+    )
+    assert run_job(processes, "-c", code, tmp_path, timeout=120).stdout.strip() in "1234"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

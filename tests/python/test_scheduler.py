@@ -30,7 +30,7 @@ PAGE = 4
 class NotingEngine:
     """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
 
-    config, tokens_per_block, has_ring = LLAMA_3_1_8B, PAGE, True
+    config, tokens_per_block, has_ring, shares_pages = LLAMA_3_1_8B, PAGE, True, True
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
     def __init__(self, limits):
@@ -321,3 +321,14 @@ def test_report_counts_every_phase():
     phases = leader.execute(Report(reset=True))[0]["phases"]
     assert [phases[name]["tokens"] for name in ("context", "query", "decode")] == [30, 4, 4]
     assert leader.execute(Report())[0]["phases"]["context"]["tokens"] == 0
+
+
+def test_what_an_engine_cannot_do_is_refused():
+    scheduler = Scheduler(LLAMA_3_1_8B, Limits(), 2, PAGE, has_ring=False, shares_pages=False)
+    tokens = np.zeros(40, np.int32)
+    with pytest.raises(UserError, match=r"broadcast needs a GPU for each rank .*: use local"):
+        scheduler.add_context(tokens, StarConfig(16, tokens_per_block=PAGE))
+    with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):
+        scheduler.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
+    scheduler.add_context(tokens, StarConfig(16, 16, "local", tokens_per_block=PAGE))
+    scheduler.add_context(tokens, StarConfig(16, 0, tokens_per_block=PAGE))

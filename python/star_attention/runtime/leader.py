@@ -51,6 +51,7 @@ class Leader:
             num_ranks,
             engine.tokens_per_block,
             engine.has_ring,
+            engine.shares_pages,
             chunk_tokens,
         )
 

@@ -11,9 +11,11 @@ Contexts leave so much room that every question fits if it is alone, so this end
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,7 @@ from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.orders import Ask, Chunk, Decode, Open, Order, QuestionPart, Release
 from star_attention.runtime.pages import question_pages
-from star_attention.runtime.phase1 import Phase1, own_pages, scratch_pages
+from star_attention.runtime.phase1 import Phase1, own_pages, scratch_pages, shares_anchor
 from star_attention.runtime.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -104,7 +106,7 @@ class Scheduler:
     Args:
         model: weighs work, so that plans are the workers'.
         limits: what every rank's engine allows.
-        has_ring: whether the engines have ring attention.
+        has_ring, shares_pages: what the engines have, as in `ModelEngine`.
         chunk_tokens: tokens that a rank computes in a pass of phase 1 at most, so that answers go
             on between them; None: as many as `limits` allow.
     """
@@ -116,17 +118,18 @@ class Scheduler:
         num_ranks: int,
         tokens_per_block: int,
         has_ring: bool = True,
+        shares_pages: bool = True,
         chunk_tokens: int | None = None,
     ) -> None:
         self._model, self._limits = model, limits
         self._num_ranks, self._page = num_ranks, tokens_per_block
-        self._has_ring = has_ring
+        self._has_ring, self._shares_pages = has_ring, shares_pages
         self._chunk_tokens = chunk_tokens
         self._numbers = 0
         self._used = np.zeros(num_ranks, np.int64)  # pages of each rank
         self._contexts: list[Context] = []  # all that hold pages or will
         self._reading: deque[Context] = deque()
-        self._waiting: deque[Question] = deque()
+        self._waiting: list[Question] = []  # oldest first
         self._running: list[Question] = []  # oldest first
         self._over: tuple[list[int], list[int]] = [], []  # contexts, questions
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
@@ -153,6 +156,10 @@ class Scheduler:
             )
         self._check_length(len(token_ids), self._limits.input_len, "--max_input_len")
         plan = make_plan(len(token_ids), config, self._num_ranks, self._model)
+        if shares_anchor(plan, config) and not self._shares_pages:
+            raise UserError(
+                "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
+            )
         context = self._new_context(token_ids, config, plan)
         self._check_room(context)
         for question, answer in questions:
@@ -276,7 +283,7 @@ class Scheduler:
             context.phase1 = Phase1(context.plan, context.config)
             context.is_open = False
         elif isinstance(order, Ask | Decode):
-            for question in (*reversed(self._running), *reversed(self._waiting)):
+            for question in (*self._running, *self._waiting):
                 if any(question.kept):
                     self._restart(question)
 
@@ -308,19 +315,32 @@ class Scheduler:
         return np.sum(kept, axis=0, dtype=np.int64) if kept else np.zeros_like(self._used)
 
     def _open(self) -> Open | None:
-        """Contexts in their order, each once it fits and leaves every question its room."""
+        """Contexts in their order, each once it fits and leaves every question its room: while it
+        is read those over contexts that are open, afterwards its own too."""
         context = next((each for each in self._contexts if not each.is_open), None)
         if context is None:
             return None
-        most = [question.most_pages for question in (*self._waiting, *self._running)]
-        room = np.max(most, axis=0) if most else 0
-        others = sum(each.held for each in self._contexts if each.is_open)
-        if not (self._fits(self._used + context.held) and self._fits(others + context.held + room)):
+        opened = [each for each in self._contexts if each.is_open]
+        held = sum((each.held for each in opened), context.held)
+        pages = sum((each.pages for each in opened), context.pages)
+        if not (
+            self._fits(self._used + context.held)
+            and self._fits(held + self._room_for_questions(opened))
+            and self._fits(pages + self._room_for_questions([*opened, context]))
+        ):
             return None
         self._used += context.held
         context.is_open = True
         self._reading.append(context)
         return Open(context.number, context.token_ids, context.config)
+
+    def _room_for_questions(self, contexts: Sequence[Context]) -> np.ndarray:
+        """Pages, int64 [ranks], that any one question over these contexts takes at most."""
+        most = np.zeros_like(self._used)
+        for question in (*self._waiting, *self._running):
+            if question.context in contexts:
+                most = np.maximum(most, question.most_pages)
+        return most
 
     def _chunk(self) -> Chunk | None:
         if not self._reading:
@@ -357,6 +377,8 @@ class Scheduler:
             next_tokens = self._growth_of_running()
             next_tokens[rank] += self._growth(question, rank, len(tokens))
             if not self._fits(self._used + next_tokens):
+                if not parts and not self._running:
+                    self._put_back_newest(besides=question)
                 break
             self._used[rank] += self._growth(question, rank, len(tokens))
             question.kept[rank] += len(tokens)
@@ -368,8 +390,7 @@ class Scheduler:
             rows.append(None if question.pending else question)
             if not question.pending:
                 self._waiting.remove(question)
-                self._running.append(question)
-                self._running.sort(key=lambda each: each.number)
+                bisect.insort(self._running, question, key=_number)
         if not parts:
             return None
         self._rows = rows
@@ -394,15 +415,18 @@ class Scheduler:
             tuple(ranks),
         )
 
-    def _put_back_newest(self) -> None:
-        opened = [question for question in self._waiting if any(question.kept)]
-        self._restart(max((*opened, *self._running), key=lambda each: each.number))
+    def _put_back_newest(self, besides: Question | None = None) -> None:
+        """Of those that hold pages."""
+        holding = [each for each in (*self._waiting, *self._running) if any(each.kept)]
+        holding = [each for each in holding if each is not besides]
+        if holding:
+            self._restart(max(holding, key=_number))
 
     def _restart(self, question: Question) -> None:
         """Gives its pages back and begins anew, answer included."""
         if question in self._running:
             self._running.remove(question)
-            self._waiting.appendleft(question)
+            bisect.insort(self._waiting, question, key=_number)
         self._give_pages_back(question)
         self._put_back(question)
 
@@ -514,6 +538,9 @@ class Scheduler:
                 f"this takes {tokens} tokens, the engine was built for {flag} {most}: "
                 "use a shorter text, or build it for more"
             )
+
+
+_number = attrgetter("number")
 
 
 def keeper(placement: KvPlacement, index: int, num_ranks: int, tokens_per_block: int) -> int:
