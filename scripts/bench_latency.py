@@ -160,20 +160,20 @@ def breakdown(
 def generate(
     leader: Leader, context: Context, question: np.ndarray, count: int
 ) -> tuple[float, float]:
-    """Seconds of the question's pass and of a decode step, on this rank."""
+    """Seconds of the question's pass and of a decode step, on this rank: medians."""
     number, keeper = 1 << 30, context.plan.num_ranks - 1
-    for _ in range(2):  # the first captures the graph of a step
+    queries, steps = [], []
+    for asked in range(6):  # the first warms up; the second captures the graph of a step
         leader.execute(Wait())
         begin = time.perf_counter()
         leader.execute(Ask((QuestionPart(number, context.number, question, keeper),)))
-        query = time.perf_counter() - begin
-        times = []
-        for _ in range(count):
+        queries.append(time.perf_counter() - begin)
+        for _ in range(count if asked == 1 else 2):
             begin = time.perf_counter()
             leader.execute(Decode((number,), (0,), (keeper,)))
-            times.append(time.perf_counter() - begin)
+            steps.append(time.perf_counter() - begin)
         leader.execute(Release(questions=(number,)))
-    return query, statistics.median(times)
+    return statistics.median(queries[1:]), statistics.median(steps[2:])
 
 
 def matmul_tflops(comm: Communicator) -> float:

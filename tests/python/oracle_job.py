@@ -24,7 +24,7 @@ from star_attention.engines.options import EngineOptions
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.leader import lead_together
 
-LIMITS = {"pass_tokens", "pass_sequences"}
+LIMITS = {"pass_tokens", "ring_tokens", "pass_sequences"}
 
 
 def main() -> None:

@@ -105,9 +105,9 @@ def test_several_passes(tmp_path, num_ranks):
         {**case, **limits}
         for case in methods
         for limits in (
-            {"pass_tokens": block},
-            {"pass_tokens": 2 * block + 5},
-            {"pass_tokens": 3},
+            {"pass_tokens": block, "ring_tokens": block},
+            {"pass_tokens": 2 * block + 5, "ring_tokens": 3 * block},
+            {"pass_tokens": 3, "ring_tokens": 3},
             {"pass_sequences": 2},
         )
     ]

@@ -24,7 +24,7 @@ def make_leader(max_pages, pass_tokens=None):
     comm = SingleProcess()
     weights = random_weights(TINY, torch.float32, torch.device("cpu"))
     engine = TorchEngine(TINY, weights, comm, 16, max_pages)
-    engine.limits = replace(engine.limits, pass_tokens=pass_tokens)
+    engine.limits = replace(engine.limits, pass_tokens=pass_tokens, ring_tokens=pass_tokens)
     return lead_together(engine, comm)
 
 

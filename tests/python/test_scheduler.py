@@ -202,6 +202,7 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     limits = Limits(
         pages=draw(st.one_of(st.none(), st.integers(12, 40))),
         pass_tokens=draw(st.one_of(st.none(), st.integers(1, 50))),
+        ring_tokens=draw(st.one_of(st.none(), st.integers(1, 50))),
         pass_sequences=draw(st.one_of(st.none(), st.integers(1, 5))),
         question_tokens=draw(st.one_of(st.none(), st.integers(1, 9))),
         questions=draw(st.one_of(st.none(), st.integers(1, 4))),
@@ -331,4 +332,7 @@ def test_what_an_engine_cannot_do_is_refused():
     with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):
         scheduler.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
     scheduler.add_context(tokens, StarConfig(16, 16, "local", tokens_per_block=PAGE))
+    tight = Scheduler(LLAMA_3_1_8B, Limits(ring_tokens=0), 2, PAGE)
+    with pytest.raises(UserError, match="do not fit beside the KV cache"):
+        tight.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
     scheduler.add_context(tokens, StarConfig(16, 0, tokens_per_block=PAGE))

@@ -337,17 +337,20 @@ def test_tokens_that_fit():
     each = 3 * 4096 * 2 + 32 * 4  # x, q and what attention gives
     room = int(0.9 * free) - 16384 * 2 * chunk
     alone, shared = limits(1), limits(4)
-    assert alone == Limits(pages, room // each, question_tokens=room // each)
+    rows = room // each
+    assert alone == Limits(pages, rows, ring_tokens=rows, question_tokens=rows)
     partial = 4 * 32 * 129
     arriving = 2 * pages * 128 * 2 * 8 * 128 * 2
     assert shared.question_tokens == room // (each + partial)
-    assert shared.pass_tokens == (room - arriving) // (each + 2 * partial)
+    assert shared.pass_tokens == rows
+    assert shared.ring_tokens == (room - arriving) // (each + 2 * partial)
+    assert limits(2, 1 << 30).ring_tokens == 0
     # Not a whole chunk fits: its rows are counted.
     few = limits(1, 100 << 20).pass_tokens
     assert few == int(0.9 * (100 << 20)) // (each + 2 * chunk)
 
 
-@pytest.mark.parametrize(("num_ranks", "free"), [(1, 16 << 20), (2, 1 << 30), (2, 0)])
+@pytest.mark.parametrize(("num_ranks", "free"), [(1, 16 << 20), (2, 16 << 20), (2, 0)])
 def test_memory_that_no_pass_fits_into(num_ranks, free):
     with pytest.raises(UserError, match="too little for a pass: use a smaller --kv-cache-gib, or"):
         pass_limits(LLAMA_3_1_8B, 2, num_ranks, 3000, 128, free)

@@ -100,6 +100,7 @@ class Limits:
     Attributes:
         pages: of the KV pool.
         pass_tokens, pass_sequences: of one pass of phase 1.
+        ring_tokens: of one pass of ring attention; 0: not even a short one.
         question_tokens: of one pass whose attention is merged over ranks.
         questions: that take part in one such pass.
         input_len, seq_len: tokens of context and question, and with the answer.
@@ -108,6 +109,7 @@ class Limits:
     pages: int | None = None
     pass_tokens: int | None = None
     pass_sequences: int | None = None
+    ring_tokens: int | None = None
     question_tokens: int | None = None
     questions: int | None = None
     input_len: int | None = None

@@ -97,9 +97,11 @@ class Phase1:
 
     def next(self, limits: Limits, budget: int | None = None) -> tuple[int, ...]:
         """The tokens of each rank in the next pass: at most `budget`, and what `limits` allow."""
-        bounds = [each for each in (budget, limits.pass_tokens) if each is not None]
+        is_ring = self._config.attention == "ring"
+        allowed = limits.ring_tokens if is_ring else limits.pass_tokens
+        bounds = [each for each in (budget, allowed) if each is not None]
         most = min(bounds, default=max(self.total))
-        if self._config.attention == "ring":
+        if is_ring:
             tokens = self._next_in_ring(most)
         else:
             tokens = [self._take(0, most, limits.pass_sequences)]

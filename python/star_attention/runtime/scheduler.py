@@ -154,6 +154,11 @@ class Scheduler:
             raise UserError(
                 "TensorRT engines have no ring attention: use --attention star or dense"
             )
+        if config.attention == "ring" and self._limits.ring_tokens == 0:
+            raise UserError(
+                "ring attention's transfers do not fit beside the KV cache: use a smaller "
+                "--kv-cache-gib, or --attention star"
+            )
         self._check_length(len(token_ids), self._limits.input_len, "--max_input_len")
         plan = make_plan(len(token_ids), config, self._num_ranks, self._model)
         if shares_anchor(plan, config) and not self._shares_pages:

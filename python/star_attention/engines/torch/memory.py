@@ -34,20 +34,20 @@ def pass_limits(
     # projection.
     chunk = (part.hidden_size + max(3 * part.intermediate_size, q + kv)) * itemsize
     usable = int(_USABLE * free)
-    if num_ranks == 1:
-        context = question = _rows(usable, alone, chunk)
-    else:
-        # A layer's pages that leave and arrive, in a ring all that another rank has, and a ring's
-        # two partials. A shared anchor's copies take less.
-        arriving = 2 * part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
-        context = _rows(usable - arriving, alone + 2 * partial, chunk)
-        question = _rows(usable, alone + partial, chunk)
+    # Over several ranks: a question's partials; in a ring two, and the pages of a layer that
+    # leave and arrive, which may be all that a rank has.
+    merged = partial if num_ranks > 1 else 0
+    in_a_ring = 2 * part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
+    context = _rows(usable, alone, chunk)
+    question = _rows(usable, alone + merged, chunk)
+    ring = _rows(usable - in_a_ring, alone + 2 * partial, chunk) if num_ranks > 1 else context
     if min(context, question) < _LEAST_TOKENS:
         raise UserError(
             f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
             "for a pass: use a smaller --kv-cache-gib, or a larger --tp"
         )
-    return Limits(pages=pages, pass_tokens=context, question_tokens=question)
+    ring = ring if ring >= _LEAST_TOKENS else 0
+    return Limits(pages=pages, pass_tokens=context, ring_tokens=ring, question_tokens=question)
 
 
 def _rows(free: int, each: int, chunk: int) -> int:
