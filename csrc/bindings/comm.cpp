@@ -198,8 +198,8 @@ void bind_nccl(py::module_& m) {
   });
 
   using Comm = NcclCommunicator;
-  // Never destroyed: NCCL would wait for the end of all graphs that captured its calls, and Python
-  // promises no order at its exit.
+  // Destroyed by `close` only: NCCL waits for the end of all graphs that captured its calls, and
+  // Python promises no order at its exit.
   py::class_<Comm, std::unique_ptr<Comm, py::nodelete>>(m, "NcclCommunicator")
       .def(py::init([](const py::bytes& unique_id, int rank, int size, int device) {
              const NcclId id = to_nccl_id(unique_id);
@@ -256,6 +256,7 @@ void bind_nccl(py::module_& m) {
           "__exit__", [](Comm& comm, const py::args&) { comm.group_end(); },
           "Calls within `with` become one operation.")
       .def("check", &Comm::check)
+      .def("close", &Comm::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Comm::abort, py::call_guard<py::gil_scoped_release>());
 }
 

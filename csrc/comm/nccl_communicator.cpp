@@ -119,7 +119,9 @@ NcclCommunicator::NcclCommunicator(const NcclId& bytes, int rank, int size, int 
   comm_ = comm;
 }
 
-NcclCommunicator::~NcclCommunicator() {
+NcclCommunicator::~NcclCommunicator() { close(); }
+
+void NcclCommunicator::close() {
   if (ncclComm_t comm = comm_.exchange(nullptr)) nccl().CommDestroy(comm);
 }
 
@@ -176,7 +178,7 @@ void NcclCommunicator::abort() {
 
 void* NcclCommunicator::comm() const {
   void* comm = comm_;
-  if (comm == nullptr) throw std::runtime_error("NCCL: this communicator was aborted");
+  if (comm == nullptr) throw std::runtime_error("NCCL: this communicator is over");
   return comm;
 }
 

@@ -149,6 +149,27 @@ def test_a_script_runs_on_rank_0_only(tiny_chat_model):
     assert job.returncode == 7
 
 
+def test_several_models_in_a_script(tiny_chat_model):
+    """At the same time, and one after the other."""
+    code = (
+        "import sys\n"
+        "from star_attention import LLM, SamplingParams, StarConfig, UserError\n"
+        "params = SamplingParams(max_tokens=5)\n"
+        "first, second = (LLM(sys.argv[1], StarConfig(block_size=128)) for _ in range(2))\n"
+        "contexts = [llm.encode('The quick brown fox. ' * 99) for llm in (first, second)]\n"
+        "print(first.ask(contexts[0], 'Why?', params) == second.ask(contexts[1], 'Why?', params))\n"
+        "first.close()\n"
+        "first.close()\n"
+        "try: first.ask(contexts[0], 'Why?')\n"
+        "except UserError as error: print(error)\n"
+        "with LLM(sys.argv[1]) as third:\n"
+        "    print(len(third.ask(third.encode('A word.'), 'Why?', params).token_ids))\n"
+        "print(second.ask(contexts[1], 'Why?', params).finish_reason)\n"
+    )
+    job = run_job(2, "-c", code, tiny_chat_model, timeout=90)
+    assert job.stdout.splitlines() == ["True", "the model was closed: load it again", "5", "length"]
+
+
 def test_uncaught_exception_in_a_script(tiny_chat_model):
     """A program of the user's own that fails, while the others wait for it."""
     code = (

@@ -61,7 +61,7 @@ def connect(monkeypatch, size, merge, num_gpus=8, broken=None, machines=1, **mis
 
     stand_ins = SimpleNamespace(
         PeerMerge=Peers,
-        NcclCommunicator=lambda *_arguments: "nccl",
+        NcclCommunicator=lambda *_arguments: SimpleNamespace(check=lambda: None),
         DeviceMemory=lambda *_arguments: "memory",
         RankMerge=lambda *_arguments: "merge",
         Stream=lambda _device: None,
@@ -185,3 +185,18 @@ def test_copy_arguments():
 
 def test_host_buffers_stay_on_the_host():
     assert not gpu._on_device(np.zeros(3))
+
+
+def test_a_broken_connection_ends_the_job(monkeypatch, capsys):
+    """Although the GPU, and the host with it, wait for what does not come."""
+    monkeypatch.setattr(gpu, "_WATCH_SECONDS", 0.01)
+    aborted, is_over = threading.Event(), threading.Event()
+
+    def check():
+        raise RuntimeError("NCCL, connection: remote process exited")
+
+    host = SimpleNamespace(world=SimpleNamespace(rank=3), abort=aborted.set)
+    gpu._watch(SimpleNamespace(check=check), host, is_over)
+    assert aborted.wait(5)
+    is_over.set()
+    assert "rank 3 failed: NCCL, connection: remote process exited" in capsys.readouterr().err

@@ -146,6 +146,9 @@ class ThreadCommunicator:
     def check(self):
         self._group.job.check()
 
+    def close(self):
+        pass
+
     def abort(self):
         self._group.job.fail(f"rank {self.world.rank} aborted")
         raise SystemExit(1)

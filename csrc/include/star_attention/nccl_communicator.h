@@ -50,6 +50,9 @@ class NcclCommunicator {
   // Ends what is under way, without the other ranks; later calls throw. From any thread.
   void abort();
 
+  // Ends it, on all ranks, when no graph that captured its calls is left.
+  void close();
+
   int size() const { return size_; }
   int device() const { return device_; }
 

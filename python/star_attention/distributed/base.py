@@ -85,6 +85,9 @@ class Communicator(Protocol):
     def check(self) -> None:
         """Raises RankError if a rank was lost in what a GPU has done so far."""
 
+    def close(self) -> None:
+        """Gives up what connects the ranks, on all of them. The whole job's stays."""
+
     def abort(self, code: int = 1) -> NoReturn:
         """Ends all ranks at once, with this exit code."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from star_attention import _C
 from star_attention.config import MERGE_PATHS, MergePath
 from star_attention.distributed.base import Buffer, Communicator, Request, agree
 from star_attention.distributed.topology import local_device, machine
-from star_attention.errors import RankError, UserError
+from star_attention.errors import RankError, UserError, say
 
 # A contiguous tensor with __dlpack__ and nbytes: torch, CuPy.
 DeviceBuffer = Any
@@ -21,6 +22,7 @@ DeviceBuffer = Any
 MERGE_CAPACITY = 8 << 20
 
 _CUDA = 2  # DLPack's device type
+_WATCH_SECONDS = 1.0  # between looks at NCCL's connections
 
 
 class GpuCommunicator:
@@ -103,6 +105,9 @@ class GpuCommunicator:
             # lse is at most a quarter of o: head_dim 8 in 16 bits.
             self._workspace = _C.DeviceMemory(self.size * merge_capacity * 5 // 4, self.device)
         self.rank_merge = self._connect_merge()
+        self._is_over = threading.Event()
+        if self.nccl:
+            _watch(self.nccl, host, self._is_over)
         self._side_stream = _C.Stream(self.device)
         self._ready = _C.Event(self.device)
 
@@ -232,6 +237,13 @@ class GpuCommunicator:
         """The host communicator's."""
         return self._host.split(color)
 
+    def close(self) -> None:
+        """Gives up the connections, on all ranks, when no graph is left that captured calls."""
+        self._is_over.set()
+        self._peer = self.rank_merge = None
+        if self.nccl:
+            self.nccl.close()
+
     def abort(self, code: int = 1) -> NoReturn:
         """Ends all ranks at once."""
         self._host.abort(code)
@@ -334,6 +346,21 @@ def _nccl_path() -> str:
 
 def _on_device(buffer: Any) -> bool:
     return buffer.__dlpack_device__()[0] == _CUDA
+
+
+def _watch(nccl: Any, host: Communicator, is_over: threading.Event) -> None:
+    """Ends the job once a connection breaks: the GPU, and the host with it, would wait for ever."""
+
+    def run() -> None:
+        while not is_over.wait(_WATCH_SECONDS):
+            try:
+                nccl.check()
+            except RuntimeError as error:
+                if not is_over.is_set():
+                    say(f"rank {host.world.rank} failed: {error}")
+                    host.abort()
+
+    threading.Thread(target=run, name="NCCL watch", daemon=True).start()
 
 
 class _Transfer:

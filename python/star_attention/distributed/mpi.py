@@ -109,6 +109,10 @@ class MpiCommunicator:
     def check(self) -> None:
         pass
 
+    def close(self) -> None:
+        if self.world is not self:
+            self._ranks.Free()
+
     def abort(self, code: int = 1) -> NoReturn:
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)

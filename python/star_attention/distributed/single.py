@@ -52,6 +52,9 @@ class SingleProcess:
     def check(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def abort(self, code: int = 1) -> NoReturn:
         sys.exit(code)
 

@@ -154,6 +154,9 @@ class ModelEngine(Protocol):
     def copy_page(self, source: int, target: int) -> None:
         """Copies one page's KV in all layers."""
 
+    def close(self) -> None:
+        """Gives memory and connections back, on all ranks. Nothing can be called any more."""
+
     def step(
         self,
         token_ids: np.ndarray,

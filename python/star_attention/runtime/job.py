@@ -90,14 +90,20 @@ class Job:
     def execute(
         self, worker: int, order: Order, on_layer: Callable[[float], None] | None = None
     ) -> Any:
-        """Has all ranks execute an order; what rank 0's worker returns."""
+        """Has all ranks execute an order; what rank 0's worker returns.
+
+        Raises:
+            UserError: the model was unloaded.
+        """
+        if worker not in self._workers:
+            raise UserError("the model was closed: load it again")
         action = functools.partial(self._workers[worker].execute, order, on_layer)
         return self._do(Execute(worker, order), action)
 
     def unload(self, worker: int) -> None:
         """Gives a model's memory back on all ranks."""
-        if self._workers.pop(worker, None) and not self._is_over:
-            self._do(Unload(worker), lambda: None)
+        if worker in self._workers and not self._is_over:
+            self._do(Unload(worker), self._workers.pop(worker).close)
 
     def stop(self, code: int = 0) -> None:
         """Lets the followers end."""
@@ -151,7 +157,7 @@ def follow(comm: Communicator) -> int:
                 case Execute(worker, order):
                     workers[worker].execute(order)
                 case Unload(worker):
-                    del workers[worker]
+                    workers.pop(worker).close()
         except BaseException as error:
             end_job(comm, error)
 

@@ -95,6 +95,10 @@ class Worker:
                 return self._report(order)
         raise TypeError(f"not an order: {order!r}")
 
+    def close(self) -> None:
+        """Gives the engine's memory back, on all ranks."""
+        self.engine.close()
+
     def _open(self, order: Open) -> None:
         rank = self.comm.rank
         plan = make_plan(len(order.token_ids), order.config, self.comm.size, self.engine.config)

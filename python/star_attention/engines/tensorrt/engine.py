@@ -145,6 +145,12 @@ class TensorRtEngine:
                 f"{positions} positions are asked for, the engine has {self._built.max_seq_len}"
             )
 
+    def close(self) -> None:
+        self._graphs.clear()
+        self._execution = self._session = self._pool = self._workspace = self._rotary = None
+        self._comm.close()
+        self._cupy.get_default_memory_pool().free_all_blocks()
+
     def copy_page(self, source: int, target: int) -> None:
         with self._stream:
             self._pool[:, target] = self._pool[:, source]

@@ -96,6 +96,15 @@ class TorchEngine:
     def copy_page(self, source: int, target: int) -> None:
         self._pool.copy_page(source, target)
 
+    def close(self) -> None:
+        if self._graphs:
+            self._graphs.clear()
+        self._graphs = self._pool = self._weights = self._rotary = None
+        for comm in (self._comm, self._group):
+            comm.close()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def step(
         self,
