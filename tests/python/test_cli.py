@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from star_attention.distributed.launch import mpirun_command
 from test_llm import QUESTION, TEXT
 
 
@@ -77,6 +79,34 @@ def test_ask_over_ranks_from_standard_input(smollm2_folder):
     assert "Tomasz" in result["answers"][0]["text"]
     assert len(result["ranks"]) == 2
     assert all(rank["peak_memory_bytes"] > 1e8 for rank in result["ranks"])
+
+
+def test_what_mpirun_would_take_for_its_own(tmp_path, tiny_chat_model):
+    """And a text that can be read only once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(TEXT,))
+    writer.start()
+    ask = [*ASK, tiny_chat_model, "--context-file", pipe, "--question", ":", "--stop", ":"]
+    run = star_attn(*ask, "--ranks", 2, "--oversubscribe", "--json")
+    writer.join()
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["answers"][0]["question"] == ":"
+    assert result["plan"]["num_ranks"] == 2
+
+
+def test_only_rank_0_has_options(report, tiny_chat_model):
+    """What another rank is started with does not matter."""
+    ask = [sys.executable, "-m", "star_attention", *ASK, tiny_chat_model]
+    question = ["--context-file", report, "--question", QUESTION]
+    other = ["-n", 1, *ask, "--context-file", "/nothing", "--question", "", "--max-tokens", 0]
+    command = [*mpirun_command(1, oversubscribe=True), *ask, *question, "--json", ":", *other]
+    run = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(json.loads(run.stdout)["ranks"]) == 2
 
 
 def test_phase_2_traffic_does_not_grow_with_the_context(tmp_path, tiny_chat_model):
