@@ -163,6 +163,26 @@ def test_a_slow_reader(tmp_path, processes):
     assert run_job(processes, "-c", code, tmp_path, timeout=120).stdout.strip() in "1234"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_closed_model_gives_its_memory_back(tmp_path, processes):
+    """Graphs, pool and connections included, so that the next one finds as much."""
+    save_tiny_model(tmp_path, hidden_size=256, vocab_size=700, max_position_embeddings=2048)
+    train_tokenizer(tmp_path, "llama3")
+    code = (
+        "import sys, torch\n"
+        "from star_attention import LLM, SamplingParams, StarConfig\n"
+        "for _ in range(3):\n"
+        "    with LLM(sys.argv[1], StarConfig(block_size=128), device='cuda') as llm:\n"
+        "        context = llm.encode('The quick brown fox. ' * 99)\n"
+        "        llm.ask(context, 'What?', SamplingParams(max_tokens=6, ignore_eos=True))\n"
+        "        assert llm.report()[-1]['graph_steps'] == 4\n"
+        "    print(torch.cuda.mem_get_info()[0] >> 20)\n"
+    )
+    run = run_job(processes, "-c", code, tmp_path, timeout=120)
+    free = list(map(int, run.stdout.split()))
+    assert free[2] >= free[0] - 64
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_smollm2(tmp_path, smollm2, hf_smollm2, dtype):
     tokens = np.random.default_rng(3).integers(0, 49152, 3 * 512 + 40 + 2 * 6).astype(np.int32)
