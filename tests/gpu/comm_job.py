@@ -17,7 +17,7 @@ from star_attention import _C
 from star_attention.distributed import default_communicator
 from star_attention.distributed.gpu import GpuCommunicator
 from star_attention.distributed.topology import local_device
-from star_attention.errors import UserError
+from star_attention.errors import RankError, UserError
 from star_attention.ops import cuda
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -242,7 +242,7 @@ def lost(host, device):
         torch.cuda.synchronize()
         assert low < time.monotonic() - began < high, time.monotonic() - began
         assert out.isnan().all()
-        expect(UserError, f"rank {host.size - 1} is lost", comm.check)
+        expect(RankError, f"rank {host.size - 1} is lost", comm.check)
     host.gather_objects(None)
 
 
