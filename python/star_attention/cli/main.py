@@ -43,7 +43,8 @@ def main() -> None:
     if world_size() > 1:
         current_job()
     try:
-        cli(arguments() or ["--help"], standalone_mode=False)
+        if code := cli(arguments() or ["--help"], standalone_mode=False):
+            _end(code)
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:
