@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from star_attention.config import StarConfig
@@ -13,6 +14,10 @@ from star_attention.plan import Plan, make_plan
 if TYPE_CHECKING:
     from star_attention.llm import LLM, Answer
     from star_attention.runtime.sampling import SamplingParams
+
+# Read when torch is loaded. Threads that wait sleep: where ranks or other programs share the cores,
+# spinning takes the time that those who work would need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
     "LLM",

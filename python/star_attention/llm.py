@@ -95,7 +95,8 @@ class EncodedContext:
 class LLM:
     """A model, ready for long contexts.
 
-    Example, alone or as `mpirun -n 4 python example.py`:
+    Example, alone or as `mpirun -n 4 python example.py` (with `--oversubscribe` if there are fewer
+    cores than ranks):
 
         from star_attention import LLM, SamplingParams, StarConfig
 
@@ -104,8 +105,8 @@ class LLM:
         answer = llm.ask(context, "Who wrote this report?", SamplingParams(max_tokens=32))
         print(answer.text)
 
-    Under mpirun the program goes on here on rank 0 only; the other ranks work for it inside the
-    first `LLM(...)` until it ends, and exit.
+    Under mpirun the script goes on on rank 0 only; the other ranks work for it inside the first
+    `LLM(...)` until it ends, and exit.
 
     Args:
         model: a Hugging Face folder with safetensors, a GGUF file, a hub name, `smollm2`, or the

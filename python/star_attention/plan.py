@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import accumulate, pairwise
 
 from star_attention.config import AnchorMode, StarConfig
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
+
+MAX_BLOCKS = 1 << 20
+MAX_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,15 @@ class Plan:
     notes: tuple[str, ...]
 
     def blocks_of(self, rank: int) -> tuple[Block, ...]:
-        return tuple(block for block in self.blocks if block.rank == rank)
+        """A rank's blocks in context order."""
+        return self._blocks_by_rank.get(rank, ())
+
+    @cached_property
+    def _blocks_by_rank(self) -> dict[int, tuple[Block, ...]]:
+        found: dict[int, list[Block]] = {}
+        for block in self.blocks:
+            found.setdefault(block.rank, []).append(block)
+        return {rank: tuple(blocks) for rank, blocks in found.items()}
 
     @property
     def dense_cost(self) -> Cost:
@@ -94,11 +108,13 @@ def make_plan(
     Args:
         context_len: tokens of the context, 0 or more.
         config: the method, block, anchor and page sizes in tokens, and the anchor mode.
-        num_ranks: ranks to spread over; more ranks than blocks leave the last ones without any.
+        num_ranks: ranks to spread over, at most 65,536; more ranks than blocks leave the last ones
+            without any.
         model: its shape weighs projections against attention.
 
     Raises:
-        UserError: a number is out of range, or the anchor does not fit into the default block.
+        UserError: a number is out of range, the anchor does not fit into the default block, or
+            there would be more than 1,048,576 blocks.
 
     Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1).
     """
@@ -107,6 +123,8 @@ def make_plan(
         raise UserError(f"the context length is {context_len}: use 0 or more tokens")
     if num_ranks < 1:
         raise UserError(f"the number of ranks is {num_ranks}: use 1 or more")
+    if num_ranks > MAX_RANKS:
+        raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
     if config.attention == "dense":
         if num_ranks > 1:
@@ -119,19 +137,27 @@ def make_plan(
 
     mode = config.anchor_mode
     anchor_cost = Cost(anchor_size, causal_pairs(anchor_size))
-    spans = []
-    for start in range(0, context_len, block_size):
-        end, prefix = min(start + block_size, context_len), anchor_size if start else 0
-        cost = Cost(end - start, causal_pairs(end - start, prefix))
+
+    @cache
+    def cost_of(tokens: int, prefix: int) -> tuple[Cost, int]:
+        cost = Cost(tokens, causal_pairs(tokens, prefix))
         if prefix and mode == "recompute":
             cost += anchor_cost
+        return cost, cost.flops(model)
+
+    spans, flops = [], []
+    for start in range(0, context_len, block_size):
+        end, prefix = min(start + block_size, context_len), anchor_size if start else 0
+        cost, work = cost_of(end - start, prefix)
         spans.append((start, end, prefix, cost))
+        flops.append(work)
 
     joining = anchor_cost if mode == "local" else Cost()
-    ranks = _assign([span[-1].flops(model) for span in spans], num_ranks, joining.flops(model))
+    edges = _assign(flops, num_ranks, joining.flops(model))
     blocks = tuple(
         Block(start, end, prefix, rank, cost)
-        for (start, end, prefix, cost), rank in zip(spans, ranks, strict=True)
+        for rank, (first, last) in enumerate(pairwise(edges))
+        for start, end, prefix, cost in spans[first:last]
     )
     if blocks and len(blocks) < num_ranks:
         notes.append(f"{num_ranks - len(blocks)} of {num_ranks} ranks have no block")
@@ -174,12 +200,14 @@ def _ring_plan(context_len: int, config: StarConfig, num_ranks: int) -> Plan:
 
 
 def _rank_costs(blocks: Sequence[Block], num_ranks: int, joining: Cost) -> tuple[Cost, ...]:
-    costs = []
-    for rank in range(num_ranks):
-        own = [block for block in blocks if block.rank == rank]
-        start = joining if own and own[0].prefix else Cost()
-        costs.append(sum((block.cost for block in own), start))
-    return tuple(costs)
+    tokens, pairs = [0] * num_ranks, [0] * num_ranks
+    for block in blocks:
+        rank = block.rank
+        if block.prefix and not tokens[rank]:  # its first block, which needs the anchor
+            tokens[rank], pairs[rank] = joining.tokens, joining.pairs
+        tokens[rank] += block.cost.tokens
+        pairs[rank] += block.cost.pairs
+    return tuple(map(Cost, tokens, pairs))
 
 
 def _sizes(
@@ -198,34 +226,45 @@ def _sizes(
                 f"a multiple of the page of {page} tokens"
             )
     config.check_anchor(block_size)
+    if (blocks := -(-context_len // block_size)) > MAX_BLOCKS:
+        least = -(-context_len // (MAX_BLOCKS * page)) * page
+        raise UserError(
+            f"the block size {block_size} makes {blocks} blocks of {context_len} tokens, more than "
+            f"{MAX_BLOCKS}: use {least} or more"
+        )
     return block_size, block_size if config.anchor_size is None else config.anchor_size
 
 
 def _assign(costs: Sequence[int], num_ranks: int, joining: int) -> list[int]:
-    """The rank of each block: contiguous runs, the largest rank's sum least, no rank without a
-    block while there are enough. `joining` is what every rank but the first pays once."""
+    """Edges of the ranks' runs of blocks: rank r has blocks edges[r] to edges[r + 1].
+
+    The largest rank's sum is least, and no rank is without a block while there are enough.
+    `joining` is what every rank but the first pays once.
+    """
+    count = len(costs)
+    if count <= num_ranks:
+        return list(range(count + 1))
+    until = [0, *accumulate(costs)]
 
     def fill(limit: int) -> list[int] | None:
-        ranks: list[int] = []
-        rank, load = 0, 0
-        for index, cost in enumerate(costs):
-            blocks_left, ranks_left = len(costs) - index, num_ranks - rank - 1
-            has_block = bool(ranks) and ranks[-1] == rank
-            if has_block and ranks_left and (load + cost > limit or blocks_left <= ranks_left):
-                rank, load = rank + 1, joining
-            if load + cost > limit:
+        """Each rank takes what it can, but leaves every later one a block."""
+        edges = [0]
+        for rank in range(num_ranks):
+            begin, room = edges[-1], limit - (joining if rank else 0)
+            end = bisect_right(until, until[begin] + room, begin) - 1
+            if end <= begin:
                 return None
-            load += cost
-            ranks.append(rank)
-        return ranks
+            edges.append(min(end, count - (num_ranks - rank - 1)))
+        return edges if edges[-1] == count else None
 
-    low, high = 0, sum(costs) + joining
+    low = max(max(costs), -(-until[-1] // num_ranks))
+    high = low + max(costs) + joining
     while low < high:
         middle = (low + high) // 2
         if fill(middle) is None:
             low = middle + 1
         else:
             high = middle
-    ranks = fill(high)
-    assert ranks is not None
-    return ranks
+    edges = fill(high)
+    assert edges is not None
+    return edges

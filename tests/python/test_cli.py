@@ -40,6 +40,43 @@ def test_help():
         assert star_attn(command, "--help").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ("--help", "torch transformers"),
+        ("eval --help", "torch transformers"),
+        ("info --help", "torch transformers star_attention.cli.ask"),
+        ("plan --help", "torch transformers star_attention.cli.ask"),
+        ("plan --context 1M --ranks 4", "torch transformers star_attention.cli.evals"),
+    ],
+)
+def test_only_what_is_used_is_imported(options, absent):
+    code = (
+        "import atexit, sys\n"
+        "from star_attention.cli import main\n"
+        f"atexit.register(lambda: print([m for m in {absent.split()} if m in sys.modules]))\n"
+        "main.main()\n"
+    )
+    command = [sys.executable, "-c", code, *options.split()]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_threads_sleep_while_they_wait(before, after):
+    """From Python as from the command line, before torch is loaded, unless told otherwise."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if before:
+        environment["OMP_WAIT_POLICY"] = before
+    code = "import star_attention, os, sys; print(os.environ['OMP_WAIT_POLICY'], *sys.modules)"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    policy, *modules = run.stdout.split()
+    assert policy == after
+    assert "torch" not in modules
+
+
 def test_plan(tmp_path):
     picture = tmp_path / "plan.png"
     run = star_attn(

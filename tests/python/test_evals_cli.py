@@ -72,6 +72,63 @@ def test_custom(here, tiny_chat_model, tmp_path):
     assert records[0].items() > {"input_context": row["input_context"], "outputs": ["fox"]}.items()
 
 
+@pytest.fixture
+def questionless(tiny_chat_model, tmp_path):
+    """A command whose samples are all refused."""
+    path = tmp_path / "mine.jsonl"
+    row = {"input_context": "The quick brown fox. " * 20, "input_query": "", "output": "fox"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    results = ["--template", "none", "--results", tmp_path / "out"]
+    return ["eval", "custom", "--file", path, *results, *SMALL, tiny_chat_model]
+
+
+def test_every_sample_failed(here, questionless):
+    run = here(*questionless)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "star-attn: error: every sample of dense, star quarter/block failed, the first: "
+        "a question is empty: ask something"
+    )
+    assert "dense: 2 failed, first: a question is empty" in run.stdout
+    again = here(*questionless, "--no-report")
+    assert (again.returncode, again.stdout) == (1, "")
+
+
+def test_every_sample_failed_on_ranks(questionless):
+    """Both parts are run, and reported."""
+    run = star_attn(*questionless, "--ranks", 2, "--oversubscribe")
+    assert run.returncode == 1
+    for name in ("dense", "star quarter/block"):
+        assert f"star-attn: error: every sample of {name} failed, the first: a que" in run.stderr
+        assert f"{name}: 2 failed, first: a question is empty" in run.stdout
+
+
+def test_folder_in_use(here, questionless, tmp_path):
+    """One evaluation at a time; who is killed does not keep the next one out."""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time, pathlib\n"
+            "from star_attention.evals.results import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])):\n"
+            "    print('locked', flush=True)\n"
+            "    time.sleep(600)\n",
+            tmp_path / "out",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        check_refusal(here(*questionless), f"--results {tmp_path / 'out'}: another star-attn eval")
+        assert not list((tmp_path / "out").glob("*.json*"))
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert here(*questionless).returncode == 1  # it has written its results
+
+
 def test_killed_and_started_again(here, tiny_chat_model, tmp_path):
     results = tmp_path / "results"
     options = ["--lengths", 640, "--tasks", "niah_single_1", "--attention", "dense", "--samples"]
@@ -89,6 +146,7 @@ def test_killed_and_started_again(here, tiny_chat_model, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    check_refusal(here(*command, "1"), "another star-attn eval is writing there: wait until")
     process.send_signal(signal.SIGINT)
     assert "star-attn: stopped: the same command goes on from here" in process.communicate()[1]
     assert process.returncode == 130

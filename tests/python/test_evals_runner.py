@@ -10,6 +10,7 @@ import pytest
 
 from star_attention import LLM, StarConfig, UserError
 from star_attention.engines.base import Limits
+from star_attention.errors import RankError
 from star_attention.evals import custom, plots, ruler, tune
 from star_attention.evals import report as comparison
 from star_attention.evals.prompts import PromptTokenizer
@@ -150,6 +151,18 @@ def test_a_sample_that_fails(llm, prompts, short_task, tmp_path, monkeypatch):
     assert records[1]["error"] == "no such text"
     assert "pred" in records[2]
     assert llm.report()[0]["pages_in_use"] == 0
+
+
+def test_a_rank_that_fails_is_no_failed_sample(llm, prompts, short_task, tmp_path, monkeypatch):
+    def failing(*_):
+        raise RankError("rank 1 is lost")
+
+    monkeypatch.setattr(llm, "ask", failing)
+    run = run_of(tmp_path, short_task, Method("dense"))
+    with pytest.raises(RankError, match="rank 1 is lost"):
+        recorded(llm, prompts, run)
+    assert not run.results.records
+    assert not run.results.path.exists()
 
 
 def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 import itertools
+import time
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from star_attention.cli import terminal
 from star_attention.cli.plot import plot_plan
 from star_attention.config import StarConfig
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
-from star_attention.plan import Cost, causal_pairs, make_plan
+from star_attention.plan import MAX_BLOCKS, MAX_RANKS, Cost, causal_pairs, make_plan
 
 MODES = st.sampled_from(["recompute", "local", "broadcast"])
 
@@ -77,6 +80,95 @@ def test_busiest_rank_does_least(context_len, anchor_pages, num_ranks, mode):
     assert max(cost.flops(LLAMA_3_1_8B) for cost in plan.rank_costs) == best
 
 
+def assigned_one_by_one(costs, num_ranks, joining):
+    """The rank of each block, as the planner once found it: by walking over all blocks."""
+
+    def fill(limit):
+        ranks = []
+        rank, load = 0, 0
+        for index, cost in enumerate(costs):
+            blocks_left, ranks_left = len(costs) - index, num_ranks - rank - 1
+            has_block = bool(ranks) and ranks[-1] == rank
+            if has_block and ranks_left and (load + cost > limit or blocks_left <= ranks_left):
+                rank, load = rank + 1, joining
+            if load + cost > limit:
+                return None
+            load += cost
+            ranks.append(rank)
+        return ranks
+
+    low, high = 0, sum(costs) + joining
+    while low < high:
+        middle = (low + high) // 2
+        if fill(middle) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return fill(high)
+
+
+def costs_one_by_one(plan, joining):
+    costs = []
+    for rank in range(plan.num_ranks):
+        own = [block for block in plan.blocks if block.rank == rank]
+        start = joining if own and own[0].prefix else Cost()
+        costs.append(sum((block.cost for block in own), start))
+    return tuple(costs)
+
+
+@given(
+    context_len=st.integers(0, 4000),
+    pages=st.integers(1, 6),
+    anchor_pages=st.integers(0, 6),
+    page=st.sampled_from([1, 16, 64]),
+    num_ranks=st.integers(1, 40),
+    mode=MODES,
+)
+def test_division_is_that_of_walking_over_all_blocks(
+    context_len, pages, anchor_pages, page, num_ranks, mode
+):
+    config = StarConfig(pages * page, min(anchor_pages, pages) * page, mode, tokens_per_block=page)
+    plan = make_plan(context_len, config, num_ranks)
+    anchor = Cost(plan.anchor_size, causal_pairs(plan.anchor_size))
+    joining = anchor if mode == "local" else Cost()
+    ranks = assigned_one_by_one(
+        [block.cost.flops(LLAMA_3_1_8B) for block in plan.blocks],
+        num_ranks,
+        joining.flops(LLAMA_3_1_8B),
+    )
+    assert [block.rank for block in plan.blocks] == ranks
+    assert plan.rank_costs == costs_one_by_one(plan, joining)
+
+
+@pytest.mark.parametrize("attention", ["star", "ring"])
+def test_blocks_of_a_rank(attention):
+    plan = make_plan(5000, StarConfig(attention=attention, tokens_per_block=16), 7)
+    for rank in range(8):
+        assert plan.blocks_of(rank) == tuple(b for b in plan.blocks if b.rank == rank)
+    assert "_blocks_by_rank" not in asdict(plan)
+
+
+def seconds(action):
+    begin = time.process_time()
+    action()
+    return time.process_time() - begin
+
+
+def test_large_plans_are_quick(tmp_path, capsys):
+    """Generous limits: what grows with blocks times ranks takes minutes to hours here."""
+    config = StarConfig(128, 128, "local")
+    assert seconds(lambda: make_plan(1 << 20, config, 64)) < 0.5
+    plan = make_plan(1 << 20, config, 4096)
+    assert seconds(lambda: [plan.blocks_of(rank) for rank in range(4096)]) < 0.5
+    assert seconds(lambda: plot_plan(plan, tmp_path / "plan.png")) < 8
+    assert seconds(lambda: make_plan(1 << 27, None, MAX_RANKS)) < 10
+    plan = make_plan(128 * MAX_BLOCKS, config, 64)
+    assert len(plan.blocks) == MAX_BLOCKS
+    assert seconds(lambda: terminal.print_plan(plan, LLAMA_3_1_8B, "a model")) < 5
+    first = [block.rank for block in plan.blocks].index(1)
+    assert f"│ {first} to " in capsys.readouterr().out
+
+
 def test_cost_of_anchor_modes():
     def tokens(mode):
         config = StarConfig(1024, 512, mode)
@@ -103,6 +195,9 @@ def test_ring_is_exact_and_balanced(context_len, num_ranks):
     [
         (-1, 1, {}, "context length is -1"),
         (10, 0, {}, "number of ranks is 0"),
+        (10, 10**6, {}, "number of ranks is 1000000: use 65536 or less"),
+        (10, 10**6, {"attention": "ring"}, "number of ranks is 1000000: use 65536 or less"),
+        (1 << 30, 1, {"block_size": 128}, "8388608 blocks of 1073741824 tokens.*use 1024 or more"),
         (10, 1, {"block_size": 100}, "block size 100 is not a multiple.*use 128"),
         (10, 1, {"block_size": 0}, "block size is 0: use 128"),
         (10, 1, {"block_size": 128, "anchor_size": 256}, "anchor size is 256: use 0 to 128"),

@@ -1,19 +1,26 @@
 """Limits of memory, checked before anything runs."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
+from star_attention.engines.base import Limits
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import random_weights
+from star_attention.plan import make_plan
 from star_attention.runtime.leader import lead_together
+from star_attention.runtime.phase1 import own_pages, scratch_pages
 from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.scheduler import Scheduler
 
 TINY = ModelConfig(1, 32, 32, 4, 2, 8, 64, 1024, 1e-5, RopeConfig())
 CONTEXT = np.zeros(1000, np.int32)
@@ -43,6 +50,42 @@ def test_kv_cache_that_is_too_small(max_pages, message):
     dense = StarConfig(attention="dense", tokens_per_block=16)
     with pytest.raises(UserError, match="use ring or star over several ranks"):
         leader.encode(CONTEXT, dense)
+
+
+def pages_of_busiest(context_len, config, num_ranks):
+    """None: there is no such plan."""
+    try:
+        plan = make_plan(context_len, config, num_ranks, TINY)
+    except UserError:
+        return None
+    return max(
+        own_pages(plan, rank) + scratch_pages(plan, config, rank) for rank in range(num_ranks)
+    )
+
+
+@settings(max_examples=30)
+@given(
+    context_len=st.integers(1, 3000),
+    block_pages=st.one_of(st.none(), st.integers(1, 5)),
+    anchor_pages=st.one_of(st.none(), st.integers(0, 5)),
+    mode=st.sampled_from(["recompute", "local", "broadcast"]),
+    attention=st.sampled_from(["star", "star", "ring"]),
+    room=st.integers(1, 100),
+)
+def test_ranks_that_would_fit(context_len, block_pages, anchor_pages, mode, attention, room):
+    """The smallest number, as by trying one after the other."""
+    if block_pages is not None and anchor_pages is not None:
+        anchor_pages = min(anchor_pages, block_pages)
+    sizes = [None if pages is None else 16 * pages for pages in (block_pages, anchor_pages)]
+    config = StarConfig(*sizes, mode, tokens_per_block=16, attention=attention)
+    pages = {ranks: pages_of_busiest(context_len, config, ranks) for ranks in range(1, 257)}
+    assume(pages[1] is not None)
+    tried = (n for n in range(2, 257) if pages[n] is not None and pages[n] <= room)
+    scheduler = Scheduler(TINY, Limits(pages=room), 1, 16)
+    with mock.patch("star_attention.runtime.scheduler.make_plan", wraps=make_plan) as planned:
+        found = scheduler._ranks_that_fit(make_plan(context_len, config, 1, TINY), config)
+    assert found == next(tried, None)
+    assert planned.call_count <= 10
 
 
 def test_no_room_for_questions():

@@ -243,19 +243,29 @@ def tune(length: int, min_retention: float, **options: Any) -> None:
     default = Path("results", f"tune-{length}-{Path(options['model']).name}")
     options["results"] = options["results"] or default
     options |= {"lengths": (length,), "times": True}
-    _evaluate("ruler", {**options, "report": False}, distinct=True)
-    if options["report"]:
+
+    def choose(results: Path) -> None:
         from star_attention.evals.report import compare
         from star_attention.evals.results import load_results
         from star_attention.evals.tune import print_choice
 
-        print_choice(compare(load_results(options["results"])), min_retention)
+        print_choice(compare(load_results(results)), min_retention)
+
+    _evaluate("ruler", options, choose, distinct=True)
 
 
-def _evaluate(benchmark: str, options: dict[str, Any], distinct: bool = False) -> None:
-    """Runs all configurations, each on its ranks, and reports.
+def _evaluate(
+    benchmark: str,
+    options: dict[str, Any],
+    report: Callable[[Path], None] | None = None,
+    distinct: bool = False,
+) -> None:
+    """Runs all configurations, each on its ranks, and reports; exit code 1 if all samples of one
+    failed.
 
-    `distinct`: at a single length, leave out configurations whose sizes an earlier one has.
+    Args:
+        report: instead of the comparison.
+        distinct: at a single length, leave out configurations whose sizes an earlier one has.
     """
     from star_attention.models.checkpoint import find_model
 
@@ -271,19 +281,21 @@ def _evaluate(benchmark: str, options: dict[str, Any], distinct: bool = False) -
     engine_of(options)
     try:
         if needs_ranks(options["ranks"], tp):
-            _run_parts(methods, ranks, tp, options["oversubscribe"])
+            failed = _run_parts(methods, ranks, tp, options["oversubscribe"])
         elif world_size() > tp and any(method.attention == "dense" for method in methods):
             raise UserError(
                 "--attention dense runs on one rank, but mpirun started "
                 f"{world_size() // tp}: leave it away, or use --ranks instead of mpirun"
             )
         else:
-            _run(benchmark, methods, options)
+            failed = _run(benchmark, methods, options)
     except KeyboardInterrupt:
         say("stopped: the same command goes on from here")
         raise
     if options["report"]:
-        _report(options["results"], plots=True)
+        (report or _report)(options["results"])
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 def _methods(options: dict[str, Any], distinct: bool) -> list[Method]:
@@ -309,27 +321,50 @@ def _check_names(benchmark: str, tasks: Sequence[str]) -> None:
             raise UserError(f"--tasks: {name!r} is not one of all, {', '.join(known)}")
 
 
-def _run_parts(methods: Sequence[Method], ranks: int, tp: int, oversubscribe: bool) -> None:
-    """Runs this command line again: dense on one rank, the rest on `ranks`."""
+def _run_parts(methods: Sequence[Method], ranks: int, tp: int, oversubscribe: bool) -> bool:
+    """Runs this command line again: dense on one rank, the rest on `ranks`. Whether one failed; it
+    does not keep the other from being run."""
     attention = list(dict.fromkeys(method.attention for method in methods))
+    failed = False
     for part, size in (({"dense"}, 1), ({"ring", "star"}, ranks)):
         names = ",".join(name for name in attention if name in part)
         if names:
             own = ["--attention", names, "--ranks", str(size), "--no-report"]
-            if code := run_as_ranks(size * tp, oversubscribe, more=own):
+            code = run_as_ranks(size * tp, oversubscribe, more=own)
+            if code not in (0, 1):
                 sys.exit(code)
+            failed |= code == 1
+    return failed
 
 
-def _run(benchmark: str, methods: Sequence[Method], options: dict[str, Any]) -> None:
-    """What is pending, with all ranks that there are."""
+def _run(benchmark: str, methods: Sequence[Method], options: dict[str, Any]) -> bool:
+    """What is pending, with all ranks that there are. Whether all samples of a run failed."""
+    from star_attention.evals.results import locked
+
+    prompts, tasks, configurations = _prepare(
+        benchmark, methods, options, world_size() // options["tp"]
+    )
+    with locked(options["results"]):
+        runs = _open_runs(tasks, methods, configurations, options)
+        pending = sum(len(run.pending(task)) for run in runs for task in run.tasks)
+        if pending:
+            _answer(prompts, runs, pending, options)
+    reasons = {run.results.label: run.first_failure() for run in runs}
+    failed = [name for name, reason in reasons.items() if reason]
+    if failed:
+        reason = " ".join(reasons[failed[0]].split())
+        say(f"error: every sample of {', '.join(failed)} failed, the first: {reason}")
+    return bool(failed)
+
+
+def _answer(
+    prompts: PromptTokenizer, runs: Sequence[Run], pending: int, options: dict[str, Any]
+) -> None:
+    """Loads the model and has it answer."""
     from star_attention.config import StarConfig
     from star_attention.evals.runner import evaluate
     from star_attention.llm import LLM
 
-    prompts, runs = _prepare(benchmark, methods, options, world_size() // options["tp"])
-    pending = sum(len(run.pending(task)) for run in runs for task in run.tasks)
-    if not pending:
-        return
     llm = LLM(
         options["model"],
         StarConfig(tokens_per_block=options["tokens_per_block"]),
@@ -349,11 +384,10 @@ def _run(benchmark: str, methods: Sequence[Method], options: dict[str, Any]) -> 
 
 def _prepare(
     benchmark: str, methods: Sequence[Method], options: dict[str, Any], ranks: int
-) -> tuple[PromptTokenizer, list[Run]]:
-    """The prompts and what is to be run, with all checks that need no model."""
+) -> tuple[PromptTokenizer, list[Task], list[dict[str, Any]]]:
+    """The prompts, what is asked, and each method's configuration, with all checks that need no
+    model."""
     from star_attention.evals.prompts import PromptTokenizer
-    from star_attention.evals.results import open_results
-    from star_attention.evals.runner import Run
     from star_attention.models.checkpoint import find_model
 
     path = find_model(options["model"], options["load_format"] != "dummy")
@@ -365,26 +399,38 @@ def _prepare(
         tasks, data = [load_task(options["file"], options["max_tokens"])], options["file"].name
     else:
         tasks, data = _load_tasks(_benchmark(benchmark), prompts, options)
-    runs = []
-    for method in methods:
-        configuration = {
-            "benchmark": benchmark,
-            "data": data,
-            **{name: options[name] for name in ("model", "template", "seed")},
-            "device": device,
-            "dtype": dtype,
-            **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
-            "ranks": ranks,
-            **vars(method),
-        }
-        config = partial(
-            method.config,
-            anchor_mode=options["anchor_mode"],
-            tokens_per_block=options["tokens_per_block"],
+    shared = {
+        "benchmark": benchmark,
+        "data": data,
+        **{name: options[name] for name in ("model", "template", "seed")},
+        "device": device,
+        "dtype": dtype,
+        **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
+        "ranks": ranks,
+    }
+    return prompts, tasks, [{**shared, **vars(method)} for method in methods]
+
+
+def _open_runs(
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    configurations: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+) -> list[Run]:
+    from star_attention.evals.results import open_results
+    from star_attention.evals.runner import Run
+
+    division = {name: options[name] for name in ("anchor_mode", "tokens_per_block")}
+    return [
+        Run(
+            open_results(options["results"], configuration),
+            tasks,
+            options["samples"],
+            partial(method.config, **division),
+            options["times"],
         )
-        results = open_results(options["results"], configuration)
-        runs.append(Run(results, tasks, options["samples"], config, options["times"]))
-    return prompts, runs
+        for method, configuration in zip(methods, configurations, strict=True)
+    ]
 
 
 def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
@@ -466,7 +512,7 @@ def _progress(pending: int) -> Iterator[OnSample]:
         yield lambda run, task, record: bar.update(task_id, advance=1, description=state(run, task))
 
 
-def _report(folder: Path, plots: bool) -> None:
+def _report(folder: Path, plots: bool = True) -> None:
     from star_attention.evals.plots import draw
     from star_attention.evals.report import compare, print_report
     from star_attention.evals.results import load_results
@@ -475,5 +521,5 @@ def _report(folder: Path, plots: bool) -> None:
     rows = compare(found)
     print_report(found, rows)
     if plots:
-        drawn = [path.name for path in draw(rows, folder)]
-        click.echo(f"In {folder}: predictions (.jsonl), scores (.json), {', '.join(drawn)}")
+        files = ["predictions (.jsonl)", "scores (.json)", *(p.name for p in draw(rows, folder))]
+        click.echo(f"In {folder}: {', '.join(files)}")

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from star_attention.cli.ask import ask
-from star_attention.cli.build import build
-from star_attention.cli.evals import evals, tune
-from star_attention.cli.export import export
-from star_attention.cli.info import info
-from star_attention.cli.plan import plan
 from star_attention.cli.ranks import arguments
-from star_attention.cli.trtllm import trtllm
 from star_attention.distributed import world_size
 from star_attention.errors import RankError, UserError, say
-from star_attention.runtime.job import current_job
+
+if TYPE_CHECKING:
+    from star_attention.runtime.job import Job
+
+# Where each command is: its module is imported when it is used.
+_COMMANDS = {
+    "ask": ("ask", "ask"),
+    "build": ("build", "build"),
+    "eval": ("evals", "evals"),
+    "export": ("export", "export"),
+    "info": ("info", "info"),
+    "plan": ("plan", "plan"),
+    "trtllm": ("trtllm", "trtllm"),
+    "tune": ("evals", "tune"),
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, command = _COMMANDS[name]
+        return getattr(importlib.import_module(f"star_attention.cli.{module}"), command)
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="star-attention-trt")
 def cli() -> None:
     """Long-context inference with Star Attention: a long text is cut into blocks that are read in
@@ -34,16 +56,13 @@ def cli() -> None:
     """
 
 
-for command in (plan, ask, export, build, info, evals, tune, trtllm):
-    cli.add_command(command)
-
-
 def main() -> None:
     """Runs the command; under mpirun on rank 0, for which the other ranks work."""
     if world_size() > 1:
-        current_job()
+        _job()
     try:
-        cli(arguments() or ["--help"], standalone_mode=False)
+        if code := cli(arguments() or ["--help"], standalone_mode=False):
+            _end(code)
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:
@@ -61,5 +80,11 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     if world_size() > 1:
-        current_job().stop(code)
+        _job().stop(code)
     sys.exit(code)
+
+
+def _job() -> Job:
+    from star_attention.runtime.job import current_job
+
+    return current_job()

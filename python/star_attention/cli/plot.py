@@ -7,6 +7,8 @@ from pathlib import Path
 from star_attention.errors import UserError
 from star_attention.plan import Plan
 
+_MAX_AREAS, _MAX_LINES, _MAX_TICKS = 1024, 128, 16
+
 
 def plot_plan(plan: Plan, path: str | Path) -> None:
     """Writes a picture of `plan` to `path` (PNG, PDF or SVG by its suffix).
@@ -22,21 +24,26 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         raise UserError("--plot needs matplotlib: pip install 'star-attention-trt[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch, Polygon, Rectangle
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch, Polygon
 
     n = plan.context_len
     query = n * 0.08
     colors = plt.get_cmap("tab10" if plan.num_ranks <= 10 else "tab20").colors
     fig, ax = plt.subplots(figsize=(7.5, 7))
-    for block in plan.blocks:
-        color = colors[block.rank % len(colors)]
-        start, end = block.start, block.end
-        ax.add_patch(
-            Rectangle((0, start), block.prefix, end - start, color=color, alpha=0.45, lw=0)
-        )
-        ax.add_patch(Polygon([(start, start), (start, end), (end, end)], color=color, lw=0))
-        ax.add_patch(Rectangle((start, n), end - start, query, color=color, alpha=0.7, lw=0))
-        ax.axhline(start, color="0.85", lw=0.5, zorder=0)
+    # Blocks that are narrower than a pixel are drawn with those behind them.
+    shown = plan.blocks[:: -(-len(plan.blocks) // _MAX_AREAS)]
+    anchors, own, queries = [], [], []
+    for block, end in zip(shown, [*(block.start for block in shown[1:]), n], strict=True):
+        start, prefix = block.start, block.prefix
+        anchors.append([(0, start), (prefix, start), (prefix, end), (0, end)])
+        own.append([(start, start), (start, end), (end, end)])
+        queries.append([(start, n), (end, n), (end, n + query), (start, n + query)])
+    of_blocks = [colors[block.rank % len(colors)] for block in shown]
+    for shapes, alpha in ((anchors, 0.45), (own, None), (queries, 0.7)):
+        ax.add_collection(PolyCollection(shapes, facecolors=of_blocks, alpha=alpha, lw=0))
+    if len(plan.blocks) <= _MAX_LINES:
+        ax.hlines([block.start for block in shown], 0, n + query, color="0.85", lw=0.5, zorder=0)
     ax.add_patch(Polygon([(n, n), (n, n + query), (n + query, n + query)], color="0.3", lw=0))
     ax.axhline(n, color="0.2", lw=1)
     if plan.anchor_size and len(plan.blocks) > 1:
@@ -45,7 +52,8 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     ax.set_xlim(0, n + query)
     ax.set_ylim(n + query, 0)
     ax.set_aspect("equal")
-    ticks = sorted({0, plan.anchor_size, n} | {block.start for block in plan.blocks[:16]})
+    starts = {block.start for block in plan.blocks} if len(plan.blocks) <= _MAX_TICKS else set()
+    ticks = sorted({0, min(plan.anchor_size, n), n} | starts)
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=60, fontsize=8)
     ax.set_yticks([*ticks, n + query / 2], [*(f"{tick:,}" for tick in ticks), "query"], fontsize=8)
     ax.set_xlabel("token that is seen")

@@ -63,7 +63,7 @@ def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
         table.add_column(title, justify="right")
     for rank, cost in enumerate(plan.rank_costs[:_MAX_ROWS]):
         own = plan.blocks_of(rank)
-        first = plan.blocks.index(own[0]) if own else 0
+        first = own[0].start // plan.block_size if own else 0
         table.add_row(
             str(rank),
             f"{first} to {first + len(own) - 1}" if len(own) > 1 else str(first) if own else "none",

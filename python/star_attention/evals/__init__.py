@@ -1,9 +1,9 @@
 """Accuracy benchmarks: RULER, BABILong, InfiniteBench and the user's own questions.
 
-cli.py            `star-attn eval ...`, `star-attn tune`
 ruler.py, babilong.py, infinitebench.py, custom.py
                   what is asked: tasks that make samples
-sample.py         a sample, a task, and how a sample gets its length
+sample.py, maker.py
+                  a sample, a task, and how a generated sample gets its length
 prompts.py, texts.py, metrics.py
                   chat template and token counts; haystack text and words; scorers
 runner.py         methods (dense, ring, star with its sizes) and how they answer samples

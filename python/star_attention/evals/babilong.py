@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from star_attention.evals import metrics
+from star_attention.evals.maker import Draft, SampleMaker
 from star_attention.evals.prompts import PromptTokenizer
-from star_attention.evals.sample import Draft, Sample, SampleMaker, Task
+from star_attention.evals.sample import Sample, Task
 from star_attention.evals.texts import field_of, find_haystack, read_rows, split_sentences
 
 MAX_TOKENS = 128

@@ -15,8 +15,9 @@ from typing import Any
 
 from star_attention.errors import UserError
 from star_attention.evals import metrics
+from star_attention.evals.maker import SampleMaker
 from star_attention.evals.prompts import PromptTokenizer
-from star_attention.evals.sample import Sample, SampleMaker, Task
+from star_attention.evals.sample import Sample, Task
 from star_attention.evals.texts import data_file, field_of, read_rows
 
 SOURCE = "it is in https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from star_attention.evals.sample import Sample
 from star_attention.models.tokenizer import Template, Tokenizer
-
-if TYPE_CHECKING:
-    from star_attention.evals.sample import Sample
 
 
 class PromptTokenizer(Tokenizer):

@@ -3,8 +3,11 @@ of scores."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -73,6 +76,31 @@ class Results:
         os.replace(written, path)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other evaluations out of a results folder, at the longest until this process ends.
+
+    Raises:
+        UserError: another one is writing there, or the folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise _cannot_be_used(folder, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--results {folder}: another star-attn eval is writing there: wait until it is "
+                "over, or use another folder"
+            ) from None
+        except OSError as error:
+            raise _cannot_be_used(folder, error) from None
+        yield
+
+
 def open_results(folder: Path, configuration: dict[str, Any]) -> Results:
     """The results of a configuration so far, ready to go on. A last line that was cut off when a
     run was killed is removed.
@@ -89,7 +117,7 @@ def open_results(folder: Path, configuration: dict[str, Any]) -> Results:
             whole = path.read_bytes()
             os.truncate(path, whole.rfind(b"\n") + 1)
     except OSError as error:
-        raise UserError(f"--results {folder} cannot be used: {error.strerror}") from None
+        raise _cannot_be_used(folder, error) from None
     results = Results(path, configuration, _read(path))
     results.write_scores()
     return results
@@ -115,6 +143,10 @@ def label(configuration: dict[str, Any]) -> str:
     if configuration["attention"] != "star":
         return configuration["attention"]
     return f"star {configuration['block_size']}/{configuration['anchor_size']}"
+
+
+def _cannot_be_used(folder: Path, error: OSError) -> UserError:
+    return UserError(f"--results {folder} cannot be used: {error.strerror}")
 
 
 def _order(results: Results) -> tuple:

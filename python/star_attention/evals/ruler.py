@@ -17,8 +17,9 @@ from pathlib import Path
 
 from star_attention.errors import UserError
 from star_attention.evals import metrics
+from star_attention.evals.maker import Draft, SampleMaker
 from star_attention.evals.prompts import PromptTokenizer
-from star_attention.evals.sample import ANY, Draft, Sample, SampleMaker, Task
+from star_attention.evals.sample import ANY, Sample, Task
 from star_attention.evals.texts import (
     Haystack,
     cut,

@@ -79,6 +79,14 @@ class Run:
         wanted = task.indices[: self.samples]
         return [index for index in wanted if (task.length, task.name, index) not in done]
 
+    def first_failure(self) -> str | None:
+        """Why the first sample failed, if no sample has an answer."""
+        keys = [(t.length, t.name, i) for t in self.tasks for i in t.indices[: self.samples]]
+        records = [self.results.records[key] for key in keys if key in self.results.records]
+        if not records or any("error" not in record for record in records):
+            return None
+        return records[0]["error"]
+
 
 OnSample = Callable[[Run, Task, dict[str, Any]], None]
 # A context's text, its division, and its questions.

@@ -505,11 +505,19 @@ class Scheduler:
         )
 
     def _ranks_that_fit(self, plan: Plan, config: StarConfig) -> int | None:
-        for ranks in range(plan.num_ranks + 1, _MOST_RANKS + 1):
-            larger = make_plan(plan.context_len, config, ranks, self._model)
-            if self._fits(sum(_pages_of_ranks(larger, config))):
-                return ranks
-        return None
+        """The smallest number of ranks beyond the plan's; what the busiest holds never grows with
+        their number, and where the default block falls below the anchor there are too many."""
+
+        def fits(ranks: int) -> bool | None:
+            try:
+                larger = make_plan(plan.context_len, config, ranks, self._model)
+            except UserError:
+                return None
+            return self._fits(sum(_pages_of_ranks(larger, config)))
+
+        numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
+        at = bisect.bisect_left(numbers, True, key=lambda ranks: fits(ranks) is not False)
+        return numbers[at] if at < len(numbers) and fits(numbers[at]) else None
 
     def _check_question(
         self, context: Context, question: int, answer: int, contexts: np.ndarray
