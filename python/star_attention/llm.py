@@ -21,6 +21,7 @@ from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.tokenizer import TextStream, Tokenizer
 from star_attention.plan import Plan
+from star_attention.runtime import interrupts
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader, OnChunk
 from star_attention.runtime.orders import Chunk, Report, Wait
@@ -64,7 +65,8 @@ class EncodedContext:
         plan: how it is divided.
     """
 
-    def __init__(self, context: Context, release: Callable[[], None]) -> None:
+    def __init__(self, leader: Leader, context: Context, release: Callable[[], None]) -> None:
+        self._leader = leader
         self._context = context
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
@@ -155,7 +157,10 @@ class LLM:
         execute = functools.partial(self._job.execute, self._number)
         self._leader = Leader(execute, worker.engine, worker.comm.size, limits)
         self._streams: dict[Question, _Stream] = {}
+        # What is over, to be seen to between orders: it may end at any moment, also by collection.
         self._dropped: deque[Context] = deque()
+        self._ended: deque[Question] = deque()
+        weakref.finalize(self, self._job.dropped.append, self._number).atexit = False
 
     def encode(
         self,
@@ -182,28 +187,37 @@ class LLM:
         if not text.strip():
             raise UserError("the context is empty: give it some text")
         token_ids = np.array(self._tokenizer.context_tokens(text), np.int32)
+        if not len(token_ids):
+            raise UserError("the context has no tokens for this model's tokenizer: use other text")
         self._check_length(len(token_ids), "context")
         answer = (params or SamplingParams()).max_tokens
         asked = [(len(self._question_tokens(question)), answer) for question in questions]
         longest = max((sum(each) for each in asked), default=0)
         self._check_length(len(token_ids) + longest, "context, question and answer")
-        self._release_dropped()
+        self._tidy()
         context = self._leader.scheduler.add_context(token_ids, config, asked)
+        failures: list[BaseException] = []  # of on_progress: raised when no order is under way
 
         def on_chunk(chunk: Chunk, share: float) -> None:
-            if chunk.context == context.number:
+            if chunk.context == context.number and not failures:
                 total = context.phase1.total[0]
                 done = context.phase1.done[0] - (1 - share) * chunk.tokens[0]
-                on_progress(done / total)
+                try:
+                    on_progress(done / total)
+                except BaseException as failure:
+                    failures.append(failure)
 
         try:
             while not context.is_ready:
                 self._advance(on_chunk)
+                if failures:
+                    raise failures[0]
             self._leader.execute(Wait())
+            release = functools.partial(self._dropped.append, context)
+            return EncodedContext(self._leader, context, release)
         except BaseException:
             self._dropped.append(context)
             raise
-        return EncodedContext(context, functools.partial(self._dropped.append, context))
 
     @overload
     def ask(
@@ -248,6 +262,8 @@ class LLM:
             raise UserError(f"{problem}: use one context, or one for each")
         token_ids = [self._question_tokens(text) for text in questions]
         for each, tokens in zip(contexts, token_ids, strict=True):
+            if each._leader is not self._leader:
+                raise UserError("the context was encoded by another LLM: ask that one")
             whole = each.plan.context_len + len(tokens) + params.max_tokens
             self._check_length(whole, "context, question and answer")
         return self._pieces(contexts, questions, token_ids, params)
@@ -255,8 +271,7 @@ class LLM:
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
         `query` and `decode` took since the last `reset`."""
-        self._release_dropped()
-        self._leader.flush()
+        self._tidy()
         return self._leader.execute(Report(reset))
 
     def close(self) -> None:
@@ -278,47 +293,56 @@ class LLM:
     ) -> Iterator[TextPiece]:
         scheduler, streams = self._leader.scheduler, []
         pieces: deque[TextPiece] = deque()
-        self._release_dropped()
+        self._tidy()
         try:
             for index, (context, text, tokens) in enumerate(
                 zip(contexts, questions, token_ids, strict=True)
             ):
                 if context.released:
                     raise UserError("the context was released: encode the text again")
-                question = scheduler.add_question(
-                    context._context, tokens, params, self._end_tokens
-                )
                 decoder = TextStream(self._tokenizer, params.stop)
-                streams.append(_Stream(question, index, Answer(text), decoder, pieces))
-                self._streams[question] = streams[-1]
+                with interrupts.held():
+                    question = scheduler.add_question(
+                        context._context, tokens, params, self._end_tokens
+                    )
+                    streams.append(_Stream(question, index, Answer(text), decoder, pieces))
+                    self._streams[question] = streams[-1]
             while pieces or any(not stream.question.is_over for stream in streams):
                 while not pieces:
                     self._advance()
                 yield pieces.popleft()
         finally:
-            for stream in streams:
-                scheduler.finish(stream.question)
-                del self._streams[stream.question]
-            self._leader.flush()
+            self._ended.extend(stream.question for stream in streams)
+        self._tidy()
 
     def _advance(self, on_chunk: OnChunk = lambda chunk, share: None) -> None:
         """One order."""
-        self._release_dropped()
-        new = self._leader.step(on_chunk)
-        assert new is not None, "something is waited for, but nothing is left to do"
-        for token in new:
-            stream = self._streams[token.question]
-            if stream.take(token, self._end_tokens):
-                self._leader.scheduler.finish(token.question)
+        self._tidy()
+        with interrupts.held():
+            new = self._leader.step(on_chunk)
+            assert new is not None, "something is waited for, but nothing is left to do"
+            for token in new:
+                if self._streams[token.question].take(token, self._end_tokens):
+                    self._leader.scheduler.finish(token.question)
 
-    def _release_dropped(self) -> None:
-        while self._dropped:
-            self._leader.scheduler.release_context(self._dropped.popleft())
+    def _tidy(self) -> None:
+        """Gives back what nobody needs any more."""
+        scheduler = self._leader.scheduler
+        with interrupts.held():
+            while self._ended:
+                question = self._ended.popleft()
+                scheduler.finish(question)
+                del self._streams[question]
+            while self._dropped:
+                scheduler.release_context(self._dropped.popleft())
+            self._leader.flush()
 
     def _question_tokens(self, text: str) -> np.ndarray:
         if not text.strip():
             raise UserError("a question is empty: ask something")
         tokens = np.array(self._tokenizer.question_tokens(text), np.int32)
+        if not len(tokens):
+            raise UserError("a question has no tokens for this model's tokenizer: ask otherwise")
         if len(tokens) > self.model_config.max_position:
             raise UserError(
                 f"a question has {len(tokens)} tokens, the model allows "

@@ -1,5 +1,6 @@
 """`star-attn` as people run it: its output, and one clear line with exit code 2 for bad input."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -75,6 +76,11 @@ def test_threads_sleep_while_they_wait(before, after):
     policy, *modules = run.stdout.split()
     assert policy == after
     assert "torch" not in modules
+
+
+def test_the_program():
+    (program,) = importlib.metadata.entry_points(group="console_scripts", name="star-attn")
+    assert callable(program.load())
 
 
 def test_plan(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import HERE, run_job
+from star_attention.distributed.launch import mpirun_command
 
 SECONDS = 10
 MOMENTS = ["Open", "Chunk", "Ask", "Decode", "Release"]
@@ -71,6 +72,7 @@ def check_job_ends(kind, moment, rank, model, *options, seconds=SECONDS):
         "stop": f"rank {rank} does not run",
     }
     assert reason[kind] in err
+    assert ("memory ran out" in err) == (kind == "kill")
     assert "ORTE" not in err
     assert "prterun" not in err
     assert job.processes() == []
@@ -168,6 +170,63 @@ def test_several_models_in_a_script(tiny_chat_model):
     )
     job = run_job(2, "-c", code, tiny_chat_model, timeout=90)
     assert job.stdout.splitlines() == ["True", "the model was closed: load it again", "5", "length"]
+
+
+def test_a_rank_that_does_not_reach_the_model(tiny_chat_model):
+    code = (
+        "import sys, time\n"
+        "from star_attention import LLM\n"
+        "from star_attention.distributed import watch, world_rank\n"
+        "watch._SLOW = 2\n"
+        "if world_rank(): time.sleep(5)\n"
+        "LLM(sys.argv[1])\n"
+    )
+    job = run_job(2, "-c", code, tiny_chat_model, timeout=60)
+    assert job.stderr.count("rank 0 has waited 2 s for the others: every rank must reach") == 1
+
+
+def test_a_model_in_a_thread(tiny_chat_model):
+    code = (
+        "import sys, threading\n"
+        "from star_attention import LLM\n"
+        "threading.Thread(target=LLM, args=(sys.argv[1],)).start()\n"
+    )
+    job = run_job(2, "-c", code, tiny_chat_model, timeout=60, check=False)
+    assert job.returncode not in (0, 2)
+    assert "the first LLM(...) under mpirun belongs into the main thread" in job.stderr
+
+
+def test_a_program_that_a_rank_starts_is_no_rank(tiny_chat_model):
+    code = (
+        "import subprocess, sys\n"
+        "from star_attention import LLM\n"
+        "llm = LLM(sys.argv[1])\n"
+        "plan = [sys.executable, '-m', 'star_attention', 'plan', '--context', '4K', '--json']\n"
+        "subprocess.run(plan, check=True, timeout=30, stdout=subprocess.DEVNULL)\n"
+        "print(llm.report()[1]['rank'])\n"
+    )
+    assert run_job(2, "-c", code, tiny_chat_model, timeout=60).stdout == "1\n"
+
+
+def test_a_job_that_is_stopped_as_a_whole_goes_on(tiny_chat_model):
+    """Ctrl-Z and fg."""
+    code = (
+        "import sys, time\n"
+        "from star_attention import LLM\n"
+        "llm = LLM(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(3)\n"
+        "print(len(llm.report()))\n"
+    )
+    command = [*mpirun_command(2, oversubscribe=True), sys.executable, "-c", code, tiny_chat_model]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGTSTP)
+    time.sleep(7)
+    job.send_signal(signal.SIGCONT)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert out == "2\n"
 
 
 def test_uncaught_exception_in_a_script(tiny_chat_model):

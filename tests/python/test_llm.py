@@ -2,12 +2,14 @@
 
 import gc
 import itertools
+import signal
 
 import numpy as np
 import pytest
 
 from helpers import HERE, forced_logits, run_job
 from star_attention import LLM, SamplingParams, StarConfig, UserError
+from star_attention.runtime import interrupts
 
 TEXT = (
     "The harbour of Aldmere closes at nine. " * 12
@@ -214,6 +216,76 @@ def test_an_interrupt_in_the_middle(llm, context, monkeypatch):
         llm.ask(context, "When does it close?", params)
     assert text + "".join(piece.text for piece in pieces) == expected
     assert pages_in_use(llm) == before
+
+
+def test_streams_that_the_collector_ends_in_the_middle_of_a_step(llm, context, monkeypatch):
+    class Reader:
+        pass
+
+    params = SamplingParams(max_tokens=8)
+    expected = llm.ask(context, QUESTION, params).text
+    before = pages_in_use(llm)
+    reader = Reader()
+    reader.itself, reader.stream = reader, llm.stream(context, "When does it close?", params)
+    next(reader.stream)
+    del reader
+    engine = type(llm._job._workers[llm._number].engine)
+    step = engine.step
+    monkeypatch.setattr(
+        engine, "step", lambda *args, **kw: (gc.collect() and 0) or step(*args, **kw)
+    )
+    assert llm.ask(context, QUESTION, params).text == expected
+    assert pages_in_use(llm) == before
+
+
+def test_on_progress_that_fails(llm, context):
+    before = pages_in_use(llm)
+    with pytest.raises(ZeroDivisionError):
+        llm.encode(TEXT, on_progress=lambda share: 1 / 0)
+    pieces = llm.stream(context, QUESTION, SamplingParams(max_tokens=8))
+    first = next(pieces).text
+    with pytest.raises(RuntimeError, match="a model is at work: call it from one thread"):
+        llm.encode(TEXT, on_progress=lambda share: next(pieces))
+    pieces.close()
+    assert first
+    assert pages_in_use(llm) == before
+
+
+def test_several_models(smollm2_folder, llm, context):
+    other = LLM(smollm2_folder, StarConfig(block_size=128, tokens_per_block=32))
+    with pytest.raises(UserError, match="the context was encoded by another LLM"):
+        other.ask(context, QUESTION)
+    kept = other.encode("Some words.")
+    other.close()
+    with pytest.raises(UserError, match="the model was closed"):
+        other.ask(kept, QUESTION)
+    workers = llm._job._workers
+    other = LLM(smollm2_folder, StarConfig(block_size=128, tokens_per_block=32))
+    assert len(workers) == 2
+    del other
+    gc.collect()
+    pages_in_use(llm)
+    assert len(workers) == 1
+
+
+def test_where_an_interrupt_strikes():
+    steps = []
+
+    def interrupted(where):
+        with interrupts.held(), interrupts.held():
+            if where == "held":
+                signal.raise_signal(signal.SIGINT)
+                steps.append("went on")
+            with interrupts.allowed():
+                signal.raise_signal(signal.SIGINT)
+                steps.append("went on in spite of it")
+
+    for where in ("held", "allowed"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(where)
+    assert steps == ["went on"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_progress(llm):

@@ -41,6 +41,7 @@ def test_top_p(top_p, kept):
     ("params", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0: use 1 or more"),
+        ({"max_tokens": 1.5}, r"max_tokens is 1\.5: use 1 or more"),
         ({"temperature": -1}, "temperature is -1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, r"top_p is 0\.0: use more than 0"),

@@ -7,6 +7,9 @@ import os
 from star_attention.distributed.base import Communicator, Traffic
 from star_attention.distributed.single import SingleProcess
 
+# The process that is the rank of mpirun's variables.
+RANK_PROCESS = "STAR_ATTENTION_RANK_PROCESS"
+
 __all__ = [
     "Communicator",
     "SingleProcess",
@@ -28,6 +31,8 @@ def world_rank() -> int:
 
 
 def _from_launcher(*variables: str, default: int) -> int:
+    if os.environ.get(RANK_PROCESS, str(os.getpid())) != str(os.getpid()):
+        return default  # started by a rank, whose variables it has
     return next((int(os.environ[name]) for name in variables if name in os.environ), default)
 
 
@@ -35,6 +40,7 @@ def default_communicator() -> Communicator:
     """MPI's world under mpirun, a single process otherwise."""
     if world_size() == 1:
         return SingleProcess()
+    os.environ[RANK_PROCESS] = str(os.getpid())
     from star_attention.distributed.mpi import MpiCommunicator
 
     return MpiCommunicator()

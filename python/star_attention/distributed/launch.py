@@ -10,10 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from star_attention.distributed import RANK_PROCESS
 from star_attention.errors import UserError
 
 # Open MPI frames its own messages with lines of dashes.
@@ -66,19 +67,20 @@ def run_ranks(
         [*mpirun_command(num_ranks, oversubscribe), *command],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, **environment},
+        env={**_without_rank(os.environ), **environment},
         preexec_fn=_end_with_parent,
     )
     assert process.stderr is not None
-    explained, untold = False, []
+    explained, was_stopped, untold = False, False, []
     try:
         for is_message, text in _split_messages(process.stderr):
             if is_message:
                 killed = _KILLED.search(b" ".join(text.split()).decode(errors="replace"))
                 untold.append(text)
-                if not killed:
+                if not killed or was_stopped:
                     continue
                 text = f"star-attn: {_obituary(*killed.groups())}\n".encode()
+            was_stopped = was_stopped or b"does not run (state T" in text
             sys.stderr.buffer.write(text)
             sys.stderr.buffer.flush()
             explained = True
@@ -91,6 +93,10 @@ def run_ranks(
         sys.stderr.buffer.write(b"".join(untold))
         sys.stderr.buffer.flush()
     return code
+
+
+def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != RANK_PROCESS}
 
 
 _PRCTL = ctypes.CDLL(None).prctl

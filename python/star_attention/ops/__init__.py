@@ -7,6 +7,7 @@ Calls go to the implementation for the device of their first tensor. A KV pool i
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import torch
 _IMPLEMENTATIONS = {"cpu": "star_attention.ops.reference", "cuda": "star_attention.ops.cuda"}
 
 
+@functools.cache
 def implementation(device: torch.device) -> ModuleType:
     """The module that implements the operators on `device`."""
     if device.type not in _IMPLEMENTATIONS:

@@ -124,7 +124,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    # What torch.cuda.current_stream gives, without the object around it.
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
 
 
 def _check_range(name: str, values: torch.Tensor, low: int, high: int) -> None:

@@ -10,15 +10,17 @@ import atexit
 import contextlib
 import functools
 import signal
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from star_attention.distributed import Communicator, default_communicator
+from star_attention.distributed import Communicator, default_communicator, world_size
 from star_attention.distributed.base import agree, require_same
-from star_attention.distributed.watch import watch_for_stops
+from star_attention.distributed.watch import job_is_complete, watch_this_rank
 from star_attention.engines.base import Limits
 from star_attention.engines.loader import load_engine, star_ranks
 from star_attention.engines.options import EngineOptions
@@ -68,8 +70,9 @@ class Job:
         self._workers: dict[int, Worker] = {}
         self._numbers = 0
         self._is_over = False
+        self._is_busy = threading.Lock()
+        self.dropped: deque[int] = deque()  # numbers of workers whose clients are gone
         if comm.size > 1:
-            watch_for_stops()
             atexit.register(self.stop)
 
     def load(
@@ -80,6 +83,7 @@ class Job:
         Raises:
             UserError: it cannot be used, on any rank.
         """
+        self.unload_dropped()
         self._numbers += 1
         path = str(model.resolve())
         message = Load(self._numbers, path, tokens_per_block, options)
@@ -97,13 +101,18 @@ class Job:
         """
         if worker not in self._workers:
             raise UserError("the model was closed: load it again")
+        self.unload_dropped()
         action = functools.partial(self._workers[worker].execute, order, on_layer)
         return self._do(Execute(worker, order), action)
+
+    def unload_dropped(self) -> None:
+        while self.dropped:
+            self.unload(self.dropped.popleft())
 
     def unload(self, worker: int) -> None:
         """Gives a model's memory back on all ranks."""
         if worker in self._workers and not self._is_over:
-            self._do(Unload(worker), self._workers.pop(worker).close)
+            self._do(Unload(worker), lambda: self._workers.pop(worker).close())
 
     def stop(self, code: int = 0) -> None:
         """Lets the followers end."""
@@ -120,6 +129,10 @@ class Job:
         """Sends a message and does it here; a `refusal` is one that all ranks meet alike."""
         if self._is_over:
             raise RankError("the job is over")
+        if not self._is_busy.acquire(blocking=False):
+            raise RuntimeError(
+                "a model is at work: call it from one thread at a time, and not out of on_progress"
+            )
         try:
             self.comm.broadcast_object(message)
             return action()
@@ -129,13 +142,20 @@ class Job:
             if self.comm.size > 1:
                 end_job(self.comm, error)
             raise
+        finally:
+            self._is_busy.release()
 
 
 @functools.cache
 def current_job() -> Job:
     """This process's job. Under mpirun, every rank but 0 stays in here until rank 0 ends, and then
     exits."""
+    if world_size() > 1:
+        watch_this_rank()
     comm = default_communicator()
+    if comm.size > 1:
+        comm.gather_objects(None)
+        job_is_complete()
     if comm.rank:
         raise SystemExit(follow(comm))
     return Job(comm)
@@ -143,11 +163,12 @@ def current_job() -> Job:
 
 def follow(comm: Communicator) -> int:
     """Does what rank 0 says until it stops; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
-    watch_for_stops()
     workers: dict[int, Worker] = {}
-    while True:
-        try:
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("the first LLM(...) under mpirun belongs into the main thread")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
+        while True:
             match comm.broadcast_object(None):
                 case Stop(code):
                     return code
@@ -158,8 +179,10 @@ def follow(comm: Communicator) -> int:
                     workers[worker].execute(order)
                 case Unload(worker):
                     workers.pop(worker).close()
-        except BaseException as error:
-            end_job(comm, error)
+                case message:
+                    raise TypeError(f"not a message: {message!r}")
+    except BaseException as error:
+        end_job(comm, error)
 
 
 def end_job(comm: Communicator, error: BaseException) -> NoReturn:

@@ -10,6 +10,7 @@ import numpy as np
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
 from star_attention.engines.base import Limits, Logits, ModelEngine
+from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
 from star_attention.runtime.sampling import SamplingParams, sample
 from star_attention.runtime.scheduler import Context, NewToken, Scheduler
@@ -62,21 +63,15 @@ class Leader:
             Exception: the order failed on this rank, which is the only one: what it was about is
                 done again if it is still wanted.
         """
-        order = self.scheduler.next()
-        if order is None:
-            return None
-        try:
-            if isinstance(order, Chunk):
-                self.execute(order, lambda share: on_chunk(order, share))
-                on_chunk(order, 1.0)
-                return []
-            logits = self.execute(order)
-            if not isinstance(order, Ask | Decode):
-                return []
-            return self.scheduler.chosen(self._sample(logits))
-        except BaseException:
-            self.scheduler.failed(order)
-            raise
+        with interrupts.held():
+            order = self.scheduler.next()
+            if order is None:
+                return None
+            try:
+                return self._run(order, on_chunk)
+            except BaseException:
+                self.scheduler.failed(order)
+                raise
 
     def encode(self, token_ids: np.ndarray, config: StarConfig) -> Context:
         """Reads a context, int32 [n], while nothing else runs.
@@ -97,8 +92,23 @@ class Leader:
 
     def flush(self) -> None:
         """Has the ranks free what is over."""
-        if order := self.scheduler.release():
-            self.execute(order)
+        with interrupts.held():
+            if order := self.scheduler.release():
+                try:
+                    self.execute(order)
+                except BaseException:
+                    self.scheduler.failed(order)
+                    raise
+
+    def _run(self, order: Order, on_chunk: OnChunk) -> list[NewToken]:
+        if isinstance(order, Chunk):
+            self.execute(order, lambda share: on_chunk(order, share))
+            on_chunk(order, 1.0)
+            return []
+        logits = self.execute(order)
+        if not isinstance(order, Ask | Decode):
+            return []
+        return self.scheduler.chosen(self._sample(logits))
 
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""

@@ -64,9 +64,9 @@ class CachedQuestion:
     def _grow(self, count: int, page: int, copy_page: Callable[[int, int], None]) -> None:
         copied = self._shares_last_page and self._kv_len % page > 0
         self._shares_last_page = False
-        new = self._pool.allocate(count - len(self._pages) + copied)
-        if not new:
+        if count == len(self._pages) and not copied:
             return
+        new = self._pool.allocate(count - len(self._pages) + copied)
         self._held += new
         if copied:
             copy_page(int(self._pages[-1]), new[0])

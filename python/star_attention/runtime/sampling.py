@@ -38,11 +38,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         for name, valid, right in (
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("max_tokens", _is_whole(self.max_tokens) and self.max_tokens >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", _is_whole(self.seed) and self.seed >= 0, "0 or more"),
             ("stop", all(self.stop), "strings that are not empty"),
         ):
             if not valid:
@@ -51,6 +51,10 @@ class SamplingParams:
     def of_choice(self) -> SamplingParams:
         """With what does not concern the choice of a token as by default."""
         return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.ndarray:

@@ -287,6 +287,9 @@ class Scheduler:
             self._over[0].append(context.number)
             context.phase1 = Phase1(context.plan, context.config)
             context.is_open = False
+        elif isinstance(order, Release):
+            self._over[0].extend(order.contexts)
+            self._over[1].extend(order.questions)
         elif isinstance(order, Ask | Decode):
             for question in (*self._running, *self._waiting):
                 if any(question.kept):
@@ -364,6 +367,9 @@ class Scheduler:
         """Parts of waiting questions, as many as a pass takes; all are kept by the same rank."""
         limits, parts, rows = self._limits, [], []
         left = limits.question_tokens
+        # Those that run take their next token first: who is put back does not come again before
+        # anything has moved.
+        next_tokens = self._growth_of(self._running)
         for question in list(self._waiting):
             if not question.context.is_ready:
                 continue
@@ -377,15 +383,14 @@ class Scheduler:
             same_rank = not parts or parts[0].rank == rank
             if not len(tokens) or not same_rank:
                 break
-            # Those that run take their next token first: who is put back does not come again
-            # before anything has moved.
-            next_tokens = self._growth_of_running()
-            next_tokens[rank] += self._growth(question, rank, len(tokens))
+            more = self._growth(question, rank, len(tokens))
+            next_tokens[rank] += more
             if not self._fits(self._used + next_tokens):
                 if not parts and not self._running:
                     self._put_back_newest(besides=question)
                 break
-            self._used[rank] += self._growth(question, rank, len(tokens))
+            next_tokens[rank] -= more
+            self._used[rank] += more
             question.kept[rank] += len(tokens)
             parts.append(QuestionPart(question.number, question.context.number, tokens, rank))
             left = None if left is None else left - len(tokens)
@@ -405,7 +410,7 @@ class Scheduler:
         """One token of every running question; the newest make room if need be."""
         if not self._running:
             return None
-        while not self._fits(self._used + (more := self._growth_of_running())):
+        while not self._fits(self._used + (more := self._growth_of(self._running))):
             self._put_back_newest()
         if any(self._over):
             return None
@@ -449,10 +454,10 @@ class Scheduler:
             question.kept = [0] * self._num_ranks
             self._over[1].append(question.number)
 
-    def _growth_of_running(self) -> np.ndarray:
-        """Pages, int64 [ranks], that the running questions' next tokens take."""
+    def _growth_of(self, running: Sequence[Question]) -> np.ndarray:
+        """Pages, int64 [ranks], that running questions' next tokens take."""
         more = np.zeros_like(self._used)
-        for question in self._running:
+        for question in running:
             rank = self._next_keeper(question)
             more[rank] += self._growth(question, rank, 1)
         return more

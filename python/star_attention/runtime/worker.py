@@ -13,6 +13,7 @@ import numpy as np
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import Logits, ModelEngine
 from star_attention.plan import make_plan
+from star_attention.runtime import interrupts
 from star_attention.runtime.orders import (
     Ask,
     Chunk,
@@ -119,13 +120,14 @@ class Worker:
             context_pass = reading.part.take(order.tokens)
             if context_pass is not None:
                 positions = context_pass.positions
-                self.engine.step(
-                    reading.token_ids[positions],
-                    positions,
-                    context_pass.attention,
-                    NO_ROWS,
-                    on_layer,
-                )
+                with interrupts.allowed():
+                    self.engine.step(
+                        reading.token_ids[positions],
+                        positions,
+                        context_pass.attention,
+                        NO_ROWS,
+                        on_layer,
+                    )
         if reading.part.finished:
             self._end_reading(order.context)
 
@@ -170,12 +172,11 @@ class Worker:
             positions.append(places)
             rows.append(row)
         engine.reserve_positions(max(question.position for question in questions))
-        return engine.step(
-            np.concatenate(inputs).astype(np.int32),
-            np.concatenate(positions).astype(np.int32),
-            questions_step(rows, page),
-            logit_rows,
-        )
+        token_ids = np.concatenate(inputs).astype(np.int32)
+        places = np.concatenate(positions).astype(np.int32)
+        step = questions_step(rows, page)
+        with interrupts.allowed():
+            return engine.step(token_ids, places, step, logit_rows)
 
     def _question(self, part: QuestionPart) -> CachedQuestion:
         if part.question not in self._questions:
