@@ -75,7 +75,7 @@ def main() -> None:
             "[green]yes[/]" if found[-1] else "[red]no[/]",
             f"... {answer[-12:]}",
             f"{max(phase['context'] for phase in phases):.1f} s",
-            f"{max(phase['query'] + phase['decode'] for phase in phases):.1f} s",
+            f"{max(phase['question'] + phase['decode'] for phase in phases):.1f} s",
             f"{total:.1f} s",
         )
         print(f"  {name}: {answer}")

@@ -270,7 +270,7 @@ class LLM:
 
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
-        `query` and `decode` took since the last `reset`."""
+        `question` and `decode` took since the last `reset`."""
         self._tidy()
         return self._leader.execute(Report(reset))
 

@@ -320,7 +320,7 @@ def test_report_counts_every_phase():
     while leader.step() is not None:
         pass
     phases = leader.execute(Report(reset=True))[0]["phases"]
-    assert [phases[name]["tokens"] for name in ("context", "query", "decode")] == [30, 4, 4]
+    assert [phases[name]["tokens"] for name in ("context", "question", "decode")] == [30, 4, 4]
     assert leader.execute(Report())[0]["phases"]["context"]["tokens"] == 0
 
 

@@ -92,7 +92,7 @@ def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
 def print_run(ranks: list[dict[str, Any]]) -> None:
     """Time, traffic and memory of each rank (`LLM.report`), on stderr."""
     console = Console(stderr=True, force_terminal=is_interactive() or None)
-    phases = {"context": "phase 1", "query": "query", "decode": "decode"}
+    phases = {"context": "phase 1", "question": "question", "decode": "decode"}
     table = Table("rank", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for title in phases.values():
         table.add_column(title, justify="right", no_wrap=True)
@@ -105,9 +105,9 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
             cells += [f"{stats['seconds']:.2f} s", _bytes(stats["traffic"]["sent"])]
         table.add_row(str(report["rank"]), *cells, _bytes(report["peak_memory_bytes"]))
     console.print(table)
-    context, query, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
+    context, question, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
-        f"{context:,} context, {query:,} question and {decode:,} generated tokens passed; "
+        f"{context:,} context, {question:,} question and {decode:,} generated tokens passed; "
         "memory: peak",
         highlight=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import sys
@@ -13,8 +14,9 @@ from mpi4py import MPI
 
 from star_attention.distributed.base import Buffer, Traffic
 
-# A rank that waits spins at first, then sleeps for a share of what it has waited so far.
-_SPIN_SECONDS = 100e-6
+# A rank that waits spins at first, longer for objects, which are few and start what all ranks do
+# together, then sleeps for a share of what it has waited so far.
+_SPIN_SECONDS, _OBJECT_SPIN_SECONDS = 100e-6, 1e-3
 _SLEEP_SHARE = 0.02
 _SLEEP_SECONDS = 50e-6, 5e-3  # least, most
 # Objects that fit into this take one message, larger ones two.
@@ -81,7 +83,7 @@ class MpiCommunicator:
             data = np.frombuffer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.uint8)
             _HEADER.pack_into(first, 0, len(data))
             first[_HEADER.size :][: len(data)] = data[:room]
-        _wait(self._ranks.Ibcast(_bytes(first), root=root))
+        _wait(self._ranks.Ibcast(_bytes(first), root=root), _OBJECT_SPIN_SECONDS)
         (size,) = _HEADER.unpack_from(first)
         whole = first[_HEADER.size :]
         if size > room:
@@ -133,10 +135,12 @@ def _bytes(buffer: Buffer) -> list[Any]:
     return [buffer, buffer.nbytes, MPI.BYTE]
 
 
-def _wait(request: MPI.Request) -> None:
+def _wait(request: MPI.Request, spin: float = _SPIN_SECONDS) -> None:
     began = time.monotonic()
     least, most = _SLEEP_SECONDS
     while not request.Test():
         waited = time.monotonic() - began
-        if waited > _SPIN_SECONDS:
+        if waited < spin:
+            os.sched_yield()
+        else:
             time.sleep(min(max(least, _SLEEP_SHARE * waited), most))

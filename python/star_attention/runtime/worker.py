@@ -51,7 +51,7 @@ class Worker:
         comm: connects the ranks that have the same part of the model; their number is the plans'.
 
     Attributes:
-        stats: time, tokens and traffic of the phases `context`, `query` and `decode`.
+        stats: time, tokens and traffic of the phases `context`, `question` and `decode`.
     """
 
     def __init__(self, engine: ModelEngine, comm: Communicator) -> None:
@@ -139,7 +139,7 @@ class Worker:
             np.arange(end - count, end) if part.all_rows else np.array([end - 1])
             for part, count, end in zip(order.parts, counts, ends, strict=True)
         ]
-        with self._timed("query", int(ends[-1])):
+        with self._timed("question", int(ends[-1])):
             return self._step(
                 questions,
                 [part.token_ids for part in order.parts],
@@ -211,7 +211,7 @@ class Worker:
         return self.comm.world.gather_objects(mine)
 
     def _reset_stats(self) -> None:
-        self.stats = {name: PhaseStats() for name in ("context", "query", "decode")}
+        self.stats = {name: PhaseStats() for name in ("context", "question", "decode")}
 
     @contextmanager
     def _timed(self, phase: str, tokens: int = 0) -> Iterator[None]:
