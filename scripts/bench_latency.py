@@ -41,7 +41,7 @@ from star_attention.models.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfi
 from star_attention.plan import make_plan
 from star_attention.runtime.leader import Leader, lead_together
 from star_attention.runtime.orders import Ask, Decode, QuestionPart, Release, Report, Wait
-from star_attention.runtime.scheduler import Context
+from star_attention.runtime.requests import Context
 from star_attention.runtime.worker import Worker
 
 SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}

@@ -25,8 +25,8 @@ from star_attention.runtime import interrupts
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader, OnChunk
 from star_attention.runtime.orders import Chunk, Report, Wait
+from star_attention.runtime.requests import Context, FinishReason, NewToken, Question
 from star_attention.runtime.sampling import SamplingParams
-from star_attention.runtime.scheduler import Context, FinishReason, NewToken, Question
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch
 
 from star_attention.distributed.launch import mpirun_command
 from star_attention.runtime.orders import Ask, Decode, QuestionPart, Release
+from star_attention.runtime.placement import keeper
 from star_attention.runtime.sampling import to_numpy
-from star_attention.runtime.scheduler import keeper
 
 HERE = Path(__file__).parent
 

@@ -196,7 +196,7 @@ def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, 
     monkeypatch.setattr(llm, "ask", lambda *args: batches.append(len(args[1])) or ask(*args))
     together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, Method("dense"), 10))
     assert batches == [8, 2]
-    monkeypatch.setattr(llm._leader.scheduler, "_limits", Limits(pages=2 * 640 // 32))
+    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=2 * 640 // 32))
     alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 3))
     assert batches[-3:] == [1, 1, 1]
     assert [r["pred"] for r in alone] == [r["pred"] for r in together[:3]]

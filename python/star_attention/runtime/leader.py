@@ -12,8 +12,9 @@ from star_attention.distributed import Communicator
 from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
+from star_attention.runtime.requests import Context, NewToken
 from star_attention.runtime.sampling import SamplingParams, sample
-from star_attention.runtime.scheduler import Context, NewToken, Scheduler
+from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.worker import Worker
 
 # Called with a chunk and the share of its layers that is done.

@@ -13,100 +13,30 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Literal
 
 import numpy as np
 
-from star_attention.config import KvPlacement, StarConfig
+from star_attention.config import StarConfig
 from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
-from star_attention.plan import Plan, make_plan
+from star_attention.plan import Plan
 from star_attention.runtime.orders import Ask, Chunk, Decode, Open, Order, QuestionPart, Release
 from star_attention.runtime.pages import question_pages
-from star_attention.runtime.phase1 import Phase1, own_pages, scratch_pages, shares_anchor
+from star_attention.runtime.phase1 import Phase1
+from star_attention.runtime.placement import keeper, runs_of
+from star_attention.runtime.requests import Context, FinishReason, NewToken, Question
+from star_attention.runtime.room import Room, pages_of_context, pages_of_question
 from star_attention.runtime.sampling import SamplingParams
-
-FinishReason = Literal["stop", "length"]
-# Up to so many ranks are tried for what would fit.
-_MOST_RANKS = 256
-_MOST_POSITIONS = 2**31 - 1
-
-
-@dataclass(eq=False)
-class Context:
-    """A context as rank 0 knows it.
-
-    Attributes:
-        cached: tokens that each rank caches of it in the end.
-        pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
-        questions: that are being answered over it; with them it stays, also when it is released.
-    """
-
-    number: int
-    token_ids: np.ndarray
-    config: StarConfig
-    plan: Plan
-    phase1: Phase1
-    cached: list[int]
-    pages: np.ndarray
-    scratch: np.ndarray
-    is_open: bool = False
-    is_released: bool = False
-    questions: int = 0
-
-    @property
-    def is_ready(self) -> bool:
-        return self.is_open and self.phase1.finished
-
-    @property
-    def held(self) -> np.ndarray:
-        return self.pages if self.phase1.finished else self.pages + self.scratch
-
-
-@dataclass(eq=False)
-class Question:
-    """A question and its answer so far.
-
-    Attributes:
-        end_tokens: that end the answer.
-        pending: tokens that are still to be encoded, in order, by the rank that keeps them.
-        kept: tokens of question and answer that each rank caches.
-        most_pages: that it takes on each rank if the answer is longest, int64 [ranks].
-    """
-
-    number: int
-    context: Context
-    token_ids: np.ndarray
-    params: SamplingParams
-    end_tokens: frozenset[int]
-    most_pages: np.ndarray
-    rng: np.random.Generator
-    kept: list[int]
-    pending: deque[tuple[int, np.ndarray]] = field(default_factory=deque)
-    answer: list[int] = field(default_factory=list)
-    is_over: bool = False
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token of a question's answer, and why the answer ends with it, if it does."""
-
-    question: Question
-    token: int
-    finish_reason: FinishReason | None
 
 
 class Scheduler:
     """See the module.
 
     Args:
-        model: weighs work, so that plans are the workers'.
-        limits: what every rank's engine allows.
-        has_ring, shares_pages: what the engines have, as in `ModelEngine`.
+        model, limits, has_ring, shares_pages: as in `Room`.
         chunk_tokens: tokens that a rank computes in a pass of phase 1 at most, so that answers go
             on between them; None: as many as `limits` allow.
     """
@@ -121,9 +51,8 @@ class Scheduler:
         shares_pages: bool = True,
         chunk_tokens: int | None = None,
     ) -> None:
-        self._model, self._limits = model, limits
+        self._room = Room(model, limits, num_ranks, tokens_per_block, has_ring, shares_pages)
         self._num_ranks, self._page = num_ranks, tokens_per_block
-        self._has_ring, self._shares_pages = has_ring, shares_pages
         self._chunk_tokens = chunk_tokens
         self._numbers = 0
         self._used = np.zeros(num_ranks, np.int64)  # pages of each rank
@@ -150,25 +79,12 @@ class Scheduler:
         Raises:
             UserError: the plan is not possible, or does not fit beside the contexts that are kept.
         """
-        if config.attention == "ring" and not self._has_ring:
-            raise UserError(
-                "TensorRT engines have no ring attention: use --attention star or dense"
-            )
-        if config.attention == "ring" and self._limits.ring_tokens == 0:
-            raise UserError(
-                "ring attention's transfers do not fit beside the KV cache: use a smaller "
-                "--kv-cache-gib, or --attention star"
-            )
-        self._check_length(len(token_ids), self._limits.input_len, "--max_input_len")
-        plan = make_plan(len(token_ids), config, self._num_ranks, self._model)
-        if shares_anchor(plan, config) and not self._shares_pages:
-            raise UserError(
-                "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
-            )
+        plan = self._room.plan(len(token_ids), config)
         context = self._new_context(token_ids, config, plan)
-        self._check_room(context)
+        kept = self._kept_contexts()
+        self._room.check_context(context, kept)
         for question, answer in questions:
-            self._check_question(context, question, answer, self._kept_contexts() + context.pages)
+            self._room.check_question(context, question, answer, kept + context.pages)
         self._contexts.append(context)
         return context
 
@@ -187,9 +103,8 @@ class Scheduler:
         """
         if context.is_released:
             raise UserError("the context was released: encode the text again")
-        most = self._check_question(
-            context, len(token_ids), params.max_tokens, self._kept_contexts()
-        )
+        kept = self._kept_contexts()
+        most = self._room.check_question(context, len(token_ids), params.max_tokens, kept)
         self._numbers += 1
         question = Question(
             self._numbers,
@@ -314,7 +229,7 @@ class Scheduler:
             plan,
             Phase1(plan, config),
             cached,
-            *_pages_of_ranks(plan, config),
+            *pages_of_context(plan, config),
         )
 
     def _kept_contexts(self) -> np.ndarray:
@@ -332,9 +247,9 @@ class Scheduler:
         held = sum((each.held for each in opened), context.held)
         pages = sum((each.pages for each in opened), context.pages)
         if not (
-            self._fits(self._used + context.held)
-            and self._fits(held + self._room_for_questions(opened))
-            and self._fits(pages + self._room_for_questions([*opened, context]))
+            self._room.fits(self._used + context.held)
+            and self._room.fits(held + self._room_for_questions(opened))
+            and self._room.fits(pages + self._room_for_questions([*opened, context]))
         ):
             return None
         self._used += context.held
@@ -354,7 +269,7 @@ class Scheduler:
         if not self._reading:
             return None
         context = self._reading.popleft()
-        tokens = context.phase1.next(self._limits, self._chunk_tokens)
+        tokens = context.phase1.next(self._room.limits, self._chunk_tokens)
         if context.phase1.finished:
             self._used -= context.scratch
         else:
@@ -365,7 +280,7 @@ class Scheduler:
 
     def _ask(self) -> Ask | None:
         """Parts of waiting questions, as many as a pass takes; all are kept by the same rank."""
-        limits, parts, rows = self._limits, [], []
+        limits, parts, rows = self._room.limits, [], []
         left = limits.question_tokens
         # Those that run take their next token first: who is put back does not come again before
         # anything has moved.
@@ -385,7 +300,7 @@ class Scheduler:
                 break
             more = self._growth(question, rank, len(tokens))
             next_tokens[rank] += more
-            if not self._fits(self._used + next_tokens):
+            if not self._room.fits(self._used + next_tokens):
                 if not parts and not self._running:
                     self._put_back_newest(besides=question)
                 break
@@ -410,7 +325,7 @@ class Scheduler:
         """One token of every running question; the newest make room if need be."""
         if not self._running:
             return None
-        while not self._fits(self._used + (more := self._growth_of(self._running))):
+        while not self._room.fits(self._used + (more := self._growth_of(self._running))):
             self._put_back_newest()
         if any(self._over):
             return None
@@ -444,12 +359,13 @@ class Scheduler:
         """All that is known of it is to be encoded."""
         answer = np.array(question.answer, np.int32)
         question.pending = deque([(self._num_ranks - 1, question.token_ids)])
-        for rank, begin, end in self._runs(question.context.config.kv_placement, len(answer)):
+        placement = question.context.config.kv_placement
+        for rank, begin, end in runs_of(len(answer), placement, self._num_ranks, self._page):
             question.pending.append((rank, answer[begin:end]))
 
     def _give_pages_back(self, question: Question) -> None:
         if any(question.kept):
-            pages = _question_pages(question.context.cached, question.kept, self._page)
+            pages = pages_of_question(question.context.cached, question.kept, self._page)
             self._used -= pages
             question.kept = [0] * self._num_ranks
             self._over[1].append(question.number)
@@ -473,131 +389,5 @@ class Scheduler:
         placement, index = question.context.config.kv_placement, len(question.answer) - 1
         return keeper(placement, index, self._num_ranks, self._page)
 
-    def _runs(self, placement: KvPlacement, count: int) -> Iterator[tuple[int, int, int]]:
-        """(rank, begin, end) of the runs of an answer's tokens that one rank keeps."""
-        step = count if placement == "tail" else self._page
-        for begin in range(0, count, max(step, 1)):
-            rank = keeper(placement, begin, self._num_ranks, self._page)
-            yield rank, begin, min(begin + step, count)
-
-    # What fits
-
-    def _fits(self, pages: np.ndarray) -> bool:
-        return self._limits.pages is None or bool((pages <= self._limits.pages).all())
-
-    def _check_room(self, context: Context) -> None:
-        """Raises UserError, with what would fit, if a context does not."""
-        kept, limit = self._kept_contexts(), self._limits.pages
-        if self._fits(kept + context.held):
-            return
-        needed = int(context.held.max()) * self._page
-        if self._fits(context.held):
-            free = int((limit - kept).min()) * self._page
-            raise UserError(
-                f"the context needs {needed} tokens of KV cache on a rank, of {limit * self._page} "
-                f"other contexts leave {free}: release them, or use a larger --kv-cache-gib"
-            )
-        plan, config = context.plan, context.config
-        advice = "use a smaller block size"
-        if config.attention == "dense":
-            exact = "ring or " if self._has_ring else ""
-            advice = f"use {exact}star over several ranks"
-        elif ranks := self._ranks_that_fit(plan, config):
-            advice = f"use {ranks} ranks or more"
-        raise UserError(
-            f"the context needs {needed} tokens of KV cache on a rank, there is room for "
-            f"{limit * self._page}: {advice}, or a larger --kv-cache-gib"
-        )
-
-    def _ranks_that_fit(self, plan: Plan, config: StarConfig) -> int | None:
-        """The smallest number of ranks beyond the plan's; what the busiest holds never grows with
-        their number, and where the default block falls below the anchor there are too many."""
-
-        def fits(ranks: int) -> bool | None:
-            try:
-                larger = make_plan(plan.context_len, config, ranks, self._model)
-            except UserError:
-                return None
-            return self._fits(sum(_pages_of_ranks(larger, config)))
-
-        numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
-        at = bisect.bisect_left(numbers, True, key=lambda ranks: fits(ranks) is not False)
-        return numbers[at] if at < len(numbers) and fits(numbers[at]) else None
-
-    def _check_question(
-        self, context: Context, question: int, answer: int, contexts: np.ndarray
-    ) -> np.ndarray:
-        """Pages that a question takes on each rank at most; raises UserError if that does not fit
-        beside `contexts`."""
-        asked = context.plan.context_len + question
-        self._check_length(asked, self._limits.input_len, "--max_input_len")
-        self._check_length(asked + answer, self._limits.seq_len, "--max_seq_len")
-        if asked + answer > _MOST_POSITIONS:
-            raise UserError(
-                f"max_tokens is {answer}: context, question and answer have at most "
-                f"{_MOST_POSITIONS} tokens: use {_MOST_POSITIONS - asked} or less"
-            )
-        placement = context.config.kv_placement
-        kept = kept_tokens(question, answer, placement, self._num_ranks, self._page)
-        pages = _question_pages(context.cached, kept.tolist(), self._page)
-        if not self._fits(contexts + pages):
-            rank = int(np.argmax(contexts + pages))
-            room = max(0, int(self._limits.pages - contexts[rank])) * self._page
-            raise UserError(
-                f"question and answer need {int(pages[rank]) * self._page} tokens of KV cache on a "
-                f"rank, the contexts leave room for {room}: use a smaller --max-tokens, more "
-                "ranks, or a larger --kv-cache-gib"
-            )
-        return pages
-
-    def _check_length(self, tokens: int, most: int | None, flag: str) -> None:
-        if most is not None and tokens > most:
-            raise UserError(
-                f"this takes {tokens} tokens, the engine was built for {flag} {most}: "
-                "use a shorter text, or build it for more"
-            )
-
 
 _number = attrgetter("number")
-
-
-def keeper(placement: KvPlacement, index: int, num_ranks: int, tokens_per_block: int) -> int:
-    """The rank that keeps the KV of the answer's token of this index: the query rank, which is the
-    last, or, with `round_robin`, all in turn, page by page, from the one behind it on."""
-    query_rank = num_ranks - 1
-    if placement == "tail":
-        return query_rank
-    return (query_rank + 1 + index // tokens_per_block) % num_ranks
-
-
-def kept_tokens(
-    question: int, answer: int, placement: KvPlacement, num_ranks: int, tokens_per_block: int
-) -> np.ndarray:
-    """Tokens of a question and its answer that each rank keeps, int64 [ranks]."""
-    kept = np.zeros(num_ranks, np.int64)
-    kept[-1] = question
-    if placement == "tail":
-        kept[-1] += answer
-        return kept
-    pages, rest = divmod(answer, tokens_per_block)
-    kept += pages // num_ranks * tokens_per_block
-    kept[: pages % num_ranks] += tokens_per_block
-    kept[pages % num_ranks] += rest
-    return kept
-
-
-def _pages_of_ranks(plan: Plan, config: StarConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pages that a context takes on each rank for good, and for phase 1 besides."""
-    ranks = range(plan.num_ranks)
-    return (
-        np.array([own_pages(plan, rank) for rank in ranks], np.int64),
-        np.array([scratch_pages(plan, config, rank) for rank in ranks], np.int64),
-    )
-
-
-def _question_pages(
-    cached: Sequence[int], kept: Sequence[int], tokens_per_block: int
-) -> np.ndarray:
-    """`question_pages` of each rank, int64 [ranks]."""
-    pairs = zip(cached, kept, strict=True)
-    return np.array([question_pages(c, k, tokens_per_block) for c, k in pairs], np.int64)

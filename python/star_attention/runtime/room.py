@@ -1,0 +1,158 @@
+"""What fits into the ranks' KV caches, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from star_attention.config import StarConfig
+from star_attention.engines.base import Limits
+from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
+from star_attention.plan import Plan, make_plan
+from star_attention.runtime.pages import question_pages
+from star_attention.runtime.phase1 import own_pages, scratch_pages, shares_anchor
+from star_attention.runtime.placement import kept_tokens
+from star_attention.runtime.requests import Context
+
+# Up to so many ranks are tried for what would fit.
+_MOST_RANKS = 256
+_MOST_POSITIONS = 2**31 - 1
+
+
+class Room:
+    """Pages of all ranks are counted together, int64 [ranks].
+
+    Args:
+        model: weighs work, so that plans are the workers'.
+        limits: what every rank's engine allows.
+        has_ring, shares_pages: what the engines have, as in `ModelEngine`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        limits: Limits,
+        num_ranks: int,
+        tokens_per_block: int,
+        has_ring: bool,
+        shares_pages: bool,
+    ) -> None:
+        self.limits = limits
+        self._model = model
+        self._num_ranks, self._page = num_ranks, tokens_per_block
+        self._has_ring, self._shares_pages = has_ring, shares_pages
+
+    def plan(self, tokens: int, config: StarConfig) -> Plan:
+        """The plan of a context. Raises UserError if the engines cannot run it."""
+        if config.attention == "ring" and not self._has_ring:
+            raise UserError(
+                "TensorRT engines have no ring attention: use --attention star or dense"
+            )
+        if config.attention == "ring" and self.limits.ring_tokens == 0:
+            raise UserError(
+                "ring attention's transfers do not fit beside the KV cache: use a smaller "
+                "--kv-cache-gib, or --attention star"
+            )
+        self._check_length(tokens, self.limits.input_len, "--max_input_len")
+        plan = make_plan(tokens, config, self._num_ranks, self._model)
+        if shares_anchor(plan, config) and not self._shares_pages:
+            raise UserError(
+                "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
+            )
+        return plan
+
+    def fits(self, pages: np.ndarray) -> bool:
+        return self.limits.pages is None or bool((pages <= self.limits.pages).all())
+
+    def check_context(self, context: Context, kept: np.ndarray) -> None:
+        """Raises UserError, with what would fit, if a context does not beside the pages `kept` of
+        others."""
+        limit = self.limits.pages
+        if self.fits(kept + context.held):
+            return
+        needed = int(context.held.max()) * self._page
+        if self.fits(context.held):
+            free = int((limit - kept).min()) * self._page
+            raise UserError(
+                f"the context needs {needed} tokens of KV cache on a rank, of {limit * self._page} "
+                f"other contexts leave {free}: release them, or use a larger --kv-cache-gib"
+            )
+        plan, config = context.plan, context.config
+        advice = "use a smaller block size"
+        if config.attention == "dense":
+            exact = "ring or " if self._has_ring else ""
+            advice = f"use {exact}star over several ranks"
+        elif ranks := self._ranks_that_fit(plan, config):
+            advice = f"use {ranks} ranks or more"
+        raise UserError(
+            f"the context needs {needed} tokens of KV cache on a rank, there is room for "
+            f"{limit * self._page}: {advice}, or a larger --kv-cache-gib"
+        )
+
+    def _ranks_that_fit(self, plan: Plan, config: StarConfig) -> int | None:
+        """The smallest number of ranks beyond the plan's; what the busiest holds never grows with
+        their number, and where the default block falls below the anchor there are too many."""
+
+        def fits(ranks: int) -> bool | None:
+            try:
+                larger = make_plan(plan.context_len, config, ranks, self._model)
+            except UserError:
+                return None
+            return self.fits(sum(pages_of_context(larger, config)))
+
+        numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
+        at = bisect.bisect_left(numbers, True, key=lambda ranks: fits(ranks) is not False)
+        return numbers[at] if at < len(numbers) and fits(numbers[at]) else None
+
+    def check_question(
+        self, context: Context, question: int, answer: int, contexts: np.ndarray
+    ) -> np.ndarray:
+        """Pages that a question takes on each rank at most; raises UserError if that does not fit
+        beside `contexts`."""
+        asked = context.plan.context_len + question
+        self._check_length(asked, self.limits.input_len, "--max_input_len")
+        self._check_length(asked + answer, self.limits.seq_len, "--max_seq_len")
+        if asked + answer > _MOST_POSITIONS:
+            raise UserError(
+                f"max_tokens is {answer}: context, question and answer have at most "
+                f"{_MOST_POSITIONS} tokens: use {_MOST_POSITIONS - asked} or less"
+            )
+        placement = context.config.kv_placement
+        kept = kept_tokens(question, answer, placement, self._num_ranks, self._page)
+        pages = pages_of_question(context.cached, kept.tolist(), self._page)
+        if not self.fits(contexts + pages):
+            rank = int(np.argmax(contexts + pages))
+            room = max(0, int(self.limits.pages - contexts[rank])) * self._page
+            raise UserError(
+                f"question and answer need {int(pages[rank]) * self._page} tokens of KV cache on a "
+                f"rank, the contexts leave room for {room}: use a smaller --max-tokens, more "
+                "ranks, or a larger --kv-cache-gib"
+            )
+        return pages
+
+    def _check_length(self, tokens: int, most: int | None, flag: str) -> None:
+        if most is not None and tokens > most:
+            raise UserError(
+                f"this takes {tokens} tokens, the engine was built for {flag} {most}: "
+                "use a shorter text, or build it for more"
+            )
+
+
+def pages_of_context(plan: Plan, config: StarConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pages that a context takes on each rank for good, and for phase 1 besides."""
+    ranks = range(plan.num_ranks)
+    return (
+        np.array([own_pages(plan, rank) for rank in ranks], np.int64),
+        np.array([scratch_pages(plan, config, rank) for rank in ranks], np.int64),
+    )
+
+
+def pages_of_question(
+    cached: Sequence[int], kept: Sequence[int], tokens_per_block: int
+) -> np.ndarray:
+    """`question_pages` of each rank, int64 [ranks]."""
+    pairs = zip(cached, kept, strict=True)
+    return np.array([question_pages(c, k, tokens_per_block) for c, k in pairs], np.int64)
