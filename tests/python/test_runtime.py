@@ -82,7 +82,7 @@ def test_ranks_that_would_fit(context_len, block_pages, anchor_pages, mode, atte
     assume(pages[1] is not None)
     tried = (n for n in range(2, 257) if pages[n] is not None and pages[n] <= room)
     scheduler = Scheduler(TINY, Limits(pages=room), 1, 16)
-    with mock.patch("star_attention.runtime.scheduler.make_plan", wraps=make_plan) as planned:
+    with mock.patch("star_attention.runtime.room.make_plan", wraps=make_plan) as planned:
         found = scheduler._room._ranks_that_fit(make_plan(context_len, config, 1, TINY), config)
     assert found == next(tried, None)
     assert planned.call_count <= 10
