@@ -30,6 +30,8 @@ class Job:
             text=True,
             start_new_session=True,
             env={**os.environ, "STAR_ATTENTION_TEST_MARK": self.mark},
+            # Under nohup, say, tests inherit that it is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def failed(self):
