@@ -13,7 +13,7 @@ from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
 from star_attention.runtime.requests import Context, NewToken
-from star_attention.runtime.sampling import SamplingParams, sample
+from star_attention.runtime.sampling import sample
 from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.worker import Worker
 
@@ -114,15 +114,18 @@ class Leader:
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""
         wanted = self.scheduler.wanted()
-        by_params: dict[SamplingParams, list[int]] = {}
+        alike: dict[tuple[float, int, float], list[int]] = {}
         for index, (_, question) in enumerate(wanted):
-            by_params.setdefault(question.params.of_choice(), []).append(index)
+            params = question.params
+            choice = params.temperature, params.top_k, params.top_p
+            alike.setdefault(choice, []).append(index)
         tokens = np.zeros(len(wanted), np.int64)
-        for params, indices in by_params.items():
+        for indices in alike.values():
             rows = [wanted[index][0] for index in indices]
-            uniforms = np.array([wanted[index][1].rng.random() for index in indices])
+            questions = [wanted[index][1] for index in indices]
+            uniforms = np.array([question.rng.random() for question in questions])
             chosen_from = logits if len(rows) == logits.shape[0] else logits[rows]
-            tokens[indices] = sample(chosen_from, params, uniforms)
+            tokens[indices] = sample(chosen_from, questions[0].params, uniforms)
         return tokens.tolist()
 
 

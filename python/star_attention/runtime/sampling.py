@@ -48,10 +48,6 @@ class SamplingParams:
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use {right}")
 
-    def of_choice(self) -> SamplingParams:
-        """With what does not concern the choice of a token as by default."""
-        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
