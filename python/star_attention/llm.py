@@ -298,8 +298,6 @@ class LLM:
             for index, (context, text, tokens) in enumerate(
                 zip(contexts, questions, token_ids, strict=True)
             ):
-                if context.released:
-                    raise UserError("the context was released: encode the text again")
                 decoder = TextStream(self._tokenizer, params.stop)
                 with interrupts.held():
                     question = scheduler.add_question(

@@ -66,13 +66,7 @@ class Leader:
         """
         with interrupts.held():
             order = self.scheduler.next()
-            if order is None:
-                return None
-            try:
-                return self._run(order, on_chunk)
-            except BaseException:
-                self.scheduler.failed(order)
-                raise
+            return None if order is None else self._run(order, on_chunk)
 
     def encode(self, token_ids: np.ndarray, config: StarConfig) -> Context:
         """Reads a context, int32 [n], while nothing else runs.
@@ -95,21 +89,21 @@ class Leader:
         """Has the ranks free what is over."""
         with interrupts.held():
             if order := self.scheduler.release():
-                try:
-                    self.execute(order)
-                except BaseException:
-                    self.scheduler.failed(order)
-                    raise
+                self._run(order)
 
-    def _run(self, order: Order, on_chunk: OnChunk) -> list[NewToken]:
-        if isinstance(order, Chunk):
-            self.execute(order, lambda share: on_chunk(order, share))
-            on_chunk(order, 1.0)
-            return []
-        logits = self.execute(order)
-        if not isinstance(order, Ask | Decode):
-            return []
-        return self.scheduler.chosen(self._sample(logits))
+    def _run(self, order: Order, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken]:
+        try:
+            if isinstance(order, Chunk):
+                self.execute(order, lambda share: on_chunk(order, share))
+                on_chunk(order, 1.0)
+                return []
+            logits = self.execute(order)
+            if not isinstance(order, Ask | Decode):
+                return []
+            return self.scheduler.chosen(self._sample(logits))
+        except BaseException:
+            self.scheduler.failed(order)
+            raise
 
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""
