@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ class SamplingParams:
             question whether it is asked alone or with others.
         stop: strings, or one, that end an answer; they are not part of it.
         ignore_eos: go on after the model's end token (benchmarks).
+        logprobs: log-probabilities are wanted of each token chosen, and of so many likeliest ones;
+            None: not wanted.
     """
 
     max_tokens: int = 128
@@ -33,6 +36,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -44,9 +48,27 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", _is_whole(self.seed) and self.seed >= 0, "0 or more"),
             ("stop", all(self.stop), "strings that are not empty"),
+            (
+                "logprobs",
+                self.logprobs is None or (_is_whole(self.logprobs) and self.logprobs >= 0),
+                "0 or more",
+            ),
         ):
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use {right}")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model, before temperature and what else shapes a choice.
+
+    Attributes:
+        token: of the token chosen.
+        top: the likeliest tokens, likeliest first, and theirs.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def _is_whole(value: object) -> bool:
@@ -83,3 +105,28 @@ def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.n
 
 def to_numpy(array: Logits) -> np.ndarray:
     return np.asarray(to_device(array, "cpu"))
+
+
+def token_logprobs(
+    logits: Logits, tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Of each row's chosen token and of its counts[i] likeliest.
+
+    Args:
+        logits: float32 [R, vocab_size].
+    """
+    xp = array_namespace(logits)
+    shifted = xp.astype(logits, xp.float64) - xp.astype(
+        xp.max(logits, axis=-1)[:, None], xp.float64
+    )
+    scores = shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1))[:, None]
+    most = max(counts)
+    order = xp.argsort(logits, axis=-1, descending=True, stable=True)[:, :most]
+    likeliest, of_likeliest = to_numpy(order), to_numpy(xp.take_along_axis(scores, order, axis=-1))
+    chosen = xp.asarray(tokens, dtype=order.dtype, device=device(logits))[:, None]
+    of_chosen = to_numpy(xp.take_along_axis(scores, chosen, axis=-1))[:, 0]
+    found = []
+    for row, count in enumerate(counts):
+        top = zip(likeliest[row, :count].tolist(), of_likeliest[row, :count].tolist(), strict=True)
+        found.append(TokenLogprobs(float(of_chosen[row]), tuple(top)))
+    return found
