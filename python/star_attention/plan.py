@@ -83,6 +83,11 @@ class Plan:
             found.setdefault(block.rank, []).append(block)
         return {rank: tuple(blocks) for rank, blocks in found.items()}
 
+    def on_ranks(self, ranks: Sequence[int]) -> Plan:
+        """The same blocks, each on the rank given for it. Their costs are not summed up anew."""
+        pairs = zip(self.blocks, ranks, strict=True)
+        return replace(self, blocks=tuple(replace(block, rank=rank) for block, rank in pairs))
+
     @property
     def dense_cost(self) -> Cost:
         """Work of phase 1 of dense attention, for comparison with the rank costs."""

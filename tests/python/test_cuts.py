@@ -43,7 +43,7 @@ def logits_of(size, contexts, budget):
     def work(comm):
         leader, _ = lead_together(TorchEngine(TINY, WEIGHTS, comm, PAGE), comm)
         scheduler = leader.scheduler
-        scheduler._chunk_tokens = budget
+        scheduler.chunk_tokens = budget
         opened = [scheduler.add_context(tokens, config) for tokens, config in contexts]
         params = SamplingParams(max_tokens=12)
         asked = scheduler.add_question(opened[0], TOKENS[:3], params)

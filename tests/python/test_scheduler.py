@@ -66,7 +66,7 @@ class Ranks:
             comm = SimpleNamespace(rank=rank, size=size, traffic=Traffic())
             comm.world = SimpleNamespace(rank=rank, gather_objects=lambda value: [value])
             self.workers.append(Worker(engine, comm))
-        self.plans = {}
+        self.contexts = {}
         self.context_of = {}
         self.orders = []
 
@@ -76,18 +76,19 @@ class Ranks:
             engine.last = None
         results = [worker.execute(order, on_layer) for worker in self.workers]
         if isinstance(order, Chunk):
-            self.check_chunk(self.plans[order.context], order.context)
+            self.check_chunk(self.contexts[order.context])
         elif isinstance(order, Ask):
             self.check_questions([(part.question, part.context) for part in order.parts])
         elif isinstance(order, Decode):
             self.check_questions([(n, self.context_of[n]) for n in order.questions])
         return results[0]
 
-    def check_chunk(self, plan, number):
+    def check_chunk(self, context):
+        plan, names = context.plan, self.names(context)
         for engine in self.engines:
             if engine.last:
                 positions, step = engine.last
-                self.store(engine, step, [(number, int(p)) for p in positions])
+                self.store(engine, step, [names[p] for p in positions])
         if isinstance(self.engines[0].last, tuple):
             first = self.engines[0].last[1]
             shared = getattr(first, "shared_pages", None)
@@ -105,7 +106,7 @@ class Ranks:
                 begin, prefix = block.start, block.prefix
                 if position < prefix:  # the anchor, computed for a later block
                     begin, prefix = 0, 0
-                expected = {(number, i) for i in (*range(prefix), *range(begin, position + 1))}
+                expected = {names[i] for i in (*range(prefix), *range(begin, position + 1))}
                 assert seen == expected, (rank, row, position)
 
     def check_questions(self, pairs):
@@ -119,15 +120,21 @@ class Ranks:
         row = 0
         for (question, context), count in zip(pairs, np.diff(step.cu_seqlens_q), strict=True):
             self.context_of[question] = context
-            length = self.plans[context].context_len
+            length = self.contexts[context].plan.context_len
             for _ in range(count):
                 position = int(positions[row])
                 shards = [rank[row] for rank in seen]
                 assert sum(map(len, shards)) == position + 1  # nothing twice
-                expected = {(context, i) for i in range(length)}
+                expected = set(self.names(self.contexts[context]))
                 expected |= {(question, i) for i in range(length, position + 1)}
                 assert set().union(*shards) == expected
                 row += 1
+
+    def names(self, context):
+        """Of the context's tokens: contexts may share those of blocks of the same contents."""
+        number, plan = context.number, context.plan
+        pairs = zip(plan.blocks, context.keys, strict=True)
+        return [(key or number, i) for b, key in pairs for i in range(b.start, b.end)]
 
     def store(self, engine, step, keys):
         for slot, key in zip(step.slot_mapping.tolist(), keys, strict=True):
@@ -156,16 +163,19 @@ class Ranks:
         return rows
 
 
-def make(size, limits=None, chunk_tokens=None):
+def make(size, limits=None, chunk_tokens=None, shares_blocks=False):
     limits = limits or Limits()
     ranks = Ranks(size, limits)
-    leader = Leader(ranks.execute, ranks.engines[0], size, limits, chunk_tokens)
+    leader = Leader(ranks.execute, ranks.engines[0], size, limits, shares_blocks)
+    leader.scheduler.chunk_tokens = chunk_tokens
     return ranks, leader
 
 
-def add_context(ranks, leader, length, config):
-    context = leader.scheduler.add_context(np.zeros(length, np.int32), config)
-    ranks.plans[context.number] = context.plan
+def add_context(ranks, leader, length, config, edited=(), keep=True):
+    tokens = np.zeros(length, np.int32)
+    tokens[[i for i in edited if i < length]] = 1
+    context = leader.scheduler.add_context(tokens, config, keep=keep)
+    ranks.contexts[context.number] = context
     return context
 
 
@@ -197,7 +207,8 @@ configs = st.builds(
 @settings(max_examples=300)
 @given(data=st.data(), size=st.integers(1, 4), chunk=st.one_of(st.none(), st.integers(1, 40)))
 def test_every_row_sees_what_it_should(data, size, chunk):
-    """Contexts, questions and releases in any order, few pages, passes of any size."""
+    """Contexts, questions and releases in any order, few pages, passes of any size; texts that have
+    blocks in common, which contexts share, or do not."""
     draw = data.draw
     limits = Limits(
         pages=draw(st.one_of(st.none(), st.integers(12, 40))),
@@ -207,14 +218,20 @@ def test_every_row_sees_what_it_should(data, size, chunk):
         question_tokens=draw(st.one_of(st.none(), st.integers(1, 9))),
         questions=draw(st.one_of(st.none(), st.integers(1, 4))),
     )
-    ranks, leader = make(size, limits, chunk)
+    shares = draw(st.booleans())
+    ranks, leader = make(size, limits, chunk, shares)
+    leader.scheduler.question_tokens = draw(st.one_of(st.none(), st.integers(1, 9)))
+    divisions = st.sampled_from(draw(st.lists(configs, min_size=1, max_size=3)))
+    edits = st.lists(st.integers(0, 60), max_size=2)
     contexts, questions = [], []
     actions = st.sampled_from(["context", "question", "question", "question", "release", "step"])
     for action in ["context", *draw(st.lists(actions, min_size=4, max_size=25))]:
         try:
             if action == "context":
                 length = draw(st.integers(1, 60))
-                contexts.append(add_context(ranks, leader, length, draw(configs)))
+                keep = not shares or draw(st.booleans())
+                new = add_context(ranks, leader, length, draw(divisions), draw(edits), keep)
+                contexts.append(new)
             elif action == "question" and contexts:
                 context = draw(st.sampled_from(contexts))
                 tokens = np.zeros(draw(st.integers(1, 12)), np.int32)
@@ -229,18 +246,27 @@ def test_every_row_sees_what_it_should(data, size, chunk):
             for _ in range(draw(st.integers(1, 10))):
                 leader.step()
                 check_pages(ranks, leader)
-    steps = 0
-    while leader.step() is not None:
-        check_pages(ranks, leader)
-        steps += 1
-        assert steps < 5000, "it does not end"
+    steps, left = 0, contexts
+    while True:
+        while leader.step() is not None:
+            check_pages(ranks, leader)
+            steps += 1
+            assert steps < 5000, "it does not end"
+        passing = [each for each in left if each.is_ready and not each.is_kept]
+        if not passing:
+            break
+        left = [each for each in left if each not in passing]
+        for context in passing:
+            leader.scheduler.release_context(context)
     for question in questions:
         assert len(question.answer) == question.params.max_tokens
-    for context in contexts:
-        assert context.is_ready or not context.is_open
+    for context in left:
+        assert context.is_ready or (context.is_kept and not context.is_open)
         leader.release(context)
     leader.step()
-    assert check_pages(ranks, leader) == ([0] * size, [0] * size)
+    idle = leader.scheduler._blocks.idle.tolist()
+    assert check_pages(ranks, leader) == (idle, idle)
+    assert shares or not any(idle)
 
 
 def test_passes_of_contexts_and_decode_steps_alternate():

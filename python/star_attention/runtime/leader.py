@@ -13,7 +13,7 @@ from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
 from star_attention.runtime.requests import Context, NewToken
-from star_attention.runtime.sampling import sample
+from star_attention.runtime.sampling import TokenLogprobs, sample, token_logprobs
 from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.worker import Worker
 
@@ -35,7 +35,7 @@ class Leader:
         engine: rank 0's.
         num_ranks: that contexts are divided among.
         limits: what all ranks' engines allow; by default `engine`'s.
-        chunk_tokens: as in `Scheduler`.
+        shares_blocks: as in `Scheduler`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Leader:
         engine: ModelEngine,
         num_ranks: int,
         limits: Limits | None = None,
-        chunk_tokens: int | None = None,
+        shares_blocks: bool = False,
     ) -> None:
         self.execute = execute
         self.scheduler = Scheduler(
@@ -54,7 +54,7 @@ class Leader:
             engine.tokens_per_block,
             engine.has_ring,
             engine.shares_pages,
-            chunk_tokens,
+            shares_blocks,
         )
 
     def step(self, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken] | None:
@@ -100,7 +100,8 @@ class Leader:
             logits = self.execute(order)
             if not isinstance(order, Ask | Decode):
                 return []
-            return self.scheduler.chosen(self._sample(logits))
+            tokens = self._sample(logits)
+            return self.scheduler.chosen(tokens, self._logprobs(logits, tokens))
         except BaseException:
             self.scheduler.failed(order)
             raise
@@ -121,6 +122,20 @@ class Leader:
             chosen_from = logits if len(rows) == logits.shape[0] else logits[rows]
             tokens[indices] = sample(chosen_from, questions[0].params, uniforms)
         return tokens.tolist()
+
+    def _logprobs(self, logits: Logits, tokens: list[int]) -> dict[int, TokenLogprobs]:
+        """Of the tokens whose questions want them, by index."""
+        wanted = [
+            (index, row, question.params.logprobs)
+            for index, (row, question) in enumerate(self.scheduler.wanted())
+            if question.params.logprobs is not None
+        ]
+        if not wanted:
+            return {}
+        indices, rows, counts = zip(*wanted, strict=True)
+        chosen = [tokens[index] for index in indices]
+        found = token_logprobs(logits[list(rows)], chosen, counts)
+        return dict(zip(indices, found, strict=True))
 
 
 def lead_together(

@@ -14,12 +14,24 @@ from star_attention.config import StarConfig
 
 
 @dataclass(frozen=True)
+class BlockPart:
+    """A block of a context: the rank that holds its KV, under this number, and whether that is
+    there already or, `read`, comes with the context's phase 1."""
+
+    number: int
+    rank: int
+    read: bool
+
+
+@dataclass(frozen=True)
 class Open:
-    """A context, int32 [n], is going to be read: each rank takes pages for its part."""
+    """A context, int32 [n], is going to be read, as far as its blocks are not there already: each
+    rank takes pages for its new ones."""
 
     context: int
     token_ids: np.ndarray
     config: StarConfig
+    blocks: tuple[BlockPart, ...]
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,11 @@ class Decode:
 
 @dataclass(frozen=True)
 class Release:
-    """Contexts and questions that are over: their pages are free once nobody shares them."""
+    """Contexts, questions and blocks that are over: pages are free once nobody shares them."""
 
     contexts: tuple[int, ...] = ()
     questions: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

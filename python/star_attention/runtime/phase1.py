@@ -4,14 +4,14 @@ A rank's part is a list of sequences of tokens: its blocks, the anchor before th
 computes it itself, or, in a ring, its two chunks of the context. A pass takes the next tokens of
 that list, cut anywhere: what a sequence has cached stands in front of its next rows, so masks stay
 bottom-right causal. `Phase1` says how many tokens each rank takes in the next pass; `ContextPart`
-makes one rank's pass of them.
+makes one rank's pass of them. Blocks that are cached already have no part in it.
 
 Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/architecture.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from star_attention.config import StarConfig
 from star_attention.engines.base import AttentionStep, Limits, RingHop, RingStep
 from star_attention.plan import Plan
 from star_attention.runtime.pages import Rows, page_count, page_table, paged_step, slots
+
+# Where blocks start whose KV is cached already.
+Cached = Collection[int]
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,32 @@ class Piece:
         prefix: tokens of the anchor in front of it, which are cached already, or, `recomputed`,
             belong to it.
         start, end: its tokens of the context, besides.
-        is_anchor: it is the anchor, computed by a rank for its blocks (mode `local`).
+        first_page: where its pages stand among its rank's own; None: it is the anchor, computed by
+            a rank for its blocks (mode `local`).
     """
 
     start: int
     end: int
+    first_page: int | None
     prefix: int = 0
     recomputed: bool = False
-    is_anchor: bool = False
 
     @property
     def tokens(self) -> int:
         return self.end - self.start + self.prefix * self.recomputed
 
 
-def pieces_of(plan: Plan, config: StarConfig, rank: int) -> list[Piece]:
+def pieces_of(plan: Plan, config: StarConfig, rank: int, cached: Cached = ()) -> list[Piece]:
     """A rank's part, in the order in which it is computed."""
-    own = plan.blocks_of(rank)
-    if config.attention == "ring":
-        return [Piece(block.start, block.end) for block in own]
-    again = config.anchor_mode == "recompute"
-    pieces = [Piece(block.start, block.end, block.prefix, again) for block in own]
-    if config.anchor_mode == "local" and rank and any(block.prefix for block in own):
-        pieces.insert(0, Piece(0, plan.anchor_size, is_anchor=True))
+    again = config.anchor_mode == "recompute" and config.attention == "star"
+    pieces, page = [], 0
+    for block in plan.blocks_of(rank):
+        if block.start not in cached:
+            prefix = block.prefix if config.attention == "star" else 0
+            pieces.append(Piece(block.start, block.end, page, prefix, again))
+        page += page_count(block.tokens, plan.tokens_per_block)
+    if config.anchor_mode == "local" and rank and any(piece.prefix for piece in pieces):
+        pieces.insert(0, Piece(0, plan.anchor_size, None))
     return pieces
 
 
@@ -62,34 +68,55 @@ def own_pages(plan: Plan, rank: int) -> int:
     return sum(page_count(block.tokens, page) for block in plan.blocks_of(rank))
 
 
-def scratch_pages(plan: Plan, config: StarConfig, rank: int) -> int:
+def scratch_pages(plan: Plan, config: StarConfig, rank: int, cached: Cached = ()) -> int:
     """Pages that a rank takes for an anchor that is not its own, until its phase 1 is over."""
-    mode = config.anchor_mode
-    blocks = plan.blocks if mode == "broadcast" else plan.blocks_of(rank)
-    has_its_own = rank == 0 and mode != "recompute"
-    if config.attention != "star" or has_its_own or not any(block.prefix for block in blocks):
-        return 0
-    return plan.anchor_size // plan.tokens_per_block
+    if config.anchor_mode == "broadcast":
+        takes = rank > 0 and shares_anchor(plan, config, cached)
+    else:
+        has_its_own = rank == 0 and config.anchor_mode == "local"
+        takes = not has_its_own and needs_anchor(plan, config, rank, cached)
+    return plan.anchor_size // plan.tokens_per_block if takes else 0
+
+
+def needs_anchor(plan: Plan, config: StarConfig, rank: int, cached: Cached = ()) -> bool:
+    """Whether a rank reads a block that has the anchor in front of it."""
+    return config.attention == "star" and any(
+        block.prefix and block.start not in cached for block in plan.blocks_of(rank)
+    )
+
+
+def shares_anchor(plan: Plan, config: StarConfig, cached: Cached = ()) -> bool:
+    """Whether rank 0 sends the anchor's KV to the other ranks."""
+    others = range(1, plan.num_ranks)
+    return config.anchor_mode == "broadcast" and any(
+        needs_anchor(plan, config, rank, cached) for rank in others
+    )
 
 
 class Phase1:
     """How far every rank is with a context, and what each takes in the next pass.
 
-    With `broadcast`, ranks other than 0 begin in the pass in which rank 0 completes the anchor.
+    With `broadcast`, ranks other than 0 begin in the pass in which rank 0 completes the anchor, or
+    in the first one, if it is cached.
     With `recompute`, a pass has one block of a rank, whose anchor takes the place of the last
     one's. In a ring, a pass is a run of the context's tokens: those before it are cached.
+
+    Args:
+        cached: where blocks start whose KV is there already.
 
     Attributes:
         done, total: tokens that each rank has computed, and has to.
     """
 
-    def __init__(self, plan: Plan, config: StarConfig) -> None:
+    def __init__(self, plan: Plan, config: StarConfig, cached: Cached = ()) -> None:
         self._plan, self._config = plan, config
         ranks = range(plan.num_ranks)
-        self._pieces = [[piece.tokens for piece in pieces_of(plan, config, r)] for r in ranks]
+        self._pieces = [
+            [piece.tokens for piece in pieces_of(plan, config, rank, cached)] for rank in ranks
+        ]
         self.total = [sum(tokens) for tokens in self._pieces]
         self.done = [0] * plan.num_ranks
-        self._shares_anchor = shares_anchor(plan, config)
+        self._awaits_anchor = shares_anchor(plan, config, cached) and 0 not in cached
 
     @property
     def finished(self) -> bool:
@@ -105,7 +132,7 @@ class Phase1:
             tokens = self._next_in_ring(most)
         else:
             tokens = [self._take(0, most, limits.pass_sequences)]
-            waits = self._shares_anchor and self.done[0] + tokens[0] < self._plan.anchor_size
+            waits = self._awaits_anchor and self.done[0] + tokens[0] < self._plan.anchor_size
             for rank in range(1, self._plan.num_ranks):
                 tokens.append(0 if waits else self._take(rank, most, limits.pass_sequences))
         self.done = [done + more for done, more in zip(self.done, tokens, strict=True)]
@@ -140,12 +167,6 @@ class Phase1:
         return tokens
 
 
-def shares_anchor(plan: Plan, config: StarConfig) -> bool:
-    """Whether rank 0 sends the anchor's KV to the other ranks."""
-    is_star = config.attention == "star" and config.anchor_mode == "broadcast"
-    return is_star and plan.num_ranks > 1 and any(block.prefix for block in plan.blocks)
-
-
 @dataclass(frozen=True)
 class ContextPass:
     """One forward pass. Token i of the context has position i, so `positions` also says which."""
@@ -160,6 +181,7 @@ class ContextPart:
     Args:
         pages: hold the rank's own tokens, block after block.
         scratch: `scratch_pages` of them, for the anchor.
+        cached: as in `Phase1`.
     """
 
     def __init__(
@@ -169,14 +191,17 @@ class ContextPart:
         rank: int,
         pages: Sequence[int],
         scratch: Sequence[int],
+        cached: Cached = (),
     ) -> None:
         self._plan, self._config, self._rank = plan, config, rank
         self._pages = list(pages)
         self._done = [0] * plan.num_ranks
-        self._pieces = pieces_of(plan, config, rank)
+        self._pieces = pieces_of(plan, config, rank, cached)
         anchor = plan.anchor_size // plan.tokens_per_block
         self._anchor = list(scratch) if scratch else self._pages[:anchor]
-        self._shares_anchor = shares_anchor(plan, config)
+        self._anchor_is_cached = 0 in cached
+        # Tokens of the anchor that rank 0 has not sent yet.
+        self._to_share = plan.anchor_size if shares_anchor(plan, config, cached) else 0
 
     @property
     def finished(self) -> bool:
@@ -184,7 +209,7 @@ class ContextPart:
         if self._config.attention == "ring":
             return sum(self._done) == self._plan.context_len
         own = self._done[self._rank] == sum(piece.tokens for piece in self._pieces)
-        return own and not (self._shares_anchor and self._done[0] < self._plan.anchor_size)
+        return own and not self._to_share
 
     def take(self, tokens: Sequence[int]) -> ContextPass | None:
         """The pass in which each rank computes so many of its tokens; None: nothing to do here."""
@@ -194,24 +219,16 @@ class ContextPart:
             return None
         if self._config.attention == "ring":
             return self._ring_pass(before)
-        shared, shared_rows = None, 0
-        if self._shares_anchor:
-            begin, end = (min(done[0], self._plan.anchor_size) for done in (before, self._done))
-            if end > begin:
-                page = self._plan.tokens_per_block
-                shared, shared_rows = (
-                    self._anchor[begin // page : page_count(end, page)],
-                    end - begin,
-                )
+        shared, shared_rows = self._shared(before[0])
         if shared is None and not tokens[self._rank]:
             return None
         sequences, positions = [], []
-        for piece, pages, first, last in self._cut(before[self._rank], self._done[self._rank]):
-            seen = 0 if piece.recomputed else piece.prefix
-            if piece.is_anchor:
-                pages = self._anchor
-            elif piece.prefix:
-                pages = self._anchor[: piece.prefix // self._plan.tokens_per_block] + pages
+        for piece, first, last in self._cut(before[self._rank], self._done[self._rank]):
+            seen, pages = 0 if piece.recomputed else piece.prefix, self._anchor
+            if piece.first_page is not None:
+                count = page_count(piece.end - piece.start, self._plan.tokens_per_block)
+                pages = self._anchor[: piece.prefix // self._plan.tokens_per_block]
+                pages = pages + self._pages[piece.first_page : piece.first_page + count]
             sequences.append(Rows(pages, seen + last, last - first))
             positions.append(_positions(piece)[first:last])
         step = paged_step(
@@ -222,19 +239,29 @@ class ContextPart:
         )
         return ContextPass(_concatenate(positions), step)
 
-    def _cut(self, begin: int, end: int) -> Iterator[tuple[Piece, list[int], int, int]]:
-        """The pieces that have the part's tokens [begin, end), their pages, and which of their
-        tokens those are."""
-        before, used = 0, 0
+    def _shared(self, begin: int) -> tuple[list[int] | None, int]:
+        """The anchor's pages that this pass brings from rank 0, which had done `begin` tokens, and
+        how many rows of rank 0 write them."""
+        page, anchor = self._plan.tokens_per_block, self._plan.anchor_size
+        if not self._to_share:
+            return None, 0
+        if self._anchor_is_cached:
+            self._to_share = 0
+            return self._anchor, 0
+        end = min(self._done[0], anchor)
+        self._to_share = anchor - end
+        if begin >= end:
+            return None, 0
+        return self._anchor[begin // page : page_count(end, page)], end - begin
+
+    def _cut(self, begin: int, end: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that have the part's tokens [begin, end), and which of theirs those are."""
+        before = 0
         for piece in self._pieces:
-            count = 0
-            if not piece.is_anchor:
-                count = page_count(piece.end - piece.start, self._plan.tokens_per_block)
             first, last = max(begin - before, 0), min(end - before, piece.tokens)
             if first < last:
-                yield piece, self._pages[used : used + count], first, last
+                yield piece, first, last
             before += piece.tokens
-            used += count
 
     def _ring_pass(self, before: Sequence[int]) -> ContextPass:
         """This rank's rows against what every rank has cached by then, hop by hop.
@@ -245,7 +272,7 @@ class ContextPart:
         plan, rank, page = self._plan, self._rank, self._plan.tokens_per_block
         rows = [
             (piece.start + first, piece.start + last)
-            for piece, _, first, last in self._cut(before[rank], self._done[rank])
+            for piece, first, last in self._cut(before[rank], self._done[rank])
         ]
         hops = []
         for hop in range(plan.num_ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,10 +11,30 @@ import numpy as np
 
 from star_attention.config import StarConfig
 from star_attention.plan import Plan
+from star_attention.runtime.blocks import Block
 from star_attention.runtime.phase1 import Phase1
-from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How ranks hold a context: some of its blocks are there already.
+
+    Attributes:
+        known: of each block of the plan the one that is there, or None.
+        pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
+        new: of the pages, those of blocks that are not there.
+        tokens: that each rank caches of it.
+    """
+
+    plan: Plan
+    known: tuple[Block | None, ...]
+    pages: np.ndarray
+    new: np.ndarray
+    scratch: np.ndarray
+    tokens: list[int]
 
 
 @dataclass(eq=False)
@@ -21,30 +42,33 @@ class Context:
     """A context as rank 0 knows it.
 
     Attributes:
-        cached: tokens that each rank caches of it in the end.
-        pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
+        keys: of its blocks, None for those that are nobody else's.
+        is_kept: it stays until it is released, whoever else waits for room.
+        division: the final one once it is open.
+        blocks: once it is open, and which of them its phase 1 reads.
         questions: that are being answered over it; with them it stays, also when it is released.
     """
 
     number: int
     token_ids: np.ndarray
     config: StarConfig
-    plan: Plan
+    keys: Sequence[bytes | None]
+    is_kept: bool
+    division: Division
     phase1: Phase1
-    cached: list[int]
-    pages: np.ndarray
-    scratch: np.ndarray
+    blocks: list[Block] = field(default_factory=list)
+    reads: set[Block] = field(default_factory=set)
     is_open: bool = False
     is_released: bool = False
     questions: int = 0
 
     @property
-    def is_ready(self) -> bool:
-        return self.is_open and self.phase1.finished
+    def plan(self) -> Plan:
+        return self.division.plan
 
     @property
-    def held(self) -> np.ndarray:
-        return self.pages if self.phase1.finished else self.pages + self.scratch
+    def is_ready(self) -> bool:
+        return self.is_open and all(block.is_ready for block in self.blocks)
 
 
 @dataclass(eq=False)
@@ -78,3 +102,4 @@ class NewToken:
     question: Question
     token: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None

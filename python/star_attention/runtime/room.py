@@ -12,10 +12,11 @@ from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan, make_plan
-from star_attention.runtime.pages import question_pages
-from star_attention.runtime.phase1 import own_pages, scratch_pages, shares_anchor
-from star_attention.runtime.placement import kept_tokens
-from star_attention.runtime.requests import Context
+from star_attention.runtime.blocks import Block
+from star_attention.runtime.pages import page_count, question_pages
+from star_attention.runtime.phase1 import scratch_pages, shares_anchor
+from star_attention.runtime.placement import kept_tokens, ranks_beside
+from star_attention.runtime.requests import Division
 
 # Up to so many ranks are tried for what would fit.
 _MOST_RANKS = 256
@@ -67,20 +68,20 @@ class Room:
     def fits(self, pages: np.ndarray) -> bool:
         return self.limits.pages is None or bool((pages <= self.limits.pages).all())
 
-    def check_context(self, context: Context, kept: np.ndarray) -> None:
+    def check_context(self, division: Division, config: StarConfig, kept: np.ndarray) -> None:
         """Raises UserError, with what would fit, if a context does not beside the pages `kept` of
         others."""
-        limit = self.limits.pages
-        if self.fits(kept + context.held):
+        limit, held = self.limits.pages, division.new + division.scratch
+        if self.fits(kept + held):
             return
-        needed = int(context.held.max()) * self._page
-        if self.fits(context.held):
+        needed = int(held.max()) * self._page
+        if self.fits(held):
             free = int((limit - kept).min()) * self._page
             raise UserError(
                 f"the context needs {needed} tokens of KV cache on a rank, of {limit * self._page} "
                 f"other contexts leave {free}: release them, or use a larger --kv-cache-gib"
             )
-        plan, config = context.plan, context.config
+        plan = division.plan
         advice = "use a smaller block size"
         if config.attention == "dense":
             exact = "ring or " if self._has_ring else ""
@@ -101,18 +102,25 @@ class Room:
                 larger = make_plan(plan.context_len, config, ranks, self._model)
             except UserError:
                 return None
-            return self.fits(sum(pages_of_context(larger, config)))
+            none = tuple(None for _ in larger.blocks)
+            division = divide(larger, config, none, self._model)
+            return self.fits(division.new + division.scratch)
 
         numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
         at = bisect.bisect_left(numbers, True, key=lambda ranks: fits(ranks) is not False)
         return numbers[at] if at < len(numbers) and fits(numbers[at]) else None
 
     def check_question(
-        self, context: Context, question: int, answer: int, contexts: np.ndarray
+        self,
+        division: Division,
+        config: StarConfig,
+        question: int,
+        answer: int,
+        contexts: np.ndarray,
     ) -> np.ndarray:
         """Pages that a question takes on each rank at most; raises UserError if that does not fit
         beside `contexts`."""
-        asked = context.plan.context_len + question
+        asked = division.plan.context_len + question
         self._check_length(asked, self.limits.input_len, "--max_input_len")
         self._check_length(asked + answer, self.limits.seq_len, "--max_seq_len")
         if asked + answer > _MOST_POSITIONS:
@@ -120,9 +128,7 @@ class Room:
                 f"max_tokens is {answer}: context, question and answer have at most "
                 f"{_MOST_POSITIONS} tokens: use {_MOST_POSITIONS - asked} or less"
             )
-        placement = context.config.kv_placement
-        kept = kept_tokens(question, answer, placement, self._num_ranks, self._page)
-        pages = pages_of_question(context.cached, kept.tolist(), self._page)
+        pages = self.pages_of(division, config, question, answer)
         if not self.fits(contexts + pages):
             rank = int(np.argmax(contexts + pages))
             room = max(0, int(self.limits.pages - contexts[rank])) * self._page
@@ -133,6 +139,14 @@ class Room:
             )
         return pages
 
+    def pages_of(
+        self, division: Division, config: StarConfig, question: int, answer: int
+    ) -> np.ndarray:
+        """Pages, int64 [ranks], of a question and an answer of so many tokens."""
+        placement = config.kv_placement
+        kept = kept_tokens(question, answer, placement, self._num_ranks, self._page)
+        return pages_of_question(division.tokens, kept.tolist(), self._page)
+
     def _check_length(self, tokens: int, most: int | None, flag: str) -> None:
         if most is not None and tokens > most:
             raise UserError(
@@ -141,13 +155,24 @@ class Room:
             )
 
 
-def pages_of_context(plan: Plan, config: StarConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pages that a context takes on each rank for good, and for phase 1 besides."""
-    ranks = range(plan.num_ranks)
-    return (
-        np.array([own_pages(plan, rank) for rank in ranks], np.int64),
-        np.array([scratch_pages(plan, config, rank) for rank in ranks], np.int64),
-    )
+def divide(
+    plan: Plan, config: StarConfig, known: Sequence[Block | None], model: ModelConfig
+) -> Division:
+    """Holds a context around the blocks that are `known`, wherever these are."""
+    if any(known):
+        where = [block.rank if block else None for block in known]
+        plan = plan.on_ranks(ranks_beside(plan, where, model))
+    cached = {each.start for each, block in zip(plan.blocks, known, strict=True) if block}
+    pages, new, scratch = (np.zeros(plan.num_ranks, np.int64) for _ in range(3))
+    tokens = [0] * plan.num_ranks
+    for each in plan.blocks:
+        count = page_count(each.tokens, plan.tokens_per_block)
+        pages[each.rank] += count
+        new[each.rank] += 0 if each.start in cached else count
+        tokens[each.rank] += each.tokens
+    for rank in range(plan.num_ranks):
+        scratch[rank] = scratch_pages(plan, config, rank, cached)
+    return Division(plan, tuple(known), pages, new, scratch, tokens)
 
 
 def pages_of_question(

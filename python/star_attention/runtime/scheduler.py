@@ -4,16 +4,21 @@ Holds no tensors and talks to nobody. It knows every context's plan and every ra
 counting: `next` gives an order, which all ranks execute before `next` is called again, and `chosen`
 takes the tokens that were sampled from an order's logits.
 
-A context's pages are taken when its phase 1 begins, a question's as it grows. When a rank has none
-left for it, the newest question gives its own back and is encoded again later, answer included.
-Contexts leave so much room that every question fits if it is alone, so this ends.
+A context's pages are taken when its phase 1 begins, a question's as it grows. Blocks that no
+context holds any more make room first. When a rank has none left, the newest question gives its own
+back and is encoded again later, answer included. Contexts leave so much room that every question
+fits if it is alone, so this ends.
+
+A round is one pass of phase 1, one of questions and one token of every answer: what is long is cut,
+and waits for the others in between.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
@@ -22,14 +27,23 @@ from star_attention.config import StarConfig
 from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
-from star_attention.plan import Plan
-from star_attention.runtime.orders import Ask, Chunk, Decode, Open, Order, QuestionPart, Release
-from star_attention.runtime.pages import question_pages
+from star_attention.runtime.blocks import Block, BlockTable, block_keys
+from star_attention.runtime.orders import (
+    Ask,
+    BlockPart,
+    Chunk,
+    Decode,
+    Open,
+    Order,
+    QuestionPart,
+    Release,
+)
+from star_attention.runtime.pages import page_count, question_pages
 from star_attention.runtime.phase1 import Phase1
 from star_attention.runtime.placement import keeper, runs_of
-from star_attention.runtime.requests import Context, FinishReason, NewToken, Question
-from star_attention.runtime.room import Room, pages_of_context, pages_of_question
-from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.requests import Context, Division, FinishReason, NewToken, Question
+from star_attention.runtime.room import Room, divide, pages_of_question
+from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 
 
 class Scheduler:
@@ -37,8 +51,12 @@ class Scheduler:
 
     Args:
         model, limits, has_ring, shares_pages: as in `Room`.
-        chunk_tokens: tokens that a rank computes in a pass of phase 1 at most, so that answers go
-            on between them; None: as many as `limits` allow.
+        shares_blocks: contexts share blocks of the same contents, and these stay when no context
+            holds them, until others need the room.
+
+    Attributes:
+        chunk_tokens, question_tokens: of a pass of phase 1 on a rank, and of one of questions, at
+            most; None: as many as `limits` allow.
     """
 
     def __init__(
@@ -49,43 +67,70 @@ class Scheduler:
         tokens_per_block: int,
         has_ring: bool = True,
         shares_pages: bool = True,
-        chunk_tokens: int | None = None,
+        shares_blocks: bool = False,
     ) -> None:
+        self.chunk_tokens: int | None = None
+        self.question_tokens: int | None = None
+        self._model = model
         self._room = Room(model, limits, num_ranks, tokens_per_block, has_ring, shares_pages)
         self._num_ranks, self._page = num_ranks, tokens_per_block
-        self._chunk_tokens = chunk_tokens
+        self._shares_blocks = shares_blocks
         self._numbers = 0
-        self._used = np.zeros(num_ranks, np.int64)  # pages of each rank
+        self._used = np.zeros(num_ranks, np.int64)  # pages of each rank, idle blocks' included
+        self._scratch = np.zeros(num_ranks, np.int64)  # of them, for phase 1
+        self._blocks = BlockTable(num_ranks)
         self._contexts: list[Context] = []  # all that hold pages or will
+        self._unopened: deque[Context] = deque()
         self._reading: deque[Context] = deque()
         self._waiting: list[Question] = []  # oldest first
         self._running: list[Question] = []  # oldest first
-        self._over: tuple[list[int], list[int]] = [], []  # contexts, questions
+        self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
-        self._chunk_was_last = False
+        self._makers = deque([self._chunk, self._ask, self._decode])  # who is next comes first
 
     def add_context(
         self,
         token_ids: np.ndarray,
         config: StarConfig,
         questions: Sequence[tuple[int, int]] = (),
+        keep: bool = True,
     ) -> Context:
         """A context to read.
 
         Args:
             token_ids: int32 [n].
             questions: tokens of questions and of their answers that it must leave room for.
+            keep: it stays until it is released, so nothing is added that does not fit beside it.
+                Others wait for one another.
 
         Raises:
             UserError: the plan is not possible, or does not fit beside the contexts that are kept.
         """
         plan = self._room.plan(len(token_ids), config)
-        context = self._new_context(token_ids, config, plan)
-        kept = self._kept_contexts()
-        self._room.check_context(context, kept)
-        for question, answer in questions:
-            self._room.check_question(context, question, answer, kept + context.pages)
+        keys: list[bytes | None] = [None] * len(plan.blocks)
+        if self._shares_blocks:
+            keys[:] = block_keys(token_ids, plan, config)
+        self._numbers += 1
+        context = Context(
+            self._numbers,
+            token_ids,
+            config,
+            keys,
+            keep,
+            divide(plan, config, [None] * len(keys), self._model),
+            Phase1(plan, config),
+        )
+        self._check(context, questions)
         self._contexts.append(context)
+        try:
+            for other in self._unopened if keep else ():
+                self._check(other, [_lengths(each) for each in self._waiting_for(other)])
+        except UserError:
+            self._contexts.remove(context)
+            raise UserError(
+                "the context does not fit beside what is waiting: do not keep it, or ask later"
+            ) from None
+        self._unopened.append(context)
         return context
 
     def add_question(
@@ -103,8 +148,7 @@ class Scheduler:
         """
         if context.is_released:
             raise UserError("the context was released: encode the text again")
-        kept = self._kept_contexts()
-        most = self._room.check_question(context, len(token_ids), params.max_tokens, kept)
+        most = self._check(context, [(len(token_ids), params.max_tokens)])
         self._numbers += 1
         question = Question(
             self._numbers,
@@ -122,16 +166,17 @@ class Scheduler:
         return question
 
     def release_context(self, context: Context) -> None:
-        """It is not asked any more; its pages are free when no question needs them."""
+        """It is not asked any more; its pages are free when nobody needs them."""
         context.is_released = True
         if context.questions or context not in self._contexts:
             return
+        if context in self._reading and any(block.holders > 1 for block in context.reads):
+            return  # others wait for what it reads
         self._contexts.remove(context)
-        if context in self._reading:
-            self._reading.remove(context)
         if context.is_open:
-            self._used -= context.held
-            self._over[0].append(context.number)
+            self._close(context)
+        else:
+            self._unopened.remove(context)
 
     def finish(self, question: Question) -> None:
         """The answer is over, or nobody wants it any more."""
@@ -150,14 +195,14 @@ class Scheduler:
 
     def next(self) -> Order | None:
         """What all ranks do next; None: nothing, until something is added."""
-        if order := self.release() or self._open():
+        if order := self.release():
             return order
-        answers, chunks = (self._ask, self._decode), (self._chunk,)
-        for make in (*answers, *chunks) if self._chunk_was_last else (*chunks, *answers):
+        for make in (self._open, *self._makers):
             if order := make():
-                self._chunk_was_last = isinstance(order, Chunk)
+                if make in self._makers:  # the next round begins with what follows
+                    self._makers.rotate(-1 - self._makers.index(make))
                 return order
-            if any(self._over):  # questions that were put back
+            if any(self._over):  # what makes room
                 return self.next()
         return None
 
@@ -165,25 +210,27 @@ class Scheduler:
         """What is over and holds pages."""
         if not any(self._over):
             return None
-        contexts, questions = self._over
-        self._over = [], []
-        return Release(tuple(contexts), tuple(questions))
+        over = Release(*map(tuple, self._over))
+        self._over = [], [], []
+        return over
 
     def wanted(self) -> list[tuple[int, Question]]:
         """Rows of the last order's logits that choose a token, and for which question."""
         return [(row, question) for row, question in enumerate(self._rows) if question]
 
-    def chosen(self, tokens: Sequence[int]) -> list[NewToken]:
-        """Takes the tokens of `wanted`."""
-        new = []
-        for (_, question), token in zip(self.wanted(), tokens, strict=True):
+    def chosen(
+        self, tokens: Sequence[int], logprobs: Mapping[int, TokenLogprobs] | None = None
+    ) -> list[NewToken]:
+        """Takes the tokens of `wanted`, and log-probabilities of some by their index there."""
+        new, logprobs = [], logprobs or {}
+        for index, ((_, question), token) in enumerate(zip(self.wanted(), tokens, strict=True)):
             reason: FinishReason | None = None
             if token in question.end_tokens and not question.params.ignore_eos:
                 reason = "stop"
             elif len(question.answer) + 1 == question.params.max_tokens:
                 reason = "length"
             question.answer.append(token)
-            new.append(NewToken(question, token, reason))
+            new.append(NewToken(question, token, reason, logprobs.get(index)))
         self._rows = []
         for each in new:
             if each.finish_reason:
@@ -195,16 +242,21 @@ class Scheduler:
         begins anew."""
         self._rows = []
         if isinstance(order, Open | Chunk):
-            context = next(each for each in self._contexts if each.number == order.context)
-            if context in self._reading:
-                self._reading.remove(context)
-            self._used -= context.held
-            self._over[0].append(context.number)
-            context.phase1 = Phase1(context.plan, context.config)
-            context.is_open = False
+            failed = next(each for each in self._contexts if each.number == order.context)
+            for block in failed.reads:
+                block.is_ready = False
+            again = [failed]
+            for other in self._contexts:
+                if other is not failed and not failed.reads.isdisjoint(other.blocks):
+                    again.append(other)
+            for context in again:
+                self._close(context)
+            self._unopened = deque(sorted([*again, *self._unopened], key=_number))
         elif isinstance(order, Release):
-            self._over[0].extend(order.contexts)
-            self._over[1].extend(order.questions)
+            for over, more in zip(
+                self._over, (order.contexts, order.questions, order.blocks), strict=True
+            ):
+                over.extend(more)
         elif isinstance(order, Ask | Decode):
             for question in (*self._running, *self._waiting):
                 if any(question.kept):
@@ -215,47 +267,163 @@ class Scheduler:
         """Of each rank, int64 [ranks]."""
         return self._used.copy()
 
+    @property
+    def num_running(self) -> int:
+        """Questions that are being answered."""
+        return len(self._running)
+
     # Contexts
 
-    def _new_context(self, token_ids: np.ndarray, config: StarConfig, plan: Plan) -> Context:
-        self._numbers += 1
-        cached = [0] * plan.num_ranks
-        for block in plan.blocks:
-            cached[block.rank] += block.tokens
-        return Context(
-            self._numbers,
-            token_ids,
-            config,
-            plan,
-            Phase1(plan, config),
-            cached,
-            *pages_of_context(plan, config),
-        )
+    def _check(self, context: Context, questions: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Raises UserError if a context, with any one of these questions, does not fit beside what
+        is kept; the most pages of a question, int64 [ranks]."""
+        if context.is_open and not context.is_kept:
+            # None of those that are open beside it ends before its own questions do.
+            kept = {block for other in self._contexts for block in other.blocks}
+            pages = self._scratch + self._pages_of(kept.difference(context.blocks))
+            return self._check_division(context, context.division, pages, questions)
+        kept = self._kept_blocks(besides=context)
+        pages = self._pages_of(kept)
+        for other in self._unopened:
+            if other.is_kept and other is not context:
+                pages += other.division.pages
+        if context.is_open:
+            return self._check_division(context, context.division, pages, questions)
+        around = [block if block in kept else None for block in self._known(context)]
+        with contextlib.suppress(UserError):
+            return self._check_division(context, context.division, pages, questions)
+        division = divide(context.plan, context.config, around, self._model)
+        return self._check_division(context, division, pages, questions)
 
-    def _kept_contexts(self) -> np.ndarray:
-        """Pages, int64 [ranks], of all contexts that nobody released."""
-        kept = [context.pages for context in self._contexts if not context.is_released]
-        return np.sum(kept, axis=0, dtype=np.int64) if kept else np.zeros_like(self._used)
+    def _check_division(
+        self,
+        context: Context,
+        division: Division,
+        kept: np.ndarray,
+        questions: Sequence[tuple[int, int]],
+    ) -> np.ndarray:
+        room, config, most = self._room, context.config, np.zeros_like(self._used)
+        if not context.is_open:
+            room.check_context(division, config, kept)
+        held = kept + (division.pages if context.is_open else division.new)
+        for question, answer in questions:
+            pages = room.check_question(division, config, question, answer, held)
+            most = np.maximum(most, pages)
+        return most
+
+    def _kept_blocks(self, besides: Context) -> set[Block]:
+        """Of contexts that are kept, without those that `besides` holds itself."""
+        kept: set[Block] = set()
+        for context in self._contexts:
+            if context.is_kept and not context.is_released:
+                kept.update(context.blocks)
+        return kept.difference(besides.blocks)
+
+    def _pages_of(self, blocks: Iterable[Block]) -> np.ndarray:
+        """Pages, int64 [ranks], that blocks take."""
+        pages = np.zeros_like(self._used)
+        for block in blocks:
+            pages[block.rank] += block.pages
+        return pages
+
+    def _known(self, context: Context) -> list[Block | None]:
+        return [self._blocks.find(key) for key in context.keys]
 
     def _open(self) -> Open | None:
         """Contexts in their order, each once it fits and leaves every question its room: while it
         is read those over contexts that are open, afterwards its own too."""
-        context = next((each for each in self._contexts if not each.is_open), None)
-        if context is None:
+        if not self._unopened:
             return None
+        context = self._unopened[0]
+        plan, config = self._room.plan(len(context.token_ids), context.config), context.config
+        for known in (self._known(context), [None] * len(context.keys)):
+            division = divide(plan, config, known, self._model)
+            if self._fits(context, division):
+                break
+        else:
+            return None
+        taken = division.new + division.scratch
+        if not self._room.fits(self._used + taken):
+            self._evict(taken, besides=division.known)
+            return None
+        self._unopened.popleft()
+        self._hold(context, division)
+        parts = (BlockPart(b.number, b.rank, b in context.reads) for b in context.blocks)
+        order = Open(context.number, context.token_ids, config, tuple(parts))
+        if context.phase1.finished:
+            self._end_reading(context)
+        else:
+            self._reading.append(context)
+        return order
+
+    def _fits(self, context: Context, division: Division) -> bool:
+        """Whether a context can be opened, if idle blocks make room."""
+        revived = self._pages_of(b for b in set(division.known) - {None} if not b.holders)
+        live, taken = self._blocks.live + division.new + revived, division.new + division.scratch
         opened = [each for each in self._contexts if each.is_open]
-        held = sum((each.held for each in opened), context.held)
-        pages = sum((each.pages for each in opened), context.pages)
-        if not (
-            self._room.fits(self._used + context.held)
-            and self._room.fits(held + self._room_for_questions(opened))
-            and self._room.fits(pages + self._room_for_questions([*opened, context]))
-        ):
-            return None
-        self._used += context.held
+        own = [self._question_pages(division, each) for each in self._waiting_for(context)]
+        others = self._room_for_questions(opened)
+        fits = self._room.fits
+        return (
+            fits(self._used - self._blocks.idle + revived + taken)
+            and fits(live + self._scratch + division.scratch + others)
+            and fits(live + np.max([others, *own], axis=0))
+        )
+
+    def _hold(self, context: Context, division: Division) -> None:
+        """Takes pages for what is not there."""
+        self._used += division.new + division.scratch
+        self._scratch += division.scratch
+        cached = set()
+        blocks = zip(division.plan.blocks, division.known, context.keys, strict=True)
+        for each, block, key in blocks:
+            if block is None:
+                count = page_count(each.tokens, self._page)
+                block = self._blocks.new(key, each.rank, each.tokens, count)
+                context.reads.add(block)
+            else:
+                self._blocks.hold(block)
+                cached.add(each.start)
+            context.blocks.append(block)
+        context.division = division
+        context.phase1 = Phase1(division.plan, context.config, cached)
         context.is_open = True
-        self._reading.append(context)
-        return Open(context.number, context.token_ids, context.config)
+        for question in self._waiting_for(context):
+            question.most_pages = self._question_pages(division, question)
+
+    def _waiting_for(self, context: Context) -> list[Question]:
+        return [each for each in self._waiting if each.context is context]
+
+    def _question_pages(self, division: Division, question: Question) -> np.ndarray:
+        """Pages, int64 [ranks], that it takes at most if its context is held so."""
+        return self._room.pages_of(division, question.context.config, *_lengths(question))
+
+    def _close(self, context: Context) -> None:
+        """Gives its pages back."""
+        if context in self._reading:
+            self._reading.remove(context)
+            self._give_scratch_back(context)
+        for block in reversed(context.blocks):
+            if self._blocks.give_back(block):
+                self._drop(block)
+        self._over[0].append(context.number)
+        context.blocks, context.reads, context.is_open = [], set(), False
+
+    def _give_scratch_back(self, context: Context) -> None:
+        self._used -= context.division.scratch
+        self._scratch -= context.division.scratch
+
+    def _drop(self, block: Block) -> None:
+        self._used[block.rank] -= block.pages
+        self._over[2].append(block.number)
+
+    def _evict(self, more: np.ndarray, besides: Collection[Block | None] = ()) -> bool:
+        """Gives up idle blocks so that ranks have so many more pages, as far as that helps; whether
+        there were any."""
+        gone = self._blocks.evict(self._used + more - self._room.limits.pages, besides)
+        for block in gone:
+            self._drop(block)
+        return bool(gone)
 
     def _room_for_questions(self, contexts: Sequence[Context]) -> np.ndarray:
         """Pages, int64 [ranks], that any one question over these contexts takes at most."""
@@ -266,42 +434,56 @@ class Scheduler:
         return most
 
     def _chunk(self) -> Chunk | None:
-        if not self._reading:
-            return None
-        context = self._reading.popleft()
-        tokens = context.phase1.next(self._room.limits, self._chunk_tokens)
-        if context.phase1.finished:
-            self._used -= context.scratch
-        else:
+        """The next pass of the context that has waited longest; one that needs an anchor which
+        another context reads waits for that."""
+        for _ in range(len(self._reading)):
+            context = self._reading.popleft()
+            if context.blocks[0].is_ready or context.blocks[0] in context.reads:
+                tokens = context.phase1.next(self._room.limits, self.chunk_tokens)
+                self._reading.append(context)
+                if context.phase1.finished:
+                    self._end_reading(context)
+                return Chunk(context.number, tokens)
             self._reading.append(context)
-        return Chunk(context.number, tokens)
+        return None
+
+    def _end_reading(self, context: Context) -> None:
+        if context in self._reading:
+            self._reading.remove(context)
+        self._give_scratch_back(context)
+        for block in context.reads:
+            block.is_ready = True
+        if context.is_released:
+            self.release_context(context)
 
     # Questions
 
     def _ask(self) -> Ask | None:
         """Parts of waiting questions, as many as a pass takes; all are kept by the same rank."""
         limits, parts, rows = self._room.limits, [], []
-        left = limits.question_tokens
+        bounds = [b for b in (limits.question_tokens, self.question_tokens) if b is not None]
+        left = min(bounds, default=None)
         # Those that run take their next token first: who is put back does not come again before
         # anything has moved.
         next_tokens = self._growth_of(self._running)
-        for question in list(self._waiting):
-            if not question.context.is_ready:
-                continue
+        ready = [question for question in self._waiting if question.context.is_ready]
+        for question in ready:
             if limits.questions is not None and (
                 len(parts) == limits.questions or len(self._running) == limits.questions
             ):
                 break
             rank, tokens = question.pending[0]
             if left is not None:
-                tokens = tokens[:left]
+                # The oldest leaves half of a pass to others, so that it does not hold them up.
+                shares = len(ready) > 1 and not parts
+                tokens = tokens[: max(1, left // 2) if shares else left]
             same_rank = not parts or parts[0].rank == rank
             if not len(tokens) or not same_rank:
                 break
             more = self._growth(question, rank, len(tokens))
             next_tokens[rank] += more
             if not self._room.fits(self._used + next_tokens):
-                if not parts and not self._running:
+                if not parts and not self._evict(next_tokens) and not self._running:
                     self._put_back_newest(besides=question)
                 break
             next_tokens[rank] -= more
@@ -326,7 +508,8 @@ class Scheduler:
         if not self._running:
             return None
         while not self._room.fits(self._used + (more := self._growth_of(self._running))):
-            self._put_back_newest()
+            if not self._evict(more):
+                self._put_back_newest()
         if any(self._over):
             return None
         self._used += more
@@ -365,7 +548,7 @@ class Scheduler:
 
     def _give_pages_back(self, question: Question) -> None:
         if any(question.kept):
-            pages = pages_of_question(question.context.cached, question.kept, self._page)
+            pages = pages_of_question(question.context.division.tokens, question.kept, self._page)
             self._used -= pages
             question.kept = [0] * self._num_ranks
             self._over[1].append(question.number)
@@ -380,7 +563,7 @@ class Scheduler:
 
     def _growth(self, question: Question, rank: int, tokens: int) -> int:
         """Pages that so many more tokens of a question take on a rank."""
-        cached, kept = question.context.cached[rank], question.kept[rank]
+        cached, kept = question.context.division.tokens[rank], question.kept[rank]
         page = self._page
         return question_pages(cached, kept + tokens, page) - question_pages(cached, kept, page)
 
@@ -388,6 +571,11 @@ class Scheduler:
         """The rank that keeps the last token of a running question's answer."""
         placement, index = question.context.config.kv_placement, len(question.answer) - 1
         return keeper(placement, index, self._num_ranks, self._page)
+
+
+def _lengths(question: Question) -> tuple[int, int]:
+    """Tokens of a question, and of its answer at most."""
+    return len(question.token_ids), question.params.max_tokens
 
 
 _number = attrgetter("number")

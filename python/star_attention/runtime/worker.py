@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import Logits, ModelEngine
-from star_attention.plan import make_plan
+from star_attention.plan import Block, make_plan
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import (
     Ask,
+    BlockPart,
     Chunk,
     Decode,
     Open,
@@ -25,8 +26,8 @@ from star_attention.runtime.orders import (
     Report,
     Wait,
 )
-from star_attention.runtime.pages import PagePool, Rows
-from star_attention.runtime.phase1 import ContextPart, own_pages, scratch_pages
+from star_attention.runtime.pages import PagePool, Rows, page_count
+from star_attention.runtime.phase1 import ContextPart, scratch_pages
 from star_attention.runtime.phase2 import CachedContext, CachedQuestion, questions_step
 
 NO_ROWS = np.empty(0, np.int32)
@@ -59,6 +60,7 @@ class Worker:
         self.comm = comm
         self.pool = PagePool(engine)
         self._reading: dict[int, _Reading] = {}
+        self._blocks: dict[int, list[int]] = {}  # pages of those that this rank holds
         self._contexts: dict[int, CachedContext] = {}
         self._questions: dict[int, CachedQuestion] = {}
         self._reset_stats()
@@ -103,14 +105,32 @@ class Worker:
     def _open(self, order: Open) -> None:
         rank = self.comm.rank
         plan = make_plan(len(order.token_ids), order.config, self.comm.size, self.engine.config)
+        plan = plan.on_ranks([part.rank for part in order.blocks])
         self.engine.reserve_positions(plan.context_len)
-        pages = self.pool.allocate(own_pages(plan, rank))
-        scratch = self.pool.allocate(scratch_pages(plan, order.config, rank))
-        part = ContextPart(plan, order.config, rank, pages, scratch)
+        parts = list(zip(plan.blocks, order.blocks, strict=True))
+        cached = {block.start for block, part in parts if not part.read}
+        self._allocate_blocks([each for each in parts if each[0].rank == rank])
+        pages = [page for _, part in parts for page in self._blocks.get(part.number, ())]
+        self.pool.share(pages)
         kv_len = sum(block.tokens for block in plan.blocks_of(rank))
         self._contexts[order.context] = CachedContext(plan, pages, kv_len)
-        self._reading[order.context] = _Reading(order.token_ids, part, scratch)
-        self.stats["context"].tokens += plan.context_len
+        scratch = self.pool.allocate(scratch_pages(plan, order.config, rank, cached))
+        part = ContextPart(plan, order.config, rank, pages, scratch, cached)
+        if not part.finished:
+            self._reading[order.context] = _Reading(order.token_ids, part, scratch)
+        self.stats["context"].tokens += sum(b.tokens for b in plan.blocks if b.start not in cached)
+
+    def _allocate_blocks(self, parts: Sequence[tuple[Block, BlockPart]]) -> None:
+        """Pages for blocks that are new here, together, so that they are consecutive."""
+        page = self.engine.tokens_per_block
+        new = [
+            (part.number, page_count(block.tokens, page))
+            for block, part in parts
+            if part.number not in self._blocks
+        ]
+        pages = self.pool.allocate(sum(count for _, count in new))
+        for number, count in new:
+            self._blocks[number], pages = pages[:count], pages[count:]
 
     def _chunk(self, order: Chunk, on_layer: Callable[[float], None] | None) -> None:
         reading = self._reading.get(order.context)
@@ -193,6 +213,8 @@ class Worker:
                 self._end_reading(number)
             if context := self._contexts.pop(number, None):
                 self.pool.release(context.pages)
+        for number in order.blocks:
+            self.pool.release(self._blocks.pop(number, []))
 
     def _end_reading(self, context: int) -> None:
         self.pool.release(self._reading.pop(context).scratch)

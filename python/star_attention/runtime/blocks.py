@@ -1,0 +1,127 @@
+"""Blocks of KV as rank 0 knows them: what is in them, which rank holds them, and for whom.
+
+A block's KV depends on its tokens, where they stand, and the anchor in front of them: two contexts
+that agree in these share the block, whatever else they say. Blocks that no context holds stay as
+long as nobody needs their room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from star_attention.config import StarConfig
+from star_attention.plan import Plan
+
+
+@dataclass(eq=False)
+class Block:
+    """The KV of a block, in pages of one rank.
+
+    Attributes:
+        key: of its contents; None: they are nobody else's.
+        holders: contexts that are open and have it.
+        is_ready: its KV is there; until then one of its holders reads it.
+    """
+
+    number: int
+    key: bytes | None
+    rank: int
+    tokens: int
+    pages: int
+    holders: int = 0
+    is_ready: bool = False
+
+
+def block_keys(token_ids: np.ndarray, plan: Plan, config: StarConfig) -> list[bytes]:
+    """A key for each block of a plan; equal ones have equal KV, for one model and dtype.
+
+    Args:
+        token_ids: int32 [n], of the context.
+    """
+    tokens = np.ascontiguousarray(token_ids, np.int32)
+    if config.attention == "star":
+        anchor = _digest(tokens[: plan.anchor_size])
+        return [
+            _digest(tokens[b.start : b.end], "star", b.start, anchor if b.prefix else "")
+            for b in plan.blocks
+        ]
+    # In an exact method a block depends on all that is before it, and ranks have fixed parts.
+    whole = _digest(tokens, config.attention, plan.num_ranks)
+    return [_digest(tokens[:0], whole, block.start) for block in plan.blocks]
+
+
+def _digest(tokens: np.ndarray, *more: object) -> bytes:
+    digest = hashlib.blake2b(repr(more).encode(), digest_size=32)
+    digest.update(tokens.tobytes())
+    return digest.digest()
+
+
+class BlockTable:
+    """All blocks that ranks hold.
+
+    Attributes:
+        live, idle: pages of each rank, int64 [ranks], in blocks that contexts hold, and in others.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.live = np.zeros(num_ranks, np.int64)
+        self.idle = np.zeros(num_ranks, np.int64)
+        self._by_key: dict[bytes, Block] = {}
+        self._idle: dict[Block, None] = {}  # least recently used first
+        self._numbers = 0
+
+    def find(self, key: bytes | None) -> Block | None:
+        return None if key is None else self._by_key.get(key)
+
+    def hold(self, block: Block) -> None:
+        """One more context has it."""
+        if not block.holders:
+            if block in self._idle:
+                del self._idle[block]
+                self.idle[block.rank] -= block.pages
+            self.live[block.rank] += block.pages
+        block.holders += 1
+
+    def new(self, key: bytes | None, rank: int, tokens: int, pages: int) -> Block:
+        """A block for one context; if another of its contents is there, nobody else's."""
+        self._numbers += 1
+        if key in self._by_key:
+            key = None
+        block = Block(self._numbers, key, rank, tokens, pages)
+        if key is not None:
+            self._by_key[key] = block
+        self.hold(block)
+        return block
+
+    def give_back(self, block: Block) -> bool:
+        """A context has it no longer; whether it is gone with it."""
+        block.holders -= 1
+        if block.holders:
+            return False
+        self.live[block.rank] -= block.pages
+        if block.is_ready and block.key is not None:
+            self._idle[block] = None
+            self.idle[block.rank] += block.pages
+            return False
+        if block.key is not None:
+            del self._by_key[block.key]
+        return True
+
+    def evict(self, missing: np.ndarray, besides: Collection[Block | None]) -> list[Block]:
+        """Gives up idle blocks, least recently used first, until the ranks have so many more pages,
+        int64 [ranks], or no others are idle there."""
+        gone, missing = [], missing.copy()
+        for block in list(self._idle):
+            if (missing <= 0).all():
+                break
+            if missing[block.rank] > 0 and block not in besides:
+                missing[block.rank] -= block.pages
+                del self._idle[block]
+                self.idle[block.rank] -= block.pages
+                del self._by_key[block.key]
+                gone.append(block)
+        return gone
