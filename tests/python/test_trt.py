@@ -17,11 +17,11 @@ from helpers import save_tiny_model, train_tokenizer
 from star_attention.cli import build as trt_cli
 from star_attention.cli import main as cli
 from star_attention.config import StarConfig
+from star_attention.engines.base import runs_of
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt import build as trt_build
 from star_attention.engines.tensorrt.build import BuildOptions, build_engine, limits_for, profiles
-from star_attention.engines.tensorrt.engine import runs_of
 from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits
 from star_attention.engines.tensorrt.library import LogFile
 from star_attention.engines.tensorrt.read import read_engine_config

@@ -1,6 +1,7 @@
 """The TensorRT engine's Python, over stand-ins for CuPy and TensorRT: ONNX's reference evaluator
 runs the graph, and checks every step's shapes against the profiles."""
 
+import ctypes
 import sys
 from types import SimpleNamespace
 
@@ -32,9 +33,12 @@ PAGE = 64
 LIMITS = EngineLimits(3, 500, 512, 256, PAGE)
 ADDRESS = 11 << 32
 NONE = np.zeros(0, np.int32)
+waits = []  # (stream, event)
 
 
 class Array(np.ndarray):
+    data = property(lambda array: SimpleNamespace(ptr=array.ctypes.data))
+
     def set(self, host):
         self[...] = host
 
@@ -52,6 +56,30 @@ class Stream:
         pass
 
     def synchronize(self):
+        pass
+
+    def wait_event(self, event):
+        waits.append((self, event))
+
+
+class Event:
+    done = False
+
+    def __init__(self, disable_timing):
+        pass
+
+    def record(self, stream):
+        self.stream = stream
+
+
+class Device:
+    def __init__(self, number):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
         pass
 
 
@@ -122,7 +150,14 @@ def engine(tmp_path, monkeypatch, model):
         uint16=np.float32,  # the elements of the KV pool, which only kernels look at
         int32=np.int32,
         float32=np.float32,
-        cuda=SimpleNamespace(Stream=Stream),
+        cuda=SimpleNamespace(
+            Stream=Stream,
+            Event=Event,
+            Device=Device,
+            runtime=SimpleNamespace(
+                memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
+            ),
+        ),
         get_default_memory_pool=lambda: SimpleNamespace(total_bytes=lambda: 1),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -225,3 +260,23 @@ def test_limits(engine):
     engine.reserve_positions(512)
     with pytest.raises(ValueError, match="513 positions are asked for, the engine has 512"):
         engine.reserve_positions(513)
+
+
+def test_copies_of_pages(engine):
+    """What was computed comes before a copy, and only steps that it concerns come behind it."""
+    for pages in ([3, 4, 9], [0]):
+        out = np.zeros((len(pages), engine.page_bytes), np.uint8)
+        given = np.random.default_rng(8).integers(0, 256, out.shape, np.uint8)
+        engine.write_layer(1, pages, given)
+        engine.read_layer(1, pages, out)
+        np.testing.assert_array_equal(out, given)
+        in_pool = engine._pool.view(np.ndarray)[1, pages].view(np.uint8).reshape(out.shape)
+        np.testing.assert_array_equal(in_pool, given)
+    assert {stream for stream, _ in waits} == {engine._copies._stream}
+    assert {event.stream for _, event in waits} == {engine._stream}
+    one = np.zeros(1, np.int32)
+    for pages, stored, expected in (([8], True, 0), ([9], False, 1), ([9], False, 0)):
+        waits.clear()
+        engine.step(one, one, step_of((pages, 0, 1), page=PAGE, stored=stored), one)
+        assert [event.stream for _, event in waits] == [engine._copies._stream] * expected
+    engine.finish_copies()

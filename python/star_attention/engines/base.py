@@ -6,7 +6,8 @@ slot numbers are those of the engine's KV pool, the same in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -89,6 +90,53 @@ def padded_count(sequences: int) -> int:
     return 1 << (sequences - 1).bit_length()
 
 
+def runs_of(
+    pages: Sequence[int] | np.ndarray, every: Sequence[np.ndarray] | None = None
+) -> list[tuple[int, int]]:
+    """Pages as runs (first page, count) of consecutive ones. With `every` rank's list they are cut
+    wherever one of these is not consecutive: all ranks get runs of the same counts."""
+    cuts = {0, len(pages)}
+    for each in (pages,) if every is None else every:
+        cuts.update((np.flatnonzero(np.diff(each) != 1) + 1).tolist())
+    return [(int(pages[a]), b - a) for a, b in itertools.pairwise(sorted(cuts))]
+
+
+class PagesUnderCopy:
+    """Pages that copies beside the steps still read or write: which steps must wait for them."""
+
+    def __init__(self) -> None:
+        self._read: set[int] = set()
+        self._written: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._read or self._written)
+
+    def add(self, pages: Sequence[int], *, written: bool) -> None:
+        (self._written if written else self._read).update(map(int, pages))
+
+    def clear(self) -> None:
+        """The copies are over."""
+        self._read.clear()
+        self._written.clear()
+
+    def concern(self, reads: Iterable[int], writes: Iterable[int]) -> bool:
+        """Whether what reads and writes these pages must come after the copies."""
+        return not (
+            self._written.isdisjoint(reads)
+            and self._written.isdisjoint(writes)
+            and self._read.isdisjoint(writes)
+        )
+
+    def concern_step(self, step: AttentionStep, tokens_per_block: int) -> bool:
+        slots = step.slot_mapping[step.slot_mapping >= 0]
+        writes = np.unique(slots // tokens_per_block).tolist()
+        if isinstance(step, RingStep):
+            return self.concern(step.pages.tolist(), writes)
+        if step.shared_pages is not None:
+            writes += step.shared_pages.tolist()
+        return self.concern(np.unique(step.page_table).tolist(), writes)
+
+
 # float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
 Logits = Any
 
@@ -144,6 +192,10 @@ class ModelEngine(Protocol):
     @property
     def peak_memory_bytes(self) -> int: ...
 
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in one layer on this process: K and V of its heads."""
+
     def reserve_pages(self, num_pages: int) -> None:
         """Makes pages below num_pages, at most `limits.pages`, usable; earlier ones stay."""
 
@@ -153,6 +205,27 @@ class ModelEngine(Protocol):
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies one page's KV in all layers."""
+
+    def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
+        """Copies these pages' KV in a layer, as the steps so far left it, into `out`, uint8
+        [len(pages), page_bytes]. On a GPU the copy may be under way when this returns, beside the
+        steps that follow; a step that overwrites the pages waits for it."""
+
+    def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
+        """Copies `data`, uint8 [len(pages), page_bytes], into these pages in a layer. On a GPU the
+        copy may be under way when this returns; a step that looks at the pages waits for it."""
+
+    def finish_copies(self) -> None:
+        """Waits for what `read_layer` and `write_layer` began: their host memory is free. Any
+        thread may call it."""
+
+    def pin(self, buffer: np.ndarray) -> None:
+        """Page-locks host memory, so that copies from and to a GPU are fast and are not waited
+        for; without effect where that is not allowed, or there is no GPU. For a thread that
+        computes nothing: the CUDA runtime remembers a failure until its next call there."""
+
+    def unpin(self, buffer: np.ndarray) -> None:
+        """Undoes `pin`, before the memory is given back and when no copy uses it any more."""
 
     def close(self) -> None:
         """Gives memory and connections back, on all ranks. Nothing can be called any more."""

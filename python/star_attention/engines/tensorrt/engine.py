@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,12 @@ from star_attention.engines.base import (
     PagedStep,
     is_decode_step,
     padded_count,
+    runs_of,
 )
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, plan_file
 from star_attention.engines.tensorrt.library import gpu_of, load_tensorrt, require_cupy, session_log
+from star_attention.engines.tensorrt.page_copies import PageCopies
 from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.errors import RankError, UserError
 from star_attention.trtllm.engine_folder import load_plugins
@@ -42,15 +43,6 @@ class _Inputs(NamedTuple):
     kv_lens: Any
     page_table: Any
     logit_rows: Any
-
-
-def runs_of(pages: np.ndarray, every: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """A rank's pages as runs (first page, count), cut wherever `every` rank's are not consecutive:
-    all ranks get runs of the same counts."""
-    cuts = {0, len(pages)}
-    for theirs in every:
-        cuts.update((np.flatnonzero(np.diff(theirs) != 1) + 1).tolist())
-    return [(int(pages[a]), b - a) for a, b in itertools.pairwise(sorted(cuts))]
 
 
 class TensorRtEngine:
@@ -98,6 +90,7 @@ class TensorRtEngine:
             raise self._log.explain(error) from None
         self._rotary = self._read_rotary(folder / ROTARY)
         self._workspace = self._make_workspace()
+        self._copies = PageCopies(cupy, device, self._stream)
         self.allocate_pool(0)
         self._graphs: dict[int, _DecodeGraph] = {}  # by sequences
 
@@ -115,6 +108,11 @@ class TensorRtEngine:
             "kv_cache": self._pool.nbytes,
             "workspace": self._workspace.nbytes,
         }
+
+    @property
+    def page_bytes(self) -> int:
+        config = self.config
+        return config.kv_bytes(self.tokens_per_block, self._pool.itemsize) // config.num_layers
 
     def allocate_pool(self, num_pages: int) -> None:
         """Makes room for so many pages, once, before the first step."""
@@ -146,14 +144,31 @@ class TensorRtEngine:
             )
 
     def close(self) -> None:
+        self.finish_copies()
         self._graphs.clear()
         self._execution = self._session = self._pool = self._workspace = self._rotary = None
         self._comm.close()
         self._cupy.get_default_memory_pool().free_all_blocks()
 
     def copy_page(self, source: int, target: int) -> None:
+        self._copies.before([source], [target])
         with self._stream:
             self._pool[:, target] = self._pool[:, source]
+
+    def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
+        self._copies.read(self._pool[layer], pages, out)
+
+    def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
+        self._copies.write(self._pool[layer], pages, data)
+
+    def finish_copies(self) -> None:
+        self._copies.finish()
+
+    def pin(self, buffer: np.ndarray) -> None:
+        self._copies.pin(buffer)
+
+    def unpin(self, buffer: np.ndarray) -> None:
+        self._copies.unpin(buffer)
 
     def step(
         self,
@@ -166,6 +181,7 @@ class TensorRtEngine:
         assert isinstance(attention, PagedStep)
         decodes = is_decode_step(attention, logit_rows)
         self._check_step(positions, attention, len(logit_rows), decodes)
+        self._copies.before_step(attention, self.tokens_per_block)
         with self._stream:
             try:
                 if decodes:
@@ -297,8 +313,7 @@ class TensorRtEngine:
             traffic.received += merged
         if step.shared_pages is not None and peers:
             layers = config.num_layers - (not attends_last)
-            page_bytes = config.kv_bytes(self.tokens_per_block, 2) // config.num_layers
-            shared = len(step.shared_pages) * page_bytes * layers
+            shared = len(step.shared_pages) * self.page_bytes * layers
             if self._comm.rank == 0:
                 traffic.sent += shared * peers
             else:

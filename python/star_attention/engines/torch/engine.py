@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from star_attention.engines.torch.attention import Attention, attention_on, to_d
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
+from star_attention.engines.torch.page_copies import PageCopies
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
 from star_attention.models.rotary import rotary_table
@@ -63,6 +64,7 @@ class TorchEngine:
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
+        self._copies = PageCopies(self._device)
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
         if on_gpu and comm.capturable and self._group.capturable:
@@ -80,6 +82,11 @@ class TorchEngine:
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @property
+    def page_bytes(self) -> int:
+        itemsize = self._pool.data.itemsize
+        return self._part.kv_bytes(self.tokens_per_block, itemsize) // self._part.num_layers
+
     def reserve_pages(self, num_pages: int) -> None:
         self._pool.reserve(num_pages)
 
@@ -94,9 +101,26 @@ class TorchEngine:
                 self._graphs.clear()
 
     def copy_page(self, source: int, target: int) -> None:
+        self._copies.before([source], [target])
         self._pool.copy_page(source, target)
 
+    def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
+        self._copies.read(self._pool.data[layer], pages, out)
+
+    def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
+        self._copies.write(self._pool.data[layer], pages, data)
+
+    def finish_copies(self) -> None:
+        self._copies.finish()
+
+    def pin(self, buffer: np.ndarray) -> None:
+        self._copies.pin(buffer)
+
+    def unpin(self, buffer: np.ndarray) -> None:
+        self._copies.unpin(buffer)
+
     def close(self) -> None:
+        self.finish_copies()
         if self._graphs:
             self._graphs.clear()
         self._graphs = self._pool = self._weights = self._rotary = None
@@ -119,6 +143,7 @@ class TorchEngine:
             raise ValueError(
                 f"position {beyond - 1} is not reserved: reserve_positions({beyond}) comes first"
             )
+        self._copies.before_step(attention, self.tokens_per_block)
         try:
             if self._graphs and is_decode_step(attention, logit_rows):
                 logits = self._graphs.step(token_ids, positions, attention)

@@ -1,0 +1,94 @@
+"""Copies of pages between the KV pool and host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+
+from star_attention.engines.base import AttentionStep, PagesUnderCopy, runs_of
+
+
+class PageCopies:
+    """On a GPU copies have a stream of their own. They follow what was computed when they were
+    asked for, and only what concerns their pages follows them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._under_way = PagesUnderCopy()
+        self._pinned: set[int] = set()  # addresses
+        if self._on_gpu:
+            self._stream = torch.cuda.Stream(device)
+            self._last = torch.cuda.Event()  # behind the last copy
+
+    def read(self, pool: torch.Tensor, pages: Sequence[int], out: np.ndarray) -> None:
+        """Pages of a layer's pool [num_pages, ...] into uint8 [len(pages), page bytes]."""
+        self._copy(pool, pages, out, to_pool=False)
+
+    def write(self, pool: torch.Tensor, pages: Sequence[int], data: np.ndarray) -> None:
+        """The reverse of `read`."""
+        self._copy(pool, pages, data, to_pool=True)
+
+    def before_step(self, step: AttentionStep, tokens_per_block: int) -> None:
+        """The current stream waits for the copies that concern the step."""
+        if self._are_under_way() and self._under_way.concern_step(step, tokens_per_block):
+            self._wait()
+
+    def before(self, reads: Collection[int], writes: Collection[int]) -> None:
+        """The current stream waits for the copies that concern these pages."""
+        if self._are_under_way() and self._under_way.concern(reads, writes):
+            self._wait()
+
+    def finish(self) -> None:
+        if self._on_gpu:
+            self._stream.synchronize()
+
+    def pin(self, buffer: np.ndarray) -> None:
+        if self._on_gpu and buffer.nbytes:
+            runtime = torch.cuda.cudart()
+            with torch.cuda.device(self._device):
+                error = runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)
+            if error == runtime.cudaError.success:
+                self._pinned.add(buffer.ctypes.data)
+
+    def unpin(self, buffer: np.ndarray) -> None:
+        if buffer.ctypes.data in self._pinned:
+            self._pinned.remove(buffer.ctypes.data)
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
+
+    @torch.inference_mode()
+    def _copy(
+        self, pool: torch.Tensor, pages: Sequence[int], host: np.ndarray, *, to_pool: bool
+    ) -> None:
+        in_pool = pool.view(torch.uint8).flatten(1)
+        in_host = torch.from_numpy(host)
+        if self._on_gpu:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._copy_runs(in_pool, pages, in_host, to_pool)
+                self._last.record()
+            self._under_way.add(pages, written=to_pool)
+        else:
+            self._copy_runs(in_pool, pages, in_host, to_pool)
+
+    def _copy_runs(
+        self, in_pool: torch.Tensor, pages: Sequence[int], in_host: torch.Tensor, to_pool: bool
+    ) -> None:
+        start = 0
+        for first, count in runs_of(pages):
+            sides = in_pool[first : first + count], in_host[start : start + count]
+            target, source = sides if to_pool else sides[::-1]
+            target.copy_(source, non_blocking=True)
+            start += count
+
+    def _are_under_way(self) -> bool:
+        if self._under_way and self._last.query():
+            self._under_way.clear()
+        return bool(self._under_way)
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._last)
+        self._under_way.clear()  # what the stream gets from here on is behind them
