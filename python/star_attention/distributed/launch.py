@@ -19,6 +19,7 @@ from star_attention.errors import UserError
 
 # Open MPI frames its own messages with lines of dashes.
 _FRAME = b"-" * 40
+_OURS = "star-attn: "
 _KILLED = re.compile(r"process rank (\d+).*exited on signal (\d+) \((.*?)\)")
 
 
@@ -54,45 +55,83 @@ def mpirun_command(num_ranks: int, oversubscribe: bool = False) -> list[str]:
     return command
 
 
-def run_ranks(
-    command: Sequence[str], num_ranks: int, oversubscribe: bool = False, **environment: str
-) -> int:
-    """Runs `command` as `num_ranks` ranks and returns its exit code.
+class RankJob:
+    """A command that runs as ranks, or, with one, as it is.
 
     What ranks print passes through. Of mpirun's own messages only which rank was killed is told, in
     a line, and all of them if the job failed and no rank said why. The ranks end with this process,
-    however it ends. Raises UserError as `mpirun_command`.
+    or the thread that started them, however it ends.
+
+    Attributes:
+        last_words: the last line in which a rank said what is wrong.
+
+    Raises:
+        UserError: as `mpirun_command`.
     """
-    process = subprocess.Popen(
-        [*mpirun_command(num_ranks, oversubscribe), *command],
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**_without_rank(os.environ), **environment},
-        preexec_fn=_end_with_parent,
-    )
-    assert process.stderr is not None
-    explained, was_stopped, untold = False, False, []
-    try:
-        for is_message, text in _split_messages(process.stderr):
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        num_ranks: int,
+        oversubscribe: bool = False,
+        **environment: str,
+    ) -> None:
+        launcher = mpirun_command(num_ranks, oversubscribe) if num_ranks > 1 else []
+        self.last_words = ""
+        self._process = subprocess.Popen(
+            [*launcher, *command],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**_without_rank(os.environ), **environment},
+            preexec_fn=_end_with_parent,
+        )
+
+    def wait(self) -> int:
+        """The exit code."""
+        explained, was_stopped, untold = False, False, []
+        for is_message, text in _split_messages(self._process.stderr):
             if is_message:
                 killed = _KILLED.search(b" ".join(text.split()).decode(errors="replace"))
                 untold.append(text)
                 if not killed or was_stopped:
                     continue
-                text = f"star-attn: {_obituary(*killed.groups())}\n".encode()
+                text = f"{_OURS}{_obituary(*killed.groups())}\n".encode()
             was_stopped = was_stopped or b"does not run (state T" in text
-            sys.stderr.buffer.write(text)
-            sys.stderr.buffer.flush()
+            self._pass_on(text)
             explained = True
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if code and not explained:
-        sys.stderr.buffer.write(b"".join(untold))
+        code = self._process.wait()
+        if code and not explained:
+            self._pass_on(b"".join(untold))
+        return code
+
+    def terminate(self) -> None:
+        """Asks it to end; `wait` tells when it has."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def _pass_on(self, text: bytes) -> None:
+        if text.startswith(_OURS.encode()):
+            self.last_words = text.decode(errors="replace").removeprefix(_OURS).strip()
+        sys.stderr.buffer.write(text)
         sys.stderr.buffer.flush()
-    return code
+
+
+def run_ranks(
+    command: Sequence[str], num_ranks: int, oversubscribe: bool = False, **environment: str
+) -> int:
+    """Runs `command` as a `RankJob` to its end and returns its exit code."""
+    job = RankJob(command, num_ranks, oversubscribe, **environment)
+    try:
+        return job.wait()
+    except BaseException:
+        job.terminate()
+        job.wait()
+        raise
 
 
 def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:

@@ -74,6 +74,10 @@ class BlockTable:
         self._idle: dict[Block, None] = {}  # least recently used first
         self._numbers = 0
 
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
     def find(self, key: bytes | None) -> Block | None:
         return None if key is None else self._by_key.get(key)
 

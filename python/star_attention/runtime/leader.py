@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from star_attention.distributed import Communicator
 from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
+from star_attention.runtime.pace import Pace
 from star_attention.runtime.requests import Context, NewToken
 from star_attention.runtime.sampling import TokenLogprobs, sample, token_logprobs
 from star_attention.runtime.scheduler import Scheduler
@@ -36,6 +38,7 @@ class Leader:
         num_ranks: that contexts are divided among.
         limits: what all ranks' engines allow; by default `engine`'s.
         shares_blocks: as in `Scheduler`.
+        pace: cuts passes so that answers go on between them.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class Leader:
         num_ranks: int,
         limits: Limits | None = None,
         shares_blocks: bool = False,
+        pace: Pace | None = None,
     ) -> None:
         self.execute = execute
+        self._pace = pace
         self.scheduler = Scheduler(
             engine.config,
             limits or engine.limits,
@@ -65,8 +70,18 @@ class Leader:
                 done again if it is still wanted.
         """
         with interrupts.held():
-            order = self.scheduler.next()
-            return None if order is None else self._run(order, on_chunk)
+            scheduler = self.scheduler
+            if self._pace:
+                cuts = self._pace.cuts(scheduler.num_running > 0, scheduler.has_questions)
+                scheduler.chunk_tokens, scheduler.question_tokens = cuts
+            order = scheduler.next()
+            if order is None:
+                return None
+            begin = time.perf_counter()
+            new = self._run(order, on_chunk)
+            if self._pace:
+                self._pace.took(order, time.perf_counter() - begin)
+            return new
 
     def encode(self, token_ids: np.ndarray, config: StarConfig) -> Context:
         """Reads a context, int32 [n], while nothing else runs.

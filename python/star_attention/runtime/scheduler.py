@@ -272,6 +272,24 @@ class Scheduler:
         """Questions that are being answered."""
         return len(self._running)
 
+    @property
+    def num_waiting(self) -> int:
+        """Questions whose turn has not come."""
+        return len(self._waiting)
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether some wait for nothing but their turn to be encoded."""
+        return any(question.context.is_ready for question in self._waiting)
+
+    @property
+    def num_idle_blocks(self) -> int:
+        return self._blocks.num_idle
+
+    def is_cached(self, keys: Iterable[bytes]) -> bool:
+        """Whether a context of these blocks has nothing to read."""
+        return all(self._blocks.find(key) for key in keys)
+
     # Contexts
 
     def _check(self, context: Context, questions: Sequence[tuple[int, int]]) -> np.ndarray:

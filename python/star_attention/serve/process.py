@@ -1,0 +1,270 @@
+"""The ranks as the front has them: processes of their own, started, watched, and started again.
+
+Rank 0 listens on a socket in a folder that only this user reaches. A thread starts the ranks,
+connects, and passes on what rank 0 says; another passes requests to it, so that the event loop
+never waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+import numpy as np
+
+from star_attention.distributed.launch import RankJob
+from star_attention.errors import say
+from star_attention.runtime.sampling import SamplingParams
+from star_attention.serve.engine import EngineLostError, EngineRefusalError, State
+from star_attention.serve.messages import (
+    Cancel,
+    Event,
+    Generate,
+    NewToken,
+    Opened,
+    Progress,
+    Read,
+    ReadDone,
+    Ready,
+    Refused,
+    Request,
+    Statistics,
+    Stop,
+    Tokens,
+)
+
+_SOCKET = "STAR_ATTENTION_FRONT_SOCKET"
+_SECRET = "STAR_ATTENTION_FRONT_SECRET"
+_STEADY = 600.0  # seconds after which earlier restarts are forgotten
+
+
+def connection_to_front() -> Connection | None:
+    """In a process that a front started as its rank 0: what connects them."""
+    address = os.environ.get(_SOCKET)
+    if address is None:
+        return None
+    with Listener(address, "AF_UNIX", authkey=bytes.fromhex(os.environ[_SECRET])) as listener:
+        return listener.accept()
+
+
+class EngineProcess:
+    """An `Engine` whose ranks are processes.
+
+    Args:
+        start_ranks: starts them, with these variables in their environment.
+        restarts: how often ranks that were lost are started again.
+        patience: seconds after which ranks that say nothing are given up.
+        on_refusal: called if the ranks end with exit code 2 before they were ever ready.
+    """
+
+    def __init__(
+        self,
+        start_ranks: Callable[[dict[str, str]], RankJob],
+        restarts: int = 3,
+        patience: float = 12.0,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.state: State = "starting"
+        self.reason = "the model is being loaded"
+        self.model: Ready | None = None
+        self.statistics: Statistics | None = None
+        self.restarts = 0
+        self._start_ranks = start_ranks
+        self._restarts_left = self._restarts_allowed = restarts
+        self._patience = patience
+        self._on_refusal = on_refusal
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Requests, and to which start of the ranks they go.
+        self._outgoing: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
+        self._waiting: dict[int, asyncio.Queue[object]] = {}
+        self._numbers = 0
+        self._job: RankJob | None = None
+        self._connection: Connection | None = None
+        self._is_stopping = False
+        self._heard = 0.0
+        self._folder = Path(tempfile.mkdtemp(prefix="star-attention-"))
+        self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
+        self._sender = threading.Thread(target=self._send, name="engine-sender", daemon=True)
+
+    # The Engine protocol
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._supervisor.start()
+        self._sender.start()
+
+    async def stop(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while self._waiting and self.state == "ready" and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        self._is_stopping = True
+        self._post(Stop())
+        if self._waiting or self.state != "ready":
+            self._terminate()
+        await asyncio.to_thread(self._supervisor.join, max(1.0, end - time.monotonic()))
+        if self._supervisor.is_alive():
+            self._terminate(kill=True)
+            await asyncio.to_thread(self._supervisor.join, 10.0)
+        self._outgoing.put(None)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def generate(
+        self, token_ids: np.ndarray, border: int, params: SamplingParams
+    ) -> AsyncIterator[Opened | Progress | NewToken]:
+        self._numbers += 1
+        async for event in self._events(Generate(self._numbers, token_ids, border, params)):
+            yield event
+            if isinstance(event, NewToken) and event.finish_reason:
+                return
+
+    async def read(
+        self, token_ids: np.ndarray, keep: bool = False
+    ) -> AsyncIterator[Opened | Progress | ReadDone]:
+        self._numbers += 1
+        async for event in self._events(Read(self._numbers, token_ids, keep)):
+            yield event
+            if isinstance(event, ReadDone) and not keep:
+                return
+
+    async def _events(self, request: Generate | Read) -> AsyncIterator[object]:
+        """What the engine says about a request, which is cancelled when nobody listens any more."""
+        if self.state != "ready":
+            raise EngineLostError(self.reason)
+        incoming = self._waiting[request.request] = asyncio.Queue()
+        self._post(request)
+        is_over = False
+        try:
+            while True:
+                event = await incoming.get()
+                is_over = _is_last(event)
+                if isinstance(event, Exception):
+                    is_over = True
+                    raise event
+                if isinstance(event, Refused):
+                    is_over = True
+                    raise EngineRefusalError(event.reason)
+                yield event
+        finally:
+            if self._waiting.pop(request.request, None) is incoming and not is_over:
+                self._post(Cancel(request.request))
+
+    def _post(self, request: Request) -> None:
+        self._outgoing.put((self.restarts, request))
+
+    # In the event loop
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Ready():
+                self.model, self.state, self.reason = event, "ready", ""
+            case Statistics():
+                self.statistics = event
+            case Tokens(tokens):
+                for token in tokens:
+                    self._deliver(token)
+            case _:
+                self._deliver(event)
+
+    def _deliver(self, event: NewToken | Opened | Progress | ReadDone | Refused) -> None:
+        if incoming := self._waiting.get(event.request):
+            incoming.put_nowait(event)
+
+    def _lose(self, state: State, reason: str) -> None:
+        self.state, self.reason, self.statistics = state, reason, None
+        waiting, self._waiting = self._waiting, {}
+        for incoming in waiting.values():
+            incoming.put_nowait(EngineLostError(reason))
+
+    # In threads
+
+    def _supervise(self) -> None:
+        while not self._is_stopping:
+            began = time.monotonic()
+            code = self._run_once()
+            if self._is_stopping:
+                break
+            reason = self._job.last_words or f"the ranks ended with exit code {code}"
+            if self.model is None and code == 2:
+                self._call(self._lose, "lost", reason)
+                self._on_refusal()
+                return
+            if time.monotonic() - began > _STEADY:
+                self._restarts_left = self._restarts_allowed
+            if not self._restarts_left:
+                self._call(self._lose, "lost", reason)
+                say("the ranks are not started again (--restart); the server answers 503")
+                return
+            self._restarts_left -= 1
+            self.restarts += 1
+            self._call(self._lose, "starting", f"{reason}; the ranks are started again")
+            say("the ranks are started again")
+        self._call(self._lose, "lost", "the server is shutting down")
+
+    def _run_once(self) -> int:
+        """Starts the ranks and passes on what they say until they end; the exit code."""
+        address, secret = self._folder / f"rank0-{self.restarts}", os.urandom(32)
+        job = self._job = self._start_ranks({_SOCKET: str(address), _SECRET: secret.hex()})
+        ended: list[int] = []
+        waiter = threading.Thread(target=self._listen, args=(job, str(address), secret), daemon=True)
+        waiter.start()
+        ended.append(job.wait())
+        waiter.join()
+        return ended[0]
+
+    def _listen(self, job: RankJob, address: str, secret: bytes) -> None:
+        connection = None
+        while connection is None and job.is_running():
+            try:
+                connection = Client(address, "AF_UNIX", authkey=secret)
+            except (FileNotFoundError, ConnectionError):
+                time.sleep(0.05)
+        if connection is None:
+            return
+        self._connection = connection
+        is_ready = False
+        try:
+            while True:
+                if not connection.poll(self._patience if is_ready else None):
+                    say(f"the ranks have said nothing for {self._patience:g} s: they are ended")
+                    job.kill()
+                    return
+                event = connection.recv()
+                is_ready = is_ready or isinstance(event, Ready)
+                self._call(self._take, event)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._connection = None
+            # Nobody waits for what does not come, however long the ranks take to end.
+            if not self._is_stopping:
+                self._call(self._lose, "starting", "the ranks were lost")
+            connection.close()
+
+    def _send(self) -> None:
+        while (posted := self._outgoing.get()) is not None:
+            start, request = posted
+            connection = self._connection
+            if connection is not None and start == self.restarts:
+                with suppress(OSError, ValueError):
+                    connection.send(request)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the event loop is over
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _terminate(self, kill: bool = False) -> None:
+        if self._job:
+            self._job.kill() if kill else self._job.terminate()
+
+
+def _is_last(event: object) -> bool:
+    return isinstance(event, NewToken) and event.finish_reason is not None
