@@ -276,7 +276,7 @@ _Ttl = Annotated[float, Field(gt=0, le=10 * 365 * 86400)]
 class ContextRequest(Strict):
     """POST /v1/contexts."""
 
-    name: Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     model: str | None = None
     text: str | None = None
     messages: Messages | None = None

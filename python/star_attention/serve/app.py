@@ -20,7 +20,7 @@ from star_attention.serve.completions import completion_routes
 from star_attention.serve.context_routes import context_routes
 from star_attention.serve.contexts import Contexts
 from star_attention.serve.engine import Engine, EngineLostError, EngineRefusalError
-from star_attention.serve.errors import ApiError, as_api_error
+from star_attention.serve.errors import ApiError, as_api_error, internal_error
 from star_attention.serve.front import Front
 from star_attention.serve.health_routes import health_routes, package_version
 from star_attention.serve.hosts import HostCheck
@@ -94,6 +94,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, options: ServeOptions) -> A
         api.add_exception_handler(kind, _tell)
     api.add_exception_handler(HTTPException, _tell_http)
     api.add_exception_handler(ClientDisconnect, _tell_nobody)
+    api.add_exception_handler(Exception, _tell_little)
 
     # The first to see a request is the last of these.
     app: ASGIApp = Authentication(api, options.api_keys)
@@ -121,3 +122,7 @@ async def _tell_http(_: Request, error: HTTPException) -> Response:
 
 async def _tell_nobody(_: Request, error: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
+
+
+async def _tell_little(_: Request, error: Exception) -> Response:
+    return internal_error().response()

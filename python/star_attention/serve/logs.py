@@ -19,6 +19,7 @@ from star_attention.serve.metrics import Metrics
 logger = logging.getLogger("star_attention.serve")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PATHS = ("/", "/openapi.json")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS", "PUT"))
 
 
@@ -47,7 +48,7 @@ LOG_CONFIG: dict[str, Any] = {
         name: {"handlers": ["stderr"], "level": "INFO", "propagate": False}
         for name in ("star_attention.serve", "uvicorn", "uvicorn.error")
     }
-    | {"uvicorn.error": {"level": "INFO"}},
+    | {"uvicorn.error": {"level": "INFO"}, "uvicorn.access": {"propagate": False}},
 }
 
 
@@ -67,14 +68,15 @@ class RequestLog:
         request_id = Headers(scope=scope).get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
-        start, status = time.monotonic(), None
+        start, status, is_complete = time.monotonic(), None, False
         fields = scope["log"] = {}
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         try:
@@ -84,9 +86,10 @@ class RequestLog:
             if told is None:
                 fields["exception_type"] = type(error).__name__
                 logger.exception("a request failed", extra={"fields": {"id": request_id}})
-            if status is not None:
+            if status is None:
+                await (told or internal_error()).response()(scope, receive, send_with_id)
+            elif not is_complete:
                 raise
-            await (told or internal_error()).response()(scope, receive, send_with_id)
         finally:
             status = status or 499  # the client left before it was told anything
             path = _route(scope)
@@ -102,5 +105,8 @@ class RequestLog:
 
 def _route(scope: Scope) -> str:
     """The route's path, with the names of its parts in place of what a client wrote."""
-    route = scope.get("route")
-    return getattr(route, "path", None) or "unmatched"
+    if scope["path"] in _PATHS:
+        return scope["path"]
+    if scope["path"].startswith("/page/"):
+        return "/page"
+    return getattr(scope.get("route"), "path", "unmatched")

@@ -51,7 +51,6 @@ def add_page(app: FastAPI, folder: Path | None = None) -> None:
             raise HTTPException(404, "this server has no page")
         return FileResponse(path, headers=_HEADERS)
 
-    app.router.routes += [
-        Route("/", index, methods=["GET"], include_in_schema=False),
-        Mount("/page", _Files(directory=folder, check_dir=False), name="page"),
-    ]
+    app.router.routes.append(Route("/", index, methods=["GET"], include_in_schema=False))
+    if folder.is_dir():
+        app.router.routes.append(Mount("/page", _Files(directory=folder), name="page"))

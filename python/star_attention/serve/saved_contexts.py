@@ -32,7 +32,7 @@ class SavedContext(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    name: str = Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     created: float
     bytes: int
     files: list[SavedFile]
