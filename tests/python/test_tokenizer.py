@@ -77,3 +77,20 @@ def test_stop_strings(smollm2_plain):
     pieces = stream(smollm2_plain, "one two three four", ["two thr", "never"])
     assert "".join(pieces) == "one "
     assert "".join(stream(smollm2_plain, "one two thick", ["two thr"])) == "one two thick"
+
+
+@given(
+    text=st.text(st.sampled_from("aab \U0001f600"), min_size=1, max_size=30).filter(str.strip),
+    stop=st.lists(st.text(st.sampled_from("aab "), min_size=1, max_size=6), max_size=5),
+)
+def test_stop_strings_across_tokens(smollm2_plain, text, stop):
+    ends = [text.find(string) for string in stop if string in text]
+    first = min((text.find(string) + len(string) for string in stop if string in text), default=0)
+    *pieces, rest = stream(smollm2_plain, text, stop)
+    shown = "".join(pieces) + rest
+    assert text.startswith(shown)
+    if ends:
+        assert len(shown) in ends
+        assert len(shown) < first
+    else:
+        assert shown == text

@@ -126,7 +126,9 @@ class TextStream:
             return ""
         self._begin, self._read = self._read, len(self._tokens)
         self._decoded += after[len(before) :]
-        ends = [self._decoded.find(stop) for stop in self._stop if stop in self._decoded]
+        # Of what was emitted nothing belongs to a stop string.
+        ends = [self._decoded.find(stop, self._emitted) for stop in self._stop]
+        ends = [end for end in ends if end >= 0]
         if ends:
             self._decoded = self._decoded[: min(ends)]
             self.stopped = True
@@ -138,11 +140,12 @@ class TextStream:
         return self._emit(len(self._decoded))
 
     def _held_back(self) -> int:
+        pending = self._decoded[self._emitted :]
         lengths = [
             length
             for stop in self._stop
-            for length in range(1, len(stop))
-            if self._decoded.endswith(stop[:length])
+            for length in range(1, min(len(stop), len(pending) + 1))
+            if pending.endswith(stop[:length])
         ]
         return max(lengths, default=0)
 
