@@ -23,6 +23,7 @@ _COMMANDS = {
     "export": ("export", "export"),
     "info": ("info", "info"),
     "plan": ("plan", "plan"),
+    "serve": ("serve", "serve"),
     "trtllm": ("trtllm", "trtllm"),
     "tune": ("evals", "tune"),
 }

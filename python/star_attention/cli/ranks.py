@@ -16,10 +16,11 @@ from typing import Any
 
 from star_attention.cli import terminal
 from star_attention.distributed import world_size
-from star_attention.distributed.launch import run_ranks
+from star_attention.distributed.launch import RankJob, run_ranks
 from star_attention.errors import UserError
 
 _HANDED = "STAR_ATTENTION_HANDED"
+_COMMAND = (sys.executable, "-m", "star_attention")
 
 
 def arguments() -> list[str]:
@@ -60,14 +61,22 @@ def run_as_ranks(
         texts: for `handed_texts`.
     """
     environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
-    handed = {"arguments": [*arguments(), *more], "texts": texts}
+    environment |= _hand_over(arguments=[*arguments(), *more], texts=texts)
+    return run_ranks(_COMMAND, processes, oversubscribe, **environment)
+
+
+def start_ranks(processes: int, oversubscribe: bool, variables: dict[str, str]) -> RankJob:
+    """Starts this command line as so many processes, with these variables in their environment."""
+    variables = {**variables, **_hand_over(arguments=arguments())}
+    return RankJob(_COMMAND, processes, oversubscribe, **variables)
+
+
+def _hand_over(**values: Any) -> dict[str, str]:
+    """Keeps `values` in memory for processes with the variables that this returns."""
     memory = os.memfd_create("star-attn")
-    with os.fdopen(memory, "w", encoding="utf-8", errors="surrogateescape") as file:
-        json.dump({name: value for name, value in handed.items() if value is not None}, file)
-        file.flush()
-        environment[_HANDED] = f"/proc/{os.getpid()}/fd/{memory}"
-        command = [sys.executable, "-m", "star_attention"]
-        return run_ranks(command, processes, oversubscribe, **environment)
+    with os.fdopen(os.dup(memory), "w", encoding="utf-8", errors="surrogateescape") as file:
+        json.dump({name: value for name, value in values.items() if value is not None}, file)
+    return {_HANDED: f"/proc/{os.getpid()}/fd/{memory}"}
 
 
 @functools.cache

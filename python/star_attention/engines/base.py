@@ -174,6 +174,7 @@ class ModelEngine(Protocol):
     """A model on one rank, with a KV pool of numbered pages.
 
     Attributes:
+        dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
         has_ring: whether a step's attention can be a `RingStep`.
         shares_pages: whether a step can have `shared_pages`.
         wait_seconds: how long steps have stood still so far for what other ranks send.
@@ -183,6 +184,7 @@ class ModelEngine(Protocol):
 
     config: ModelConfig
     tokens_per_block: int
+    dtype: str
     limits: Limits
     has_ring: bool
     shares_pages: bool

@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import shutil
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from star_attention.distributed.launch import RankJob
 from star_attention.errors import say
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.serve.engine import EngineLostError, EngineRefusalError, State
@@ -44,23 +45,117 @@ from star_attention.serve.messages import (
 
 _SOCKET = "STAR_ATTENTION_FRONT_SOCKET"
 _SECRET = "STAR_ATTENTION_FRONT_SECRET"
+_OUTER = "STAR_ATTENTION_OUTER_RANK0"
 _STEADY = 600.0  # seconds after which earlier restarts are forgotten
 
 
-def connection_to_front() -> Connection | None:
-    """In a process that a front started as its rank 0: what connects them."""
-    address = os.environ.get(_SOCKET)
-    if address is None:
+class Job(Protocol):
+    """Ranks that run, as `RankJob`."""
+
+    last_words: str
+
+    def wait(self) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def is_running(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where rank 0 listens for its front, and the secret that each shows the other."""
+
+    address: str
+    secret: str
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Meeting:
+        return cls(str(folder / os.urandom(4).hex()), os.urandom(32).hex())
+
+    def variables(self) -> dict[str, str]:
+        """For rank 0's environment."""
+        return {_SOCKET: self.address, _SECRET: self.secret}
+
+    def wait_for_front(self) -> Connection:
+        """Rank 0's end."""
+        secret = bytes.fromhex(self.secret)
+        with Listener(self.address, "AF_UNIX", authkey=secret) as listener:
+            return listener.accept()
+
+    def call_rank0(self) -> Connection | None:
+        """The front's end; None: it does not listen yet."""
+        try:
+            return Client(self.address, "AF_UNIX", authkey=bytes.fromhex(self.secret))
+        except (FileNotFoundError, ConnectionError):
+            return None
+
+
+def meeting_of_rank0() -> Meeting | None:
+    """In the processes that a front started as its ranks."""
+    if _SOCKET not in os.environ or _OUTER in os.environ:
         return None
-    with Listener(address, "AF_UNIX", authkey=bytes.fromhex(os.environ[_SECRET])) as listener:
-        return listener.accept()
+    return Meeting(os.environ[_SOCKET], os.environ[_SECRET])
+
+
+class OwnRanks:
+    """Starts ranks.
+
+    Args:
+        start: does it, with these variables in their environment.
+    """
+
+    def __init__(self, start: Callable[[dict[str, str]], Job]) -> None:
+        self._start = start
+        self._folder = tempfile.TemporaryDirectory(prefix="star-attention-")
+
+    def start(self) -> tuple[Job, Meeting]:
+        meeting = Meeting.in_folder(Path(self._folder.name))
+        return self._start(meeting.variables()), meeting
+
+
+class OuterRanks:
+    """Ranks whose rank 0 started this front: somebody else's mpirun started them."""
+
+    @staticmethod
+    def variables(meeting: Meeting) -> dict[str, str]:
+        """For the environment of a front that is started by rank 0."""
+        return {**meeting.variables(), _OUTER: str(os.getpid())}
+
+    @staticmethod
+    def are_here() -> bool:
+        return _OUTER in os.environ
+
+    def start(self) -> tuple[Job, Meeting]:
+        job = _OuterJob(int(os.environ[_OUTER]))
+        return job, Meeting(os.environ[_SOCKET], os.environ[_SECRET])
+
+
+class _OuterJob:
+    last_words = ""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+
+    def wait(self) -> int:
+        while self.is_running():
+            time.sleep(0.1)
+        return 1
+
+    def is_running(self) -> bool:
+        return os.getppid() == self._process
+
+    def terminate(self) -> None:
+        """Rank 0 ends once it is told to stop, or its front is gone."""
+
+    def kill(self) -> None:
+        if self.is_running():
+            os.kill(self._process, signal.SIGKILL)
 
 
 class EngineProcess:
     """An `Engine` whose ranks are processes.
 
     Args:
-        start_ranks: starts them, with these variables in their environment.
+        ranks: starts them.
         restarts: how often ranks that were lost are started again.
         patience: seconds after which ranks that say nothing are given up.
         on_refusal: called if the ranks end with exit code 2 before they were ever ready.
@@ -68,7 +163,7 @@ class EngineProcess:
 
     def __init__(
         self,
-        start_ranks: Callable[[dict[str, str]], RankJob],
+        ranks: OwnRanks | OuterRanks,
         restarts: int = 3,
         patience: float = 12.0,
         on_refusal: Callable[[], None] = lambda: None,
@@ -78,7 +173,7 @@ class EngineProcess:
         self.model: Ready | None = None
         self.statistics: Statistics | None = None
         self.restarts = 0
-        self._start_ranks = start_ranks
+        self._ranks = ranks
         self._restarts_left = self._restarts_allowed = restarts
         self._patience = patience
         self._on_refusal = on_refusal
@@ -87,11 +182,9 @@ class EngineProcess:
         self._outgoing: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
         self._waiting: dict[int, asyncio.Queue[object]] = {}
         self._numbers = 0
-        self._job: RankJob | None = None
+        self._job: Job | None = None
         self._connection: Connection | None = None
         self._is_stopping = False
-        self._heard = 0.0
-        self._folder = Path(tempfile.mkdtemp(prefix="star-attention-"))
         self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
         self._sender = threading.Thread(target=self._send, name="engine-sender", daemon=True)
 
@@ -115,7 +208,6 @@ class EngineProcess:
             self._terminate(kill=True)
             await asyncio.to_thread(self._supervisor.join, 10.0)
         self._outgoing.put(None)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def generate(
         self, token_ids: np.ndarray, border: int, params: SamplingParams
@@ -211,24 +303,19 @@ class EngineProcess:
 
     def _run_once(self) -> int:
         """Starts the ranks and passes on what they say until they end; the exit code."""
-        address, secret = self._folder / f"rank0-{self.restarts}", os.urandom(32)
-        job = self._job = self._start_ranks({_SOCKET: str(address), _SECRET: secret.hex()})
-        ended: list[int] = []
-        waiter = threading.Thread(target=self._listen, args=(job, str(address), secret), daemon=True)
-        waiter.start()
-        ended.append(job.wait())
-        waiter.join()
-        return ended[0]
+        job, meeting = self._ranks.start()
+        self._job = job
+        listener = threading.Thread(target=self._listen, args=(job, meeting), daemon=True)
+        listener.start()
+        code = job.wait()
+        listener.join()
+        return code
 
-    def _listen(self, job: RankJob, address: str, secret: bytes) -> None:
-        connection = None
-        while connection is None and job.is_running():
-            try:
-                connection = Client(address, "AF_UNIX", authkey=secret)
-            except (FileNotFoundError, ConnectionError):
-                time.sleep(0.05)
-        if connection is None:
-            return
+    def _listen(self, job: Job, meeting: Meeting) -> None:
+        while (connection := meeting.call_rank0()) is None:
+            if not job.is_running():
+                return
+            time.sleep(0.05)
         self._connection = connection
         is_ready = False
         try:

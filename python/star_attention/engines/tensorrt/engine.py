@@ -75,7 +75,7 @@ class TensorRtEngine:
         self._trt = load_tensorrt()
         self._check_machine(config, device)
         self.config, self._built = config.model, config.limits
-        self.tokens_per_block = config.limits.tokens_per_block
+        self.tokens_per_block, self.dtype = config.limits.tokens_per_block, config.dtype
         self.shares_pages = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
         self.graph_steps = 0

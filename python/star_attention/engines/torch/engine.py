@@ -58,6 +58,7 @@ class TorchEngine:
         self._weights = weights
         self._comm = comm
         embedding = weights.embedding
+        self.dtype = str(embedding.dtype).removeprefix("torch.")
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"

@@ -1,0 +1,246 @@
+"""`star-attn serve`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from star_attention.cli.options import (
+    division_options,
+    engine_of,
+    engine_options,
+    star_config_of,
+)
+from star_attention.cli.ranks import arguments, check_ranks, start_ranks
+from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
+from star_attention.distributed import world_size
+from star_attention.distributed.launch import mpirun_command
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import find_model
+from star_attention.models.tokenizer import TEMPLATES
+
+_KEYS = "STAR_ATTENTION_API_KEYS"
+
+
+@click.command()
+@click.option(
+    "--model",
+    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2.",
+)
+@click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead.")
+@click.option(
+    "--served-model-name",
+    "names",
+    multiple=True,
+    help="What clients call the model; may be given several times.  [default: the model's name]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: all interfaces.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    help="Ranks to run on; mpirun is started for you.  [default: 1]",
+)
+@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
+@division_options
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTION_METHODS),
+    default="star",
+    show_default=True,
+    help="star, or the exact baselines: ring over the ranks, dense on one rank.",
+)
+@click.option(
+    "--kv-placement",
+    type=click.Choice(KV_PLACEMENTS),
+    default="tail",
+    show_default=True,
+    help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(TEMPLATES),
+    default="auto",
+    show_default=True,
+    help="The model's chat template; none for base models.",
+)
+@engine_options
+@click.option(
+    "--max-gap",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Milliseconds between two tokens of an answer while contexts are read.  "
+    "[default: 3 times what it is while none is]",
+)
+@click.option(
+    "--max-tokens",
+    default=1024,
+    show_default=True,
+    help="Tokens of an answer, if a request does not say.",
+)
+@click.option("--max-context-tokens", type=click.IntRange(1), help="Longer contexts are refused.")
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Requests that wait or run at once; others get a 429.",
+)
+@click.option("--max-body-mib", default=32.0, show_default=True, help="Of a request.")
+@click.option("--max-contexts", default=64, show_default=True, help="Named contexts.")
+@click.option(
+    "--request-timeout", default=600.0, show_default=True, help="Seconds a request may take."
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(dir_okay=False),
+    help=f"Keys that open the API, one a line; or ${_KEYS}, with commas.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="Host names under which browsers reach the server, beside loopback's.",
+)
+@click.option("--cors-origin", "cors_origins", multiple=True, help="Sites whose pages may use it.")
+@click.option(
+    "--context-dir",
+    type=click.Path(file_okay=False),
+    help="Where contexts are kept over a restart.",
+)
+@click.option(
+    "--restart",
+    "restarts",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="How often ranks that are lost are started again.",
+)
+@click.option(
+    "--stuck-timeout",
+    default=12.0,
+    show_default=True,
+    help="Seconds after which ranks that say nothing are started again.",
+)
+@click.option(
+    "--shutdown-timeout",
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests in flight have to end after SIGTERM.",
+)
+def serve(**options: Any) -> None:
+    """Serve a model over HTTP, as OpenAI's API, with a page at /."""
+    try:
+        from star_attention.serve.process import meeting_of_rank0
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is missing: pip install 'star-attention-trt[serve]'"
+        ) from None
+    if (options["engine_dir"] is None) == (options["model"] is None):
+        raise UserError("give --model or --engine_dir, one of them")
+    options["model"] = options["model"] or options.pop("engine_dir")
+    check_ranks(options["ranks"], options["tp"])
+    if options["attention"] == "dense" and (options["ranks"] or world_size()) > 1:
+        raise UserError("--attention dense runs on one rank: leave --ranks away")
+    if meeting := meeting_of_rank0():
+        _serve_front(meeting.wait_for_front(), options)
+    elif world_size() > 1:
+        _serve_own_front(options)
+    else:
+        sys.exit(_run_front(options))
+
+
+def _serve_front(connection: Any, options: dict[str, Any]) -> None:
+    from star_attention.serve.rank0 import RankOptions, serve_front
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides what an interrupt means
+    gap = options["max_gap"]
+    serve_front(
+        connection,
+        RankOptions(
+            options["model"],
+            star_config_of(options),
+            engine_of(options),
+            options["template"],
+            gap and gap / 1e3,
+        ),
+    )
+
+
+def _serve_own_front(options: dict[str, Any]) -> None:
+    """Under mpirun rank 0 starts the front, which ends with it."""
+    from star_attention.serve.process import Meeting, OuterRanks
+
+    with tempfile.TemporaryDirectory(prefix="star-attention-") as folder:
+        meeting = Meeting.in_folder(Path(folder))
+        command = [sys.executable, "-m", "star_attention", *arguments()]
+        front = subprocess.Popen(command, env={**os.environ, **OuterRanks.variables(meeting)})
+        signal.signal(signal.SIGTERM, lambda *_: front.terminate())
+        _serve_front(meeting.wait_for_front(), options)
+        front.wait()
+
+
+def _run_front(options: dict[str, Any]) -> int:
+    from star_attention.models.tokenizer import Tokenizer
+    from star_attention.serve.division import DENSE_TOKENS
+    from star_attention.serve.options import ServeOptions
+    from star_attention.serve.process import EngineProcess, OuterRanks, OwnRanks
+    from star_attention.serve.run import run_front
+
+    config, engine = star_config_of(options), engine_of(options)
+    path = find_model(options["model"], engine.load_format != "dummy")
+    processes = (options["ranks"] or 1) * engine.tp
+    ranks: OwnRanks | OuterRanks = OuterRanks()
+    if not OuterRanks.are_here():
+        if processes > 1:
+            mpirun_command(processes, options["oversubscribe"])
+        ranks = OwnRanks(functools.partial(start_ranks, processes, options["oversubscribe"]))
+
+    def make_engine(on_refusal: Callable[[], None]) -> EngineProcess:
+        restarts = options["restarts"] if isinstance(ranks, OwnRanks) else 0
+        return EngineProcess(ranks, restarts, options["stuck_timeout"], on_refusal)
+
+    serve_options = ServeOptions(
+        model_names=options["names"] or (Path(options["model"]).name,),
+        host=options["host"],
+        block_tokens=config.block_size or DENSE_TOKENS,
+        max_tokens=options["max_tokens"],
+        max_context_tokens=options["max_context_tokens"],
+        max_queue=options["max_queue"],
+        max_body_mib=options["max_body_mib"],
+        request_timeout=options["request_timeout"],
+        api_keys=_api_keys(options["api_key_file"]),
+        allowed_hosts=options["allowed_hosts"],
+        cors_origins=options["cors_origins"],
+        context_dir=options["context_dir"] and Path(options["context_dir"]),
+        max_contexts=options["max_contexts"],
+    )
+    return run_front(
+        make_engine,
+        Tokenizer(path, options["template"]),
+        serve_options,
+        options["port"],
+        options["shutdown_timeout"],
+    )
+
+
+def _api_keys(name: str | None) -> tuple[str, ...]:
+    keys = os.environ.get(_KEYS, "").split(",")
+    if name is not None:
+        try:
+            keys += Path(name).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {name} cannot be read: {error}") from None
+    keys = [key.strip() for key in keys]
+    found = tuple(key for key in keys if key and not key.startswith("#"))
+    if name is not None and not found:
+        raise UserError(f"--api-key-file {name} has no key: write one a line")
+    return found

@@ -1,0 +1,103 @@
+"""Rank 0 of a server: loads the model on all ranks and serves its front."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+from star_attention.config import StarConfig
+from star_attention.engines.base import Limits, ModelEngine
+from star_attention.engines.loader import division_of
+from star_attention.engines.options import EngineOptions
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import find_model
+from star_attention.models.tokenizer import Tokenizer
+from star_attention.runtime.job import current_job
+from star_attention.runtime.leader import Leader
+from star_attention.runtime.pace import Pace
+from star_attention.serve.division import division_for
+from star_attention.serve.loop import ServerLoop
+from star_attention.serve.messages import Ready
+
+_CPU_SHARE, _CPU_MOST = 0.25, 4 << 30  # of free memory, and bytes, that all ranks' pages take
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How the ranks of a server serve.
+
+    Attributes:
+        max_gap: seconds between two tokens of an answer at most; None: `gap_factor` times what it
+            is while nothing is read.
+    """
+
+    model: str
+    config: StarConfig
+    engine: EngineOptions
+    template: str = "auto"
+    max_gap: float | None = None
+    gap_factor: float = 3.0
+
+
+def serve_front(connection: Connection, options: RankOptions) -> None:
+    """Until the front says stop or is gone.
+
+    Raises:
+        UserError: the model cannot be used.
+    """
+    job = current_job()
+    path = find_model(options.model, options.engine.load_format != "dummy")
+    config = division_of(path, options.config, options.engine)
+    end_tokens = Tokenizer(path, options.template).eos_token_ids
+    number, worker, limits = job.load(path, config.tokens_per_block, options.engine)
+    engine, num_ranks = worker.engine, worker.comm.size
+    limits = _with_pages(limits, engine, options.engine, job.comm.size)
+    longest = engine.config.max_position
+    connection.send(
+        Ready(
+            device=options.engine.device,
+            dtype=engine.dtype,
+            num_ranks=num_ranks,
+            max_tokens=min(longest, limits.seq_len or longest),
+            kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
+            tokens_per_block=config.tokens_per_block,
+            page_bytes=engine.page_bytes * engine.config.num_layers,
+        )
+    )
+    leader = Leader(
+        functools.partial(job.execute, number),
+        engine,
+        num_ranks,
+        limits,
+        shares_blocks=True,
+        pace=Pace(options.max_gap, options.gap_factor),
+    )
+    ServerLoop(
+        leader,
+        connection,
+        lambda tokens: division_for(tokens, config, num_ranks),
+        frozenset({*engine.config.eos_token_ids, *end_tokens}),
+        limits.pages,
+    ).run()
+
+
+def _with_pages(
+    limits: Limits, engine: ModelEngine, options: EngineOptions, processes: int
+) -> Limits:
+    """A server bounds its pages on the CPU too, where they would take what memory there is."""
+    if limits.pages is not None:
+        return limits
+    room = int(options.kv_cache_gib * 2**30) if options.kv_cache_gib else None
+    if room is None:
+        room = min(int(_CPU_SHARE * _free_memory()), _CPU_MOST) // processes
+    pages = room // (engine.page_bytes * engine.config.num_layers)
+    if not pages:
+        raise UserError(f"--kv-cache-gib {room / 2**30:g} holds no page: use more")
+    return replace(limits, pages=pages)
+
+
+def _free_memory() -> int:
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,120 @@
+"""Runs the front until it is told to stop; what it has begun is answered then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+from star_attention.errors import UserError, say
+from star_attention.models.tokenizer import Tokenizer
+from star_attention.serve.app import App, create_app
+from star_attention.serve.options import ServeOptions
+from star_attention.serve.process import EngineProcess
+from star_attention.serve.server import make_server
+
+_LOOK_SECONDS = 0.05
+
+
+def run_front(
+    make_engine: Callable[[Callable[[], None]], EngineProcess],
+    tokenizer: Tokenizer,
+    options: ServeOptions,
+    port: int,
+    shutdown_timeout: float,
+) -> int:
+    """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+
+    Args:
+        make_engine: is given what to call if the ranks refuse to start.
+
+    Raises:
+        UserError: the address is not to be had.
+    """
+    return asyncio.run(_Server(make_engine, tokenizer, options, port, shutdown_timeout).run())
+
+
+class _Server:
+    def __init__(
+        self,
+        make_engine: Callable[[Callable[[], None]], EngineProcess],
+        tokenizer: Tokenizer,
+        options: ServeOptions,
+        port: int,
+        shutdown_timeout: float,
+    ) -> None:
+        self._timeout = shutdown_timeout
+        self._socket = _listen(options.host, port)
+        self._engine = make_engine(self._refused)
+        self._app: App = create_app(self._engine, tokenizer, options)
+        self._server = make_server(self._app, port)
+        self._server.capture_signals = _signals_are_ours
+        self._name = options.model_names[0]
+        self._loop: asyncio.AbstractEventLoop
+        self._ends_at: float | None = None
+        self._code = 0
+
+    async def run(self) -> int:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop)
+        teller = asyncio.create_task(self._tell_when_ready())
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            teller.cancel()
+            left = max(0.0, (self._ends_at or 0.0) - time.monotonic())
+            await self._engine.stop(left)
+        return self._code
+
+    def _stop(self) -> None:
+        if self._ends_at is not None:
+            self._server.should_exit = self._server.force_exit = True
+            return
+        self._ends_at = time.monotonic() + self._timeout
+        self._app.drain()
+        if count := self._app.in_flight:
+            say(f"stopping once {count} requests are answered, in {self._timeout:g} s at most")
+        self._ending = self._loop.create_task(self._end_when_answered())
+
+    async def _end_when_answered(self) -> None:
+        while self._app.in_flight and time.monotonic() < self._ends_at:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._server.should_exit = True
+        await asyncio.sleep(1.0)
+        self._server.force_exit = True
+
+    def _refused(self) -> None:
+        """The ranks said why."""
+        self._code = 2
+        self._loop.call_soon_threadsafe(self._end_at_once)
+
+    def _end_at_once(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+
+    async def _tell_when_ready(self) -> None:
+        while self._engine.state != "ready":
+            await asyncio.sleep(_LOOK_SECONDS)
+        host, port = self._socket.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        say(f"serving {self._name} at http://{host}:{port}")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise UserError(
+            f"--host {host} --port {port} cannot be served: {reason}: use another"
+        ) from None
+
+
+@contextlib.contextmanager
+def _signals_are_ours() -> Iterator[None]:
+    yield
