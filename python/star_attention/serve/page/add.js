@@ -34,8 +34,8 @@ export function letAdd(contexts) {
     const name = byId("paste-name").value.trim();
     const text = byId("paste-text").value;
     byId("paste").open = false;
-    const file = new File([text], "pasted.txt", { type: "text/plain" });
-    if (await read(contexts, [file], name || "pasted text")) form.reset();
+    const file = new File([text], name || "pasted text", { type: "text/plain" });
+    if (await read(contexts, [file])) form.reset();
   });
 }
 
@@ -45,11 +45,11 @@ function refuse(reason) {
 }
 
 // Whether they could be read.
-async function read(contexts, files, name) {
+async function read(contexts, files) {
   if (!files.length) return false;
   refuse("");
   announce("The text is being read.");
-  const reading = contexts.read(files, { name, pinned: byId("pin-new").checked });
+  const reading = contexts.read(files, byId("pin-new").checked);
   byId("pin-new").checked = false;
   byId("name").focus();
   const context = await reading;

@@ -81,7 +81,7 @@ async function reason(response) {
   const text = await response.text().catch(() => "");
   try {
     const body = JSON.parse(text);
-    const words = body.error?.message ?? body.reason ?? body.detail;
+    const words = body.error?.message || body.reason || body.status;
     if (typeof words === "string" && words) return words;
   } catch {
     if (text.trim()) return text.trim().slice(0, 300);

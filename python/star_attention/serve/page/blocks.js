@@ -35,10 +35,9 @@ export class Picture {
     new ResizeObserver(() => this.width !== host.clientWidth && this.draw()).observe(host);
   }
 
-  show(context, anchor) {
+  show(context) {
     const same = this.context === context && this.blocks === JSON.stringify(context.blocks);
     this.context = context;
-    this.anchor = anchor;
     if (!same) {
       this.blocks = JSON.stringify(context.blocks);
       this.draw();
@@ -57,7 +56,7 @@ export class Picture {
     const bottom = height - BOTTOM;
     this.x = (token) => (token / total) * (this.width - SIDE);
     this.y = (token) => TOP + (token / total) * (bottom - QUERY - TOP);
-    this.seen = blocks.length > 1 ? Math.min(this.anchor ?? blocks[0].end, total) : 0;
+    this.seen = blocks.length > 1 ? blocks[0].end : 0; // what the anchor is taken from
 
     const ranks = runs(blocks);
     const cached = blocks.filter(({ source }) => source !== "new");
@@ -117,7 +116,7 @@ export class Picture {
     const x = this.x(this.seen);
     return [
       svg("path", { class: "anchor-line", d: `M${x} 4V${bottom}` }),
-      svg("text", { x: x + 5, y: 12 }, "anchor"),
+      svg("text", { x: x + 5, y: 12 }, "anchor block"),
     ];
   }
 
@@ -147,7 +146,7 @@ export class Picture {
       shape.anchor.setAttribute("height", shape.height * part);
       shape.cache.setAttribute("width", shape.width * part);
       const state = source === "new" ? `${percent(part)} read` : `from ${PLACES[source]}`;
-      const role = i || !this.seen ? "" : " (the anchor begins it)";
+      const role = i || !this.seen ? "" : " (the anchor block)";
       for (const title of shape.titles) {
         title.textContent = `Block ${i + 1}${role}: tokens ${count(start)} to ${count(end - 1)}, rank ${rank}, ${state}`;
       }

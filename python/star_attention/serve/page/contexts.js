@@ -1,10 +1,12 @@
 // The contexts this page knows: the server's list, and those it is reading now.
 //
 // A context is the server's object with what only this page knows:
-//   status  "sending", "reading", "ready", "failed", or "gone" from the server
+//   status  the server's "reading", "ready" and "failed", and "sending", "refused" and "gone"
+//   error   why it is refused or failed
 //   done    per block, the share that is there
-//   began, took   performance.now() at the start of reading; seconds it took
-//   error   why it failed; abort ends reading; settled resolves when reading ended
+//   began, took, read   performance.now() at the start of reading, seconds it took, tokens read
+//   abort   ends reading, while this page reads it; settled resolves when that is over
+//   touched performance.now() of its last change here
 
 import { json, objects, request, sendJson } from "./api.js";
 
@@ -13,6 +15,14 @@ export class Contexts {
     this.all = []; // newest first
     this.chosen = null;
     this.onChange = onChange;
+  }
+
+  // Events may come faster than pictures can be drawn.
+  changeSoon() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.onChange();
+    });
   }
 
   choose(context) {
@@ -33,28 +43,26 @@ export class Contexts {
     const { data } = await json("v1/contexts");
     const listed = new Map(data.map((object) => [object.id, object]));
     for (const context of this.all) {
-      if (context.abort || context.status === "failed" || context.touched > asked) continue;
+      if (context.abort || context.status === "refused" || context.touched > asked) continue;
       if (listed.has(context.id)) Object.assign(context, listed.get(context.id));
       else context.status = "gone";
     }
     const known = new Set(this.all.map((context) => context.id));
-    this.all.push(...data.filter((object) => !known.has(object.id)));
+    this.all.push(...data.filter((object) => !known.has(object.id)).reverse());
     this.all.sort((a, b) => b.created - a.created);
     this.all = this.all.filter((one) => one.status !== "gone" || one === this.chosen);
     this.onChange();
   }
 
-  async read(files, { name, pinned }) {
+  async read(files, pinned) {
     const form = new FormData();
     for (const file of files) form.append("files", file, file.name);
-    if (name) form.append("name", name);
     if (pinned) form.append("pinned", "true");
     form.append("stream", "true");
 
     const abort = new AbortController();
     let ended;
     let context = {
-      name: name || files.map((file) => file.name).join(", "),
       bytes: files.reduce((sum, file) => sum + file.size, 0),
       files: files.map((file) => ({ name: file.name, bytes: file.size })),
       created: Date.now() / 1000,
@@ -73,13 +81,14 @@ export class Contexts {
         context = this.merged(context, object.id);
         if (object.object === "context.progress") progressed(context, object);
         else Object.assign(context, object, { done: null });
-        this.onChange();
+        this.changeSoon();
       }
       if (context.status !== "ready") throw new Error("The server ended the answer too early.");
+      context.read = tokensThere(context).read;
       context.took = (performance.now() - context.began) / 1000;
     } catch (error) {
+      Object.assign(context, { status: "refused", error: error.message });
       if (error.name === "AbortError") this.drop(context);
-      else Object.assign(context, { status: "failed", error: error.message });
     }
     context.abort = null;
     context.touched = performance.now();
@@ -88,7 +97,7 @@ export class Contexts {
     return context;
   }
 
-  // The server may give the id of a context that is listed already: both are one then.
+  // The list may have been asked for meanwhile and hold the context already: both are one then.
   merged(context, id) {
     const listed = this.all.find((other) => other.id === id);
     if (!listed || listed === context) return Object.assign(context, { id });
@@ -111,17 +120,20 @@ export class Contexts {
   }
 }
 
+// What people know it by.
+export const title = ({ files, id }) => files.map(({ name }) => name).join(", ") || id;
+
 function progressed(context, { blocks, done }) {
-  Object.assign(context, { status: "reading", blocks, done, tokens: blocks.at(-1)?.end ?? 0 });
+  const tokens = blocks.at(-1)?.end;
+  Object.assign(context, { status: "reading", blocks, done, tokens });
 }
 
-// Tokens of blocks that are there: all, and those of them that had to be read.
+// Tokens of blocks: that are there, that were read, and that were cached.
 export function tokensThere({ blocks, done }) {
-  let all = 0, read = 0;
+  let [read, cached] = [0, 0];
   blocks.forEach(({ start, end, source }, i) => {
-    const there = source === "new" && done ? done[i] * (end - start) : end - start;
-    all += there;
-    if (source === "new") read += there;
+    if (source !== "new") cached += end - start;
+    else read += Math.round((done ? done[i] : 1) * (end - start));
   });
-  return { all: Math.round(all), read: Math.round(read) };
+  return { all: read + cached, read, cached };
 }

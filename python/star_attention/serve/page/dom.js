@@ -48,7 +48,11 @@ export function seconds(s) {
 
 export const rate = (n) => (n < 100 ? n.toFixed(1) : count(n));
 
-export const percent = (part, digits = 0) => `${(100 * part).toFixed(digits)}\u00a0%`;
+// Rounded down: 100 % is all of it.
+export function percent(part, digits = 0) {
+  const scale = 10 ** digits;
+  return `${(Math.floor(100 * part * scale) / scale).toFixed(digits)}\u00a0%`;
+}
 
 export function bytes(n) {
   if (n < 1000) return plural(n, "byte");

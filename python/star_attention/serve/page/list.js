@@ -1,6 +1,7 @@
 // The list of contexts on the side. Rows are kept from one change to the next, and the focus with them.
 
 import { strip } from "./blocks.js";
+import { title } from "./contexts.js";
 import { byId, count, element, left } from "./dom.js";
 
 const rows = new Map(); // context -> its parts
@@ -18,7 +19,7 @@ export function showList(contexts) {
     const list = byId("contexts");
     if (list.children[i] !== row) list.insertBefore(row, list.children[i]);
     button.setAttribute("aria-current", context === contexts.chosen);
-    name.textContent = context.name;
+    name.textContent = title(context);
     notes.textContent = about(context);
     bar.replaceChildren(strip(context));
   });
@@ -36,14 +37,14 @@ function newRow(contexts, context) {
 
 function about(context) {
   if (context.status === "sending") return "being sent";
-  if (context.status === "failed") return "could not be read";
+  if (context.status === "refused") return "could not be read";
   if (context.status === "gone") return "no longer on the server";
-  const tokens = `${count(context.tokens)} tokens`;
-  if (context.status === "reading") return `${tokens} · being read`;
-  return `${tokens} · ${keeping(context)}`;
+  if (!context.tokens) return "waiting to be read";
+  const state = { reading: "being read", failed: "could not be read", ready: keeping(context) };
+  return `${count(context.tokens)} tokens · ${state[context.status]}`;
 }
 
 export function keeping({ pinned, expires_at: expires }) {
-  if (pinned) return "pinned";
-  return expires ? `kept for ${left(expires)}` : "kept";
+  const time = expires ? `kept for ${left(expires)}` : "kept";
+  return pinned ? `${time}, pinned` : time;
 }

@@ -4,22 +4,23 @@ import { letAdd } from "./add.js";
 import { json, onKeyNeeded, request } from "./api.js";
 import { Picture } from "./blocks.js";
 import { Contexts } from "./contexts.js";
-import { byId } from "./dom.js";
+import { byId, plural } from "./dom.js";
 import { showList } from "./list.js";
 import { Questions } from "./questions.js";
 import { View } from "./view.js";
 
-const WELL = 10000, UNWELL = 2000, LIST = 15000; // milliseconds between requests
+const WELL = 10000, UNWELL = 2000, LIST = 15000; // milliseconds from one look to the next
 
 let model = null;
 const contexts = new Contexts(show);
 const view = new View(contexts, (id) => questions.forget(id));
 const questions = new Questions(() => model?.id, showAsking);
 let greeting = null;
+let listed = 0;
 
 function show() {
   const { chosen } = contexts;
-  view.show(chosen, model?.anchor_size);
+  view.show(chosen);
   showList(contexts);
   questions.show(chosen);
   showAsking();
@@ -55,13 +56,22 @@ function greet() {
     .then(({ data }) => {
       model = data[0];
       byId("model").textContent = model.id;
+      byId("limit").textContent = model.max_model_len ? `up to ${plural(model.max_model_len, "token")}` : "";
       return refresh();
     })
     .catch((error) => failed(error.message))
     .finally(() => (greeting = null));
 }
 
+// Often, while the server reads something that is not asked for here.
+function keepListed() {
+  const changing = contexts.all.some(({ status, abort }) => status === "reading" && !abort);
+  const due = changing || performance.now() - listed > LIST;
+  if (model && due && !document.hidden) refresh();
+}
+
 async function refresh() {
+  listed = performance.now();
   try {
     await contexts.refresh();
     failed("");
@@ -98,11 +108,11 @@ function askForKey(reason) {
 // What the picture shows, before there is a context: 128K tokens in eight blocks on four ranks.
 const example = Array.from({ length: 8 }, (_, i) => (
   { start: i * 16384, end: (i + 1) * 16384, rank: i >> 1, source: "new" }));
-new Picture(byId("example")).show({ blocks: example }, 8192);
+new Picture(byId("example")).show({ blocks: example });
 
 onKeyNeeded(askForKey);
 letAdd(contexts);
 show();
 watchHealth();
-setInterval(() => document.hidden || !model || refresh(), LIST);
+setInterval(keepListed, UNWELL);
 setInterval(() => view.tick(), 200);

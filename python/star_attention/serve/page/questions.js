@@ -93,7 +93,7 @@ class Card {
       if (this.context.abort) {
         turn.note("Waits until the context is read.");
         await unlessAborted(this.context.settled, this.abort.signal);
-        if (this.context.status !== "ready") throw new Error("The context was not read.");
+        if (this.context.status === "refused") throw new Error("The context was not read.");
       }
       turn.begin();
       const body = {
@@ -182,8 +182,8 @@ class Turn {
     if (usage) {
       const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
       const part = usage.prompt_tokens ? ` (${percent(cached / usage.prompt_tokens, 1)})` : "";
-      found.push(["prompt", count(usage.prompt_tokens)], ["cached", count(cached) + part]);
-      found.push(["answer", count(usage.completion_tokens)]);
+      found.push(["prompt tokens", count(usage.prompt_tokens)], ["cached", count(cached) + part]);
+      found.push(["answer tokens", count(usage.completion_tokens)]);
     }
     if (first) found.push(["first token", seconds((first - began) / 1000)]);
     if (usage?.completion_tokens > 1 && last > first) {

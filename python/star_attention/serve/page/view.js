@@ -1,7 +1,7 @@
 // The chosen context: its name, phase 1, and what can be done with it.
 
 import { Picture } from "./blocks.js";
-import { tokensThere } from "./contexts.js";
+import { title, tokensThere } from "./contexts.js";
 import { announce, byId, bytes, count, plural, rate, seconds } from "./dom.js";
 import { keeping } from "./list.js";
 
@@ -30,7 +30,7 @@ export class View {
       this.attempt(async (context) => {
         await contexts.remove(context);
         onRemoved(context.id);
-        announce(`${context.name} was deleted.`);
+        announce(`${title(context)} was deleted.`);
         byId("drop").focus();
       }));
   }
@@ -43,43 +43,44 @@ export class View {
     } catch (error) {
       if (context === this.context) this.failure = error.message;
     }
-    this.show(this.contexts.chosen, this.anchor);
+    this.show(this.contexts.chosen);
   }
 
   confirm(asked) {
     this.confirming = asked;
-    this.show(this.context, this.anchor);
+    this.show(this.context);
     byId(asked ? "delete-yes" : "delete").focus();
   }
 
-  show(context, anchor) {
+  show(context) {
     if (context !== this.context) Object.assign(this, { failure: null, confirming: false });
-    Object.assign(this, { context, anchor });
+    this.context = context;
     byId("welcome").hidden = Boolean(context);
     byId("context").hidden = !context;
     if (!context) return;
 
     const { status } = context;
     const reading = Boolean(context.abort);
-    byId("name").textContent = context.name;
+    byId("name").textContent = title(context);
     byId("about").textContent = about(context);
     const wrong = this.failure ?? context.error;
     byId("context-error").textContent = wrong ?? "";
     byId("context-error").hidden = !wrong;
-    const ready = status === "ready" && !reading;
-    byId("pin").hidden = !ready;
+    const away = status === "refused" || status === "gone";
+    const there = !reading && !away;
+    byId("pin").hidden = !there;
     byId("pin").textContent = context.pinned ? "Unpin" : "Pin";
-    byId("delete").hidden = !ready || this.confirming;
-    byId("confirm").hidden = !ready || !this.confirming;
+    byId("delete").hidden = !there || this.confirming;
+    byId("confirm").hidden = !there || !this.confirming;
     byId("cancel").hidden = !reading;
-    byId("dismiss").hidden = status !== "failed" && status !== "gone";
-    byId("ask").hidden = !context.id || byId("dismiss").hidden === false;
+    byId("dismiss").hidden = !away;
+    byId("ask").hidden = !context.id || away;
     const drawn = Boolean(context.blocks?.length);
     byId("phase1").hidden = !drawn && !reading;
     byId("picture").hidden = byId("legend").hidden = !drawn;
-    if (drawn) this.picture.show(context, anchor);
+    if (drawn) this.picture.show(context);
     const bar = byId("bar");
-    bar.hidden = status !== "reading" || !reading;
+    bar.hidden = !reading || !drawn;
     if (!bar.hidden) bar.value = tokensThere(context).all / context.tokens;
     this.tick();
   }
@@ -90,31 +91,28 @@ export class View {
   }
 }
 
-function about({ files = [], bytes: size, status, ...context }) {
-  const parts = [];
+function about({ id, files, bytes: size, status, ...context }) {
+  const parts = id && files.length ? [id] : [];
   if (context.tokens) parts.push(plural(context.tokens, "token"));
   if (size) parts.push(bytes(size));
-  const names = files.map(({ name }) => name).join(", ");
-  if (files.length > 1) parts.push(names === context.name ? `${files.length} files` : names);
+  if (files.length > 1) parts.push(`${files.length} files`);
   if (status === "ready") parts.push(keeping(context));
   if (status === "gone") parts.push("no longer on the server: add it again to ask more");
   return parts.join(" · ");
 }
 
 function numbers(context) {
-  const { status, took, tokens } = context;
+  const { abort, blocks, status, tokens, took } = context;
   if (status === "sending") return "Sending the text …";
-  if (!context.blocks?.length) return "";
-  const { all, read } = tokensThere(context);
-  const cached = context.blocks.reduce((sum, b) => sum + (b.source === "new" ? 0 : b.end - b.start), 0);
-  const parts = [];
+  if (!blocks?.length) return abort ? "Waiting for the ranks …" : "";
+  const there = tokensThere(context);
+  const read = took ? context.read : there.read;
   const time = took ?? (performance.now() - context.began) / 1000;
-  if (status === "reading" && context.abort) {
-    parts.push(`${count(all)} of ${count(tokens)} tokens`, seconds(time));
-  } else if (took) {
-    parts.push(`${plural(read, "token")} read in ${seconds(took)}`);
-  } else return cached ? `${plural(cached, "token")} were cached when it was added` : "";
-  if (read) parts.push(`${rate(read / time)} tokens/s`);
+  const parts = [];
+  if (abort) parts.push(`${count(there.all)} of ${count(tokens)} tokens`, seconds(time));
+  else if (took) parts.push(`${plural(read, "token")} read in ${seconds(time)}`);
+  if (read && (abort || took)) parts.push(`${rate(read / time)} tokens/s`);
+  const cached = took ? tokens - read : there.cached;
   if (cached) parts.push(`${count(cached)} were cached`);
   return parts.join(" · ");
 }
