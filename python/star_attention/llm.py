@@ -118,7 +118,8 @@ class LLM:
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         device: `cpu` or `cuda` (kernels built, head_dim 64 or 128, pages of 64 or 128); ranks of a
             machine take its GPUs in turn.
-        template: `chat`, `none` (base models), or `auto`: `chat` where the model has a template.
+        template: `chat`, `none` (base models), `auto`: `chat` where the model has a template, or
+            `written`: the texts contain the template.
         load_format: `dummy`: random weights for the model's config, to try speed and memory.
         kv_cache_gib: memory of the KV cache on a GPU; by default 0.8 of what the weights leave.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.

@@ -40,7 +40,7 @@ def configuration(**changes):
 
 @pytest.fixture(scope="module")
 def llm(tiny_chat_model):
-    return LLM(tiny_chat_model, StarConfig(tokens_per_block=32), template="none")
+    return LLM(tiny_chat_model, StarConfig(tokens_per_block=32), template="written")
 
 
 @pytest.fixture(scope="module")

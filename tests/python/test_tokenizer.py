@@ -3,14 +3,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import train_tokenizer
-from star_attention.models.tokenizer import TextStream, Tokenizer, _load
+from star_attention.errors import UserError
+from star_attention.models.plain_text import PlainText
+from star_attention.models.tokenizer import Message, TextStream, Tokenizer, _load
+
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{{ bos_token + content if loop.index0 == 0 else content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+LLAMA2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
+    "{% for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate\nuser/assistant/user/assistant/...') }}{% endif %}"
+    "{% set content = (system if loop.first else '') + message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 
 
-@pytest.fixture(scope="module", params=["smollm2", "llama3", "llama2"])
+def variant(folder, kind, template, **tokens):
+    """A trained tokenizer with other tokens and another chat template."""
+    wrapped = _load(train_tokenizer(folder / "trained", kind))
+    wrapped.add_tokens(tokens.get("added", []))
+    wrapped.add_tokens(tokens.get("special", []), special_tokens=True)
+    wrapped.chat_template = template
+    wrapped.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "llama3", "llama3 headers", "llama2", "[INST]"])
 def tokenizer(request, tmp_path_factory, smollm2):
     if request.param == "smollm2":
         return Tokenizer(smollm2)
-    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp(request.param), request.param))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "llama3 headers":
+        special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        return variant(folder, "llama3", LLAMA3_TEMPLATE, special=special)
+    if request.param == "[INST]":
+        return variant(folder, "llama2", LLAMA2_TEMPLATE)
+    return Tokenizer(train_tokenizer(folder, request.param))
 
 
 TEXT = st.text(
@@ -18,12 +54,233 @@ TEXT = st.text(
 ).filter(str.strip)
 
 
+def content(message):
+    return "\n".join(part.strip() for part in message.parts if part.strip())
+
+
+def template_text(tokenizer, messages):
+    turns = [{"role": message.role, "content": content(message)} for message in messages]
+    return tokenizer._tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+
+
+def template_tokens(tokenizer, messages):
+    text = template_text(tokenizer, messages)
+    return tokenizer._tokenizer(text, add_special_tokens=False).input_ids
+
+
+def text_of(tokenizer, tokens):
+    return b"".join(map(tokenizer.token_bytes, tokens)).decode()
+
+
+def user(*parts):
+    return Message("user", parts)
+
+
 @given(context=TEXT, question=TEXT)
 def test_parts_are_the_template_of_the_whole(tokenizer, context, question):
-    whole = tokenizer.apply_template(tokenizer.user_turn(context, question))
-    tokens = tokenizer._tokenizer(whole, add_special_tokens=False).input_ids
+    turn = [user(context, question)]
     parts = tokenizer.context_tokens(context), tokenizer.question_tokens(question)
-    assert parts[0] + parts[1] == tokens
+    assert parts[0] + parts[1] == template_tokens(tokenizer, turn)
+    chat = tokenizer.chat(turn)
+    assert chat.token_ids == parts[0] + parts[1]
+    assert chat.starts[0][1] == len(parts[0])
+
+
+PARTS = st.lists(TEXT, min_size=1, max_size=3).map(tuple)
+
+
+@st.composite
+def conversations(draw):
+    parts = draw(st.lists(PARTS, min_size=1, max_size=5).filter(lambda parts: len(parts) % 2))
+    turns = [Message(("user", "assistant")[n % 2], parts[n]) for n in range(len(parts))]
+    return [*draw(st.lists(PARTS.map(lambda p: Message("system", p)), max_size=1)), *turns]
+
+
+@given(messages=conversations())
+def test_chat_is_the_template_of_the_whole(tokenizer, messages):
+    chat = tokenizer.chat(messages)
+    assert chat.token_ids == template_tokens(tokenizer, messages)
+    for message, starts in zip(messages, chat.starts, strict=True):
+        for part, start in zip(message.parts, starts, strict=True):
+            assert text_of(tokenizer, chat.token_ids[start:]).lstrip().startswith(part.strip())
+
+
+@given(messages=conversations(), answer=PARTS, question=PARTS)
+def test_longer_conversations_begin_alike(tokenizer, messages, answer, question):
+    chat = tokenizer.chat(messages)
+    longer = tokenizer.chat([*messages, Message("assistant", answer), user(*question)])
+    assert longer.starts[: len(messages)] == chat.starts
+    last = chat.starts[-1][-1]
+    assert longer.token_ids[:last] == chat.token_ids[:last]
+
+
+def test_empty_parts_are_dropped(smollm2):
+    tokenizer = Tokenizer(smollm2)
+    chat = tokenizer.chat([user("", "Hi"), Message("assistant", ()), user("a", " \n", "b")])
+    same = tokenizer.chat([user("Hi"), Message("assistant", ("",)), user("a", "b")])
+    assert chat.token_ids == same.token_ids
+    assert [len(starts) for starts in chat.starts] == [2, 0, 3]
+    assert chat.starts[0] == 2 * same.starts[0]
+    assert chat.starts[2][::2] == same.starts[2]
+
+
+def controls(tokenizer):
+    added = tokenizer._tokenizer.added_tokens_decoder
+    return {
+        token: added[token].content
+        for token in added
+        if not added[token].content.startswith("<0x")  # bytes
+    }
+
+
+def test_texts_spell_no_control_tokens(tokenizer):
+    control = controls(tokenizer)
+    assert set(tokenizer._tokenizer.all_special_tokens) <= set(control.values())
+    assert len(control) >= 4
+
+    def check(messages):
+        chat = tokenizer.chat(messages)
+        plain = tokenizer.chat([Message(m.role, ("x",) * len(m.parts)) for m in messages])
+        assert [t for t in chat.token_ids if t in control] == [
+            t for t in plain.token_ids if t in control
+        ]
+        # Llama 2's tokenizer writes spaces behind control tokens.
+        text, expected = text_of(tokenizer, chat.token_ids), template_text(tokenizer, messages)
+        assert text.replace(" ", "") == expected.replace(" ", "")
+        return chat
+
+    for name in control.values():
+        text = f"{name} a{name}b {name}{name}"
+        check([Message("system", (text,)), user(text), Message("assistant", (text,)), user(text)])
+        borders = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        for context, question in [(text, text), *borders]:
+            tokens = tokenizer.context_tokens(context) + tokenizer.question_tokens(question)
+            assert tokens == check([user(context, question)]).token_ids
+        assert not control.keys() & set(tokenizer.text_tokens(text))
+    base = Tokenizer(tokenizer._path, "none")
+    for name in control.values():
+        tokens = base.context_tokens(name) + base.question_tokens(name)
+        assert not control.keys() & set(tokens)
+        assert text_of(base, tokens).replace(" ", "") == name + name
+
+
+def test_written_templates_have_their_control_tokens(smollm2):
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    tokenizer = Tokenizer(smollm2, "written")
+    assert tokenizer.context_tokens(text) == tokenizer._tokenizer(text).input_ids
+    assert tokenizer.question_tokens(text) == tokenizer._tokenizer(text).input_ids
+
+
+def test_added_tokens_of_the_template_are_control_tokens(tmp_path):
+    template = "{% for message in messages %}<|{{ message['role'] }}|><think>" + (
+        "{{ message['content'] }}{% endfor %}"
+    )
+    added = ["<think>", "<|system|>", "<table>", "  "]
+    tokenizer = variant(tmp_path, "llama3", template, added=added)
+    think, system, table, spaces = tokenizer._tokenizer.convert_tokens_to_ids(added)
+    tokens = tokenizer.context_tokens("a <think> b  <|system|> <table>")
+    assert tokens.count(think) == 1  # the template's
+    assert tokens.count(system) == 0
+    assert tokens.count(table) == tokens.count(spaces) == 1
+
+
+def test_models_that_spell_control_tokens_themselves():
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "<s>s", "<", "s", ">", "s>", "<s"]
+    merges = [("s", ">"), ("<", "s>"), ("<s>", "s"), ("<", "s")]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    for model in (
+        models.BPE(vocab, merges, unk_token="<unk>"),
+        models.BPE(vocab, merges, ignore_merges=True),
+        models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0),
+    ):
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=Fast(model), bos_token="<s>", unk_token="<unk>"
+        )
+        plain = PlainText(wrapped)
+        assert wrapped("<s>").input_ids == [1]
+        assert 1 not in plain.encode("<s>s<s>").ids
+        assert plain.encode(plain.control("<s>") + "<s>").ids.count(1) == 1
+
+
+REFUSED = {
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}": (
+        "leaves out, repeats or moves the text of message 1, of the role system"
+    ),
+    "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[1].content }}": (
+        "leaves out, repeats or moves the text of message 2, of the role user"
+    ),
+    "{% for m in messages | reverse %}{{ m.content }}{% endfor %}": (
+        "leaves out, repeats or moves the text of message 1, of the role system"
+    ),
+    LLAMA2_TEMPLATE: "not allow these messages: Roles must alternate user/assistant/user/",
+}
+
+
+@pytest.mark.parametrize("template", REFUSED, ids=range(len(REFUSED)))
+def test_templates_refuse_messages(tmp_path, template):
+    user_only = "{% if messages | length == 1 %}{{ messages[0].content }}{% else %}"
+    tokenizer = variant(tmp_path, "llama3", user_only + template + "{% endif %}")
+    messages = [Message("system", ("a",)), user("b"), user("c")]
+    with pytest.raises(UserError, match=REFUSED[template]) as error:
+        tokenizer.chat(messages)
+    assert "\n" not in str(error.value)
+
+
+def test_conversations_that_are_none(smollm2):
+    tokenizer = Tokenizer(smollm2)
+    for messages, reason in (
+        ([], "the conversation is empty"),
+        ([Message("wizard", ("a",))], "role of message 1 is 'wizard': use one of system, user, a"),
+        ([user("a", " ")], "the last message of the user is empty"),
+        ([user("a"), Message("assistant", ("b",)), user()], "the last message of the user is emp"),
+        ([user("\ud800")], "half of a surrogate pair"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            tokenizer.chat(messages)
+    with pytest.raises(UserError, match="no chat template: use /v1/completions"):
+        Tokenizer(smollm2, "none").chat([user("a")])
+
+
+def test_text_tokens(tmp_path, smollm2):
+    from tokenizers.processors import TemplateProcessing
+
+    smollm2 = Tokenizer(smollm2)
+    assert smollm2.decode(smollm2.text_tokens(" a\n")) == " a\n"
+    opened = _load(train_tokenizer(tmp_path / "trained", "llama3"))
+    special = [("<s>", opened.bos_token_id)]
+    opened.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=special
+    )
+    opened.save_pretrained(tmp_path)
+    chat, base = Tokenizer(tmp_path), Tokenizer(tmp_path, "none")
+    tokens = chat.text_tokens(" <s>")
+    assert tokens[0] == opened.bos_token_id
+    assert chat.decode(tokens[1:]) == " <s>"
+    assert base.context_tokens(" <s>") == tokens
+
+
+def test_texts_of_tokens(tokenizer):
+    text = "Hi  there,\n\u00e9\u4f60\U0001f600"
+    tokens = tokenizer.text_tokens(text)
+    assert text_of(tokenizer, tokens).lstrip() == text
+    for token, name in controls(tokenizer).items():
+        assert tokenizer.token_text(token) == name
+        assert tokenizer.token_bytes(token) == name.encode()
+    unknown = tokenizer.vocab_size
+    assert (tokenizer.token_text(unknown), tokenizer.token_bytes(unknown)) == ("", b"")
+    assert tokenizer._tokenizer.convert_ids_to_tokens(unknown - 1)
+
+    parts = [tokenizer.token_bytes(token) for token in tokenizer.question_tokens("\U0001f680")]
+    texts = [tokenizer.token_text(token) for token in tokenizer.question_tokens("\U0001f680")]
+    incomplete = [index for index, part in enumerate(parts) if part[:1] >= b"\x80"]
+    assert b"".join(parts[index] for index in incomplete) == "\U0001f680".encode()
+    assert all("\N{REPLACEMENT CHARACTER}" in texts[index] for index in incomplete)
 
 
 def test_template_none(smollm2):
@@ -77,3 +334,20 @@ def test_stop_strings(smollm2_plain):
     pieces = stream(smollm2_plain, "one two three four", ["two thr", "never"])
     assert "".join(pieces) == "one "
     assert "".join(stream(smollm2_plain, "one two thick", ["two thr"])) == "one two thick"
+
+
+@given(
+    text=st.text(st.sampled_from("aab \U0001f600"), min_size=1, max_size=30).filter(str.strip),
+    stop=st.lists(st.text(st.sampled_from("aab "), min_size=1, max_size=6), max_size=5),
+)
+def test_stop_strings_across_tokens(smollm2_plain, text, stop):
+    ends = [text.find(string) for string in stop if string in text]
+    first = min((text.find(string) + len(string) for string in stop if string in text), default=0)
+    *pieces, rest = stream(smollm2_plain, text, stop)
+    shown = "".join(pieces) + rest
+    assert text.startswith(shown)
+    if ends:
+        assert len(shown) in ends
+        assert len(shown) < first
+    else:
+        assert shown == text

@@ -368,7 +368,7 @@ def _answer(
     llm = LLM(
         options["model"],
         StarConfig(tokens_per_block=options["tokens_per_block"]),
-        template="none",  # the prompts contain it
+        template="written",
         **asdict(engine_of(options)),
     )
     longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)

@@ -11,8 +11,8 @@ from star_attention.models.tokenizer import Template, Tokenizer
 class PromptTokenizer(Tokenizer):
     """Writes the chat template and the answer prefix around samples, and counts tokens.
 
-    The template is part of the texts, so the model reads them as `LLM(template="none")`: the answer
-    prefix stands behind the template's closing, where the model's turn begins.
+    The template is part of the texts, so the model reads them with `LLM(template="written")`: the
+    answer prefix stands behind the template's closing, where the model's turn begins.
 
     Args:
         path: a Hugging Face folder or a GGUF file.
@@ -24,7 +24,7 @@ class PromptTokenizer(Tokenizer):
 
     def __init__(self, path: Path, template: Template = "auto") -> None:
         super().__init__(path, template)
-        self.uses_chat = False
+        self._is_written, self.uses_chat = True, False
         if self._tokenizer("").input_ids:  # it writes the opening token itself
             self._opening = self._opening.removeprefix(self._tokenizer.bos_token)
 

@@ -6,23 +6,49 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from star_attention.cache import cache_folder
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
+from star_attention.models.plain_text import PlainText
 
-Template = Literal["auto", "chat", "none"]
-TEMPLATES: tuple[Template, ...] = ("auto", "chat", "none")
+# `written`: the texts contain the chat template, its control tokens included.
+Template = Literal["auto", "chat", "none", "written"]
+TEMPLATES: tuple[Template, ...] = ("auto", "chat", "none")  # of the command line
+ROLES = ("system", "user", "assistant")
 
 # What stands between context and question in the user's turn. Tokenizers that split before they
 # merge never join a single line break with what follows it, nor read it differently at the end of
 # a text: the tokens of both parts are those of the whole.
 _BETWEEN = "\n"
-_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation, its text in parts."""
+
+    role: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The tokens of a conversation, up to where the answer begins.
+
+    Attributes:
+        starts: for each part of each message, the index of its first token; for an empty part, of
+            the token that follows.
+    """
+
+    token_ids: list[int]
+    starts: tuple[tuple[int, ...], ...]
 
 
 class Tokenizer:
@@ -33,74 +59,170 @@ class Tokenizer:
     it. White space around context and question is dropped. Without a template (base models), both
     are tokenised as they are, the context with the model's opening token in front.
 
+    Only the template gives control tokens: a text that spells one has the tokens of its characters.
+
     Args:
         path: the folder or file.
-        template: `chat`, `none`, or `auto`: `chat` where the model has a chat template.
+        template: `chat`, `none`, `auto`: `chat` where the model has a chat template, or `written`:
+            as `none`, for texts that contain the template and so may spell control tokens.
 
     Raises:
         UserError: there is no tokenizer, or no chat template where one is asked for.
     """
 
     def __init__(self, path: Path, template: Template = "auto") -> None:
-        if template not in TEMPLATES:
+        if template not in get_args(Template):
             raise UserError(f"--template is {template!r}: use one of {', '.join(TEMPLATES)}")
+        self._path = path
         self._tokenizer = _load(path)
         has_template = bool(self._tokenizer.chat_template)
         if template == "chat" and not has_template:
             raise UserError(f"{path} has no chat template: use --template none")
         self._opening, self._closing = "", ""
-        self.uses_chat = has_template and template != "none"
+        self._is_written = template == "written"
+        self.uses_chat = has_template and template in ("auto", "chat")
         if self.uses_chat:
-            parts = self.apply_template(_MARK).split(_MARK)
-            if len(parts) != 2:
-                raise UserError(
-                    f"{path}: the chat template writes the user's text {len(parts) - 1} times, "
-                    "not once: use --template none"
-                )
-            self._opening, self._closing = parts
+            try:
+                self._opening, self._closing = self._around(["user"])
+            except UserError as error:
+                raise UserError(f"{path}: {error}: use --template none") from None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self._tokenizer.eos_token_id
         return () if eos is None else (eos,)
 
-    def apply_template(self, content: str) -> str:
-        """The chat template's text for one user turn, up to where the answer begins."""
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-
-    def user_turn(self, context: str, question: str) -> str:
-        """The user's turn that context and question tokens spell."""
-        return context.strip() + _BETWEEN + question.strip()
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The tokenizer's tokens are below it."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def context_tokens(self, text: str) -> list[int]:
         """The tokens in front of the question."""
         if self.uses_chat:
-            return self._encode(self._opening + text.strip() + _BETWEEN)
-        return self._tokenizer("").input_ids[:1] + self._encode(text)
+            return self._encode(self._plain.control(self._opening) + text.strip() + _BETWEEN)
+        return self._opening_token + self._encode(text)
 
     def question_tokens(self, text: str) -> list[int]:
         """The tokens behind the context, up to where the answer begins."""
         if not self.uses_chat:
             return self._encode(text)
         # Behind a line break, so that a tokenizer that marks a text's beginning does not see one.
-        encoded = self._tokenizer(
-            _BETWEEN + text.strip() + self._closing,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
+        text = _BETWEEN + text.strip() + self._plain.control(self._closing)
+        return self._encode(text)[self._between_size :]
+
+    def text_tokens(self, text: str) -> list[int]:
+        """The model's opening token and a text, without a template."""
+        return self._opening_token + self._plain.encode(text).ids
+
+    def chat(self, messages: Sequence[Message]) -> Chat:
+        """The tokens of the chat template applied to a conversation.
+
+        A message's content is its parts, joined by line breaks; white space around parts, and empty
+        parts, are dropped. A user's message of two parts has the tokens of context and question.
+        The tokens in front of a part do not depend on what follows it.
+
+        Raises:
+            UserError: the model has no chat template, or it does not allow these messages.
+        """
+        if not self.uses_chat:
+            raise UserError(
+                "the model has no chat template: use /v1/completions, or a model that has one"
+            )
+        _check(messages)
+        roles = [message.role for message in messages]
+        piece, *behind = map(self._plain.control, self._around(roles))
+        # Text that is tokenised together, cut behind line breaks, and where parts begin in it.
+        pieces: list[tuple[str, list[int]]] = []
+        begins: list[int] = []
+        for message, closing in zip(messages, behind, strict=True):
+            is_empty = True
+            for part in map(str.strip, message.parts):
+                if part and not is_empty:
+                    pieces.append((piece + _BETWEEN, begins))
+                    piece, begins = "", []
+                begins.append(len(piece))
+                piece += part
+                is_empty = is_empty and not part
+            piece += closing
+        token_ids, starts = self._join([*pieces, (piece, begins)])
+        rest = iter(starts)
+        return Chat(
+            token_ids, tuple(tuple(islice(rest, len(message.parts))) for message in messages)
         )
-        return [
-            token
-            for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-            if start >= len(_BETWEEN)
-        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def token_text(self, token: int) -> str:
+        """One token's text; a control token's spelling. What is no whole character is replaced."""
+        return self.token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._plain.token_bytes(token)
+
+    def _around(self, roles: Sequence[str]) -> list[str]:
+        """What the template writes before, between and behind messages of these roles.
+
+        It sees marks in place of their texts.
+        """
+        marked = [
+            {"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # of any kind: the template is a program
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"the model's chat template does not allow these messages: {reason}"
+            ) from None
+        texts = re.split("\ue000([0-9]+)\ue001", text)
+        found = [int(index) for index in texts[1::2]]
+        if found != list(range(len(roles))):
+            wrong = min(
+                range(len(roles)), key=lambda n: (found.count(n) == 1, found[n : n + 1] == [n])
+            )
+            raise UserError(
+                "the model's chat template leaves out, repeats or moves the text of message "
+                f"{wrong + 1}, of the role {roles[wrong]}"
+            )
+        return texts[::2]
+
+    def _join(self, pieces: Sequence[tuple[str, list[int]]]) -> tuple[list[int], list[int]]:
+        """The tokens of all pieces, and the index of the first token at each of their begins."""
+        token_ids: list[int] = []
+        starts: list[int] = []
+        front, skipped = "", 0
+        for piece, begins in pieces:
+            text = front + piece
+            encoded = self._plain.encode(text)
+            for begin in begins:
+                # A tokenizer may drop characters.
+                behind = map(encoded.char_to_token, range(len(front) + begin, len(text)))
+                first = next((token for token in behind if token is not None), len(encoded))
+                starts.append(len(token_ids) + first - skipped)
+            token_ids += encoded.ids[skipped:]
+            front, skipped = _BETWEEN, self._between_size
+        return token_ids, starts
+
+    @functools.cached_property
+    def _plain(self) -> PlainText:
+        return _load_plain(self._path)
+
+    @functools.cached_property
+    def _opening_token(self) -> list[int]:
+        return self._tokenizer("").input_ids[:1]
+
+    @functools.cached_property
+    def _between_size(self) -> int:
+        return len(self._encode(_BETWEEN))
+
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if self._is_written:
+            return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self._plain.encode(text).ids
 
 
 class TextStream:
@@ -126,7 +248,9 @@ class TextStream:
             return ""
         self._begin, self._read = self._read, len(self._tokens)
         self._decoded += after[len(before) :]
-        ends = [self._decoded.find(stop) for stop in self._stop if stop in self._decoded]
+        # Of what was emitted nothing belongs to a stop string.
+        ends = [self._decoded.find(stop, self._emitted) for stop in self._stop]
+        ends = [end for end in ends if end >= 0]
         if ends:
             self._decoded = self._decoded[: min(ends)]
             self.stopped = True
@@ -138,11 +262,12 @@ class TextStream:
         return self._emit(len(self._decoded))
 
     def _held_back(self) -> int:
+        pending = self._decoded[self._emitted :]
         lengths = [
             length
             for stop in self._stop
-            for length in range(1, len(stop))
-            if self._decoded.endswith(stop[:length])
+            for length in range(1, min(len(stop), len(pending) + 1))
+            if pending.endswith(stop[:length])
         ]
         return max(lengths, default=0)
 
@@ -155,6 +280,24 @@ class TextStream:
 def save_tokenizer(path: Path, folder: Path) -> None:
     """Writes the tokenizer of `path` into `folder`. Raises UserError if there is none."""
     _load(path).save_pretrained(folder)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise UserError("the conversation is empty: send at least one message")
+    for number, message in enumerate(messages, 1):
+        if message.role not in ROLES:
+            raise UserError(
+                f"the role of message {number} is {message.role!r}: use one of {', '.join(ROLES)}"
+            )
+    last = next((message for message in reversed(messages) if message.role == "user"), None)
+    if last and not (last.parts and last.parts[-1].strip()):
+        raise UserError("the last message of the user is empty: ask something")
+
+
+@functools.cache
+def _load_plain(path: Path) -> PlainText:
+    return PlainText(_load(path))
 
 
 @functools.cache

@@ -1,0 +1,116 @@
+"""Text to tokens where only the chat template spells control tokens, whatever the text says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from typing import Any
+
+from star_attention.errors import UserError
+
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_HIDDEN = (byte for byte in range(0x100) if byte not in _VISIBLE)
+# Byte-level BPE writes each byte as one visible character.
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(0x100 + index): byte for index, byte in enumerate(_HIDDEN)
+}
+
+
+class PlainText:
+    """A copy of a tokenizer that knows its control tokens only by secret spellings.
+
+    Control tokens are the special ones, and added ones that the chat template writes. The copy
+    differs in nothing else, so text has the tokens that it always had, unless it spells a control
+    token: then it has those of its characters.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        model = state["model"]
+        self._is_byte_level = '"ByteLevel"' in json.dumps(state["decoder"])
+        self._bytes = {}
+        if model.get("byte_fallback"):
+            self._bytes = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(0x100)}
+        # Some trainers list the bytes of a byte fallback as special tokens.
+        added = [token for token in state["added_tokens"] if token["content"] not in self._bytes]
+        self._added = {token["id"]: token["content"] for token in added}
+        written = _written(tokenizer)
+        controls = {
+            token["content"]: token["id"]
+            for token in added
+            if token["special"]
+            or token["content"] in tokenizer.all_special_tokens
+            or (token["content"].strip() and token["content"] in written)
+        }
+        secret = secrets.token_hex(16)
+        self._secrets = {name: f"{secret}{index:06}" for index, name in enumerate(controls)}
+        longest_first = sorted(map(re.escape, controls), key=len, reverse=True)
+        self._control = re.compile("|".join(longest_first) or "(?!)")
+
+        for token in added:
+            token["content"] = self._secret(token["content"])
+        self._hide(model)
+        state |= {"added_tokens": added, "post_processor": None, "truncation": None}
+        self._backend = Backend.from_str(json.dumps(state | {"padding": None}))
+        for name, token_id in controls.items():
+            assert self._backend.token_to_id(self._secret(name)) == token_id, name
+
+    def control(self, text: str) -> str:
+        """The chat template's text as `encode` wants it: its control tokens spelled secretly."""
+        return self._control.sub(lambda match: self._secrets[match[0]], text)
+
+    def encode(self, text: str) -> Any:
+        """The `tokenizers.Encoding` of a text, without opening or closing tokens."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise UserError("the text is not Unicode: it has half of a surrogate pair") from None
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for one that the tokenizer does not know."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._backend.id_to_token(token) or ""
+        if piece in self._bytes:
+            return self._bytes[piece]
+        if not self._is_byte_level:
+            return piece.replace("\u2581", " ").encode()
+        if all(character in _BYTE_OF for character in piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        return piece.encode()
+
+    def _secret(self, name: str) -> str:
+        return self._secrets.get(name, name)
+
+    def _hide(self, model: dict[str, Any]) -> None:
+        """Renames control tokens in the model's vocabulary, so that no merge leads to them."""
+        vocab = model["vocab"]
+        if isinstance(vocab, list):
+            model["vocab"] = [[self._secret(piece), score] for piece, score in vocab]
+        elif not self._secrets.keys().isdisjoint(vocab):
+            model["vocab"] = {self._secret(piece): token for piece, token in vocab.items()}
+            if "merges" in model:
+                model["merges"] = [
+                    (left, right)
+                    for left, right in model["merges"]
+                    if self._secrets.keys().isdisjoint((left, right, left + right))
+                ]
+        if model.get("unk_token"):
+            model["unk_token"] = self._secret(model["unk_token"])
+
+
+def _written(tokenizer: Any) -> str:
+    """The chat template's source, and what it writes around messages."""
+    template = tokenizer.chat_template or ""
+    source = template if isinstance(template, str) else "".join(template.values())
+    for roles in (("system", "user", "assistant"), ("user", "assistant"), ("user",)):
+        with contextlib.suppress(Exception):  # of any kind: it is a program
+            messages = [{"role": role, "content": "."} for role in roles]
+            source += tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+    return source
