@@ -58,6 +58,7 @@ def page(chromium, server):
     page.on("console", complain)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", note)
+    page.on("filechooser", lambda _: None)  # so that choosers are caught from the beginning
     page.goto(server.url)
     yield page
     page.close()
@@ -67,6 +68,7 @@ def page(chromium, server):
 def expect(locator):
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=15_000)
     return expect(locator)
 
 
@@ -129,9 +131,9 @@ def test_a_dropped_file_is_read_and_two_questions_are_answered_at_once(page, ser
     expect(second).to_have_attribute("aria-busy", "false")
     expect(metric(second, "prompt tokens")).to_have_text(f"{tokens + PROMPT:,}")
     expect(metric(second, "cached")).to_have_text(f"{tokens:,} (99.9\u00a0%)")
-    expect(metric(second, "answer tokens")).to_have_text(f"{len(answer.encode())}")
+    expect(metric(second, "answer tokens")).to_have_text(f"{len(answer.encode()) + 1}")
     expect(metric(second, "first token")).to_have_text(re.compile(r"^\d\.\d\d s$"))
-    expect(metric(second, "tokens/s")).to_have_text(re.compile(r"^\d+\.\d$"))
+    expect(metric(second, "tokens/s")).to_have_text(re.compile(r"^[\d,.]+$"))
     assert page.asked[1] == {
         "model": MODEL,
         "context": context.name,
@@ -151,6 +153,26 @@ def test_several_lines_are_several_questions(page):
     page.click("#ask-button")
     expect(page.locator("article h3")).to_have_text(["one?", "two?", "three?"])
     expect(page.locator("article .answer")).to_contain_text(["“one?”", "“two?”", "“three?”"])
+
+
+def test_answers_leave_a_connection_for_the_rest(page):
+    read(page)
+    page.check("#by-line")
+    page.get_by_text("Settings").click()
+    page.get_by_label("Most tokens of an answer").fill("20000")
+    page.fill("#question", "\n".join(f"a long one, {i}" for i in range(7)))
+    page.click("#ask-button")
+    cards = page.locator("article")
+    for i in range(5):
+        expect(cards.nth(i).locator(".answer")).to_contain_text("on on")
+    waits = "Waits until an earlier answer ends."
+    expect(cards.filter(has_text=waits)).to_have_count(2)
+    page.get_by_role("button", name="Pin", exact=True).click()
+    expect(page.locator("#about")).to_contain_text("pinned")
+    cards.nth(5).get_by_role("button", name="Stop").click()
+    cards.nth(0).get_by_role("button", name="Stop").click()
+    expect(cards.nth(6).locator(".answer")).to_contain_text("on on")
+    expect(cards.filter(has_text="Stopped.")).to_have_count(2)
 
 
 def test_cached_blocks_are_there_at_once(page, engine):

@@ -2,6 +2,7 @@
 
 import { objects, sendJson, unlessAborted } from "./api.js";
 import { announce, byId, count, element, percent, rate, seconds, sendsByKey } from "./dom.js";
+import { giveSlot, takeSlot } from "./slots.js";
 
 export class Questions {
   // `model()` is the model's name, `onChange()` is told when an answer begins or ends.
@@ -50,12 +51,11 @@ export class Questions {
 
   ask() {
     const { context } = this;
-    for (const question of this.typed().reverse()) {
-      const card = new Card(context, this.model, this.onChange);
-      this.cards.set(context.id, [card, ...(this.cards.get(context.id) ?? [])]);
-      byId("cards").prepend(card.root);
-      card.ask(question);
-    }
+    const asked = this.typed();
+    const cards = asked.map(() => new Card(context, this.model, this.onChange));
+    this.cards.set(context.id, [...cards, ...(this.cards.get(context.id) ?? [])]);
+    byId("cards").prepend(...cards.map(({ root }) => root));
+    cards.forEach((card, i) => card.ask(asked[i]));
     byId("question").value = "";
     this.label();
   }
@@ -90,11 +90,27 @@ class Card {
     this.abort = new AbortController();
     this.busy(true);
     try {
-      if (this.context.abort) {
-        turn.note("Waits until the context is read.");
-        await unlessAborted(this.context.settled, this.abort.signal);
-        if (this.context.status === "refused") throw new Error("The context was not read.");
-      }
+      await this.answer(turn, this.abort.signal);
+      announce(`Answered: ${question}`);
+    } catch (error) {
+      if (error.name === "AbortError") turn.note("Stopped.");
+      else turn.fail(error.message);
+    }
+    turn.end();
+    if (turn.text) this.messages.push({ role: "assistant", content: turn.text });
+    else this.messages.pop();
+    this.abort = null;
+    this.busy(false);
+  }
+
+  async answer(turn, signal) {
+    if (this.context.abort) {
+      turn.note("Waits until the context is read.");
+      await unlessAborted(this.context.settled, signal);
+      if (this.context.status === "refused") throw new Error("The context was not read.");
+    }
+    await takeSlot(signal, () => turn.note("Waits until an earlier answer ends."));
+    try {
       turn.begin();
       const body = {
         model: this.model(),
@@ -105,20 +121,12 @@ class Card {
         temperature: byId("temperature").valueAsNumber || 0,
         max_tokens: byId("max-tokens").valueAsNumber || undefined,
       };
-      const response = await sendJson("v1/chat/completions", "POST", body, this.abort.signal);
+      const response = await sendJson("v1/chat/completions", "POST", body, signal);
       for await (const chunk of objects(response)) turn.take(chunk);
       if (!turn.finished) throw new Error("The server ended the answer too early.");
-      turn.end();
-      announce(`Answered: ${question}`);
-    } catch (error) {
-      turn.end();
-      if (error.name === "AbortError") turn.note("Stopped.");
-      else turn.fail(error.message);
+    } finally {
+      giveSlot();
     }
-    if (turn.text) this.messages.push({ role: "assistant", content: turn.text });
-    else this.messages.pop();
-    this.abort = null;
-    this.busy(false);
   }
 
   busy(now) {
@@ -159,9 +167,9 @@ class Turn {
 
   take({ choices: [choice], usage }) {
     const piece = choice?.delta?.content;
+    if (piece || choice?.finish_reason) this.last = performance.now(); // the end is a token too
     if (piece) {
-      this.first ??= performance.now();
-      this.last = performance.now();
+      this.first ??= this.last;
       this.text += piece;
       this.answer.append(piece);
     }
