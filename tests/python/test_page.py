@@ -304,6 +304,24 @@ def test_contexts_of_others_are_chosen_and_may_go(page, server):
     expect(page.locator("#context-error")).to_contain_text("there is no context")
 
 
+def test_what_is_read_for_others_is_not_said_to_be_there(page, server, engine):
+    engine.gate.clear()
+    made = {"text": "x" * 20_000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/contexts", json=made) as response:
+        assert response.is_success
+        page.reload()
+        row = page.locator("#contexts button")
+        expect(row).to_contain_text("being read")
+        row.click()
+        expect(page.get_by_role("img")).to_have_accessible_name(
+            "0 of 5 blocks on 3 ranks are there"
+        )
+        engine.gate.set()
+        response.read()
+    expect(row).to_contain_text("kept")
+    expect(page.get_by_role("img")).to_have_accessible_name("5 of 5 blocks on 3 ranks are there")
+
+
 def test_text_is_pasted(page, server):
     page.get_by_text("Paste text").click()
     page.get_by_label("Name").fill("my notes")

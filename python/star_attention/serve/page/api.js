@@ -2,7 +2,7 @@
 
 import { events } from "./sse.js";
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;

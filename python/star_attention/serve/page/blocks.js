@@ -7,10 +7,10 @@ import { count, element, percent, plural, svg } from "./dom.js";
 const TOP = 20, BOTTOM = 20, QUERY = 30, SIDE = 64; // pixels around the mask
 const PLACES = { gpu: "GPU cache", host: "host memory", disk: "disk" };
 
-export const rankClass = (rank) => `rank rank-${rank % 10}${rank % 20 < 10 ? "" : " rank-pale"}`;
+const rankClass = (rank) => `rank rank-${rank % 10}${rank % 20 < 10 ? "" : " rank-pale"}`;
 
 // Runs of blocks that one rank keeps.
-export function runs(blocks) {
+function runs(blocks) {
   const found = [];
   blocks.forEach((block, i) => {
     if (found.at(-1)?.rank !== block.rank) found.push({ rank: block.rank, start: block.start, first: i });
@@ -19,11 +19,14 @@ export function runs(blocks) {
   return found;
 }
 
-// What is there of blocks [first, last], 0 to 1.
-function share({ blocks, done }, first, last) {
+// What is there of blocks [first, last], 0 to 1. Of a context that is read for somebody else, the
+// server does not say how far it is.
+function share({ blocks, done, status }, first, last) {
+  const unknown = status === "reading" ? 0 : 1;
   let there = 0;
   for (let i = first; i <= last; i += 1) {
-    there += (blocks[i].source === "new" && done ? done[i] : 1) * (blocks[i].end - blocks[i].start);
+    const part = blocks[i].source === "new" ? done?.[i] ?? unknown : 1;
+    there += part * (blocks[i].end - blocks[i].start);
   }
   return there / (blocks[last].end - blocks[first].start);
 }
@@ -79,7 +82,8 @@ export class Picture {
   }
 
   block({ start, end, rank, source }, i, bottom) {
-    const [x, y, width, height] = [this.x(start), this.y(start), this.x(end) - this.x(start), this.y(end) - this.y(start)];
+    const [x, y] = [this.x(start), this.y(start)];
+    const [width, height] = [this.x(end) - x, this.y(end) - y];
     const column = i ? this.x(Math.min(this.seen, start)) : 0;
     const cached = source !== "new";
     const fill = cached ? `url(#cached-${rank})` : "var(--rank)";
@@ -147,9 +151,8 @@ export class Picture {
       shape.cache.setAttribute("width", shape.width * part);
       const state = source === "new" ? `${percent(part)} read` : `from ${PLACES[source]}`;
       const role = i || !this.seen ? "" : " (the anchor block)";
-      for (const title of shape.titles) {
-        title.textContent = `Block ${i + 1}${role}: tokens ${count(start)} to ${count(end - 1)}, rank ${rank}, ${state}`;
-      }
+      const place = `tokens ${count(start)} to ${count(end - 1)}, rank ${rank}`;
+      for (const title of shape.titles) title.textContent = `Block ${i + 1}${role}: ${place}, ${state}`;
     });
     const there = blocks.filter((_, i) => share(this.context, i, i) === 1).length;
     const ranks = new Set(blocks.map(({ rank }) => rank)).size;

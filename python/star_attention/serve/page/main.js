@@ -56,7 +56,8 @@ function greet() {
     .then(({ data }) => {
       model = data[0];
       byId("model").textContent = model.id;
-      byId("limit").textContent = model.max_model_len ? `up to ${plural(model.max_model_len, "token")}` : "";
+      const limit = model.max_model_len;
+      byId("limit").textContent = limit ? `up to ${plural(limit, "token")}` : "";
       return refresh();
     })
     .catch((error) => failed(error.message))

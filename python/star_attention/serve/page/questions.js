@@ -66,7 +66,8 @@ class Card {
     Object.assign(this, { context, model, onChange, messages: [] });
     this.turns = element("div", { class: "turns" });
     this.stopButton = element("button", { type: "button", click: () => this.stop() }, "Stop");
-    this.more = element("textarea", { rows: 1, required: true, "aria-label": "Follow-up question", placeholder: "Follow up" });
+    const label = { "aria-label": "Follow-up question", placeholder: "Follow up" };
+    this.more = element("textarea", { rows: 1, required: true, ...label });
     this.form = element("form", { class: "row follow" }, this.more, element("button", {}, "Ask"));
     sendsByKey(this.form);
     this.form.addEventListener("submit", (event) => {
