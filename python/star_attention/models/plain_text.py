@@ -66,7 +66,8 @@ class PlainText:
     def encode(self, text: str) -> Any:
         """The `tokenizers.Encoding` of a text, without opening or closing tokens."""
         try:
-            return self._backend.encode(text, add_special_tokens=False)
+            # As a batch: other threads run meanwhile.
+            return self._backend.encode_batch([text], add_special_tokens=False)[0]
         except (TypeError, UnicodeEncodeError):
             raise UserError("the text is not Unicode: it has half of a surrogate pair") from None
 

@@ -14,6 +14,8 @@ from star_attention.serve.errors import ApiError
 
 # Of a long question without a line break, so many tokens are asked.
 _TAIL_TOKENS = 256
+# Characters; a text has no fewer tokens than its length over this.
+_LONGEST_TOKEN = 32
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,22 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[ChatMessage], block_tok
         )
         return chat.token_ids, chat.starts
 
-    tokens, starts = tokens_of()
     marked = _behind_mark(messages)
     if marked is not None:
+        tokens, starts = tokens_of()
         return _prompt(tokens, starts[marked[0]][marked[1]])
     asked = max((i for i, role in enumerate(roles) if role == "user"), default=len(roles) - 1)
-    end = starts[asked + 1][0] if asked + 1 < len(starts) else len(tokens)
-    if end - starts[asked][-1] <= block_tokens:
-        return _prompt(tokens, starts[asked][-1])
-    question = parts[asked][-1]
-    for cut in _cuts(question):
-        parts[asked][-1:] = [question[:cut], question[cut:]]
+    *before, question = parts[asked]
+    cuts = _cuts(question)
+    # Tokenising as a whole what cannot but be too long would be for nothing.
+    if not cuts or len(question) <= _LONGEST_TOKEN * block_tokens:
+        cuts = [0, *cuts]
+    for cut in cuts:
+        parts[asked] = [*before, question[:cut], question[cut:]] if cut else [*before, question]
         tokens, starts = tokens_of()
         end = starts[asked + 1][0] if asked + 1 < len(starts) else len(tokens)
         if end - starts[asked][-1] <= block_tokens:
             return _prompt(tokens, starts[asked][-1])
-        del parts[asked][-1]
     return _prompt(tokens, end - _TAIL_TOKENS)
 
 
