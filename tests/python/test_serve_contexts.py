@@ -11,8 +11,9 @@ import pytest
 
 from fake_engine import FakeEngine, spelled
 from fake_tokenizer import ByteTokenizer
+from helpers import train_tokenizer
 from serving import serving
-from star_attention.models.tokenizer import Message
+from star_attention.models.tokenizer import Message, Tokenizer
 
 TOKENIZER = ByteTokenizer()
 TEXT = "A long text.\n" * 20
@@ -387,3 +388,46 @@ def test_many_at_once(server):
 
     asyncio.run(run())
     assert list(server.app.contexts) == []
+
+
+@pytest.fixture(scope="module", params=["smollm2", "llama3", "llama2"])
+def real_tokenizer(request, tmp_path_factory, smollm2):
+    if request.param == "smollm2":
+        return Tokenizer(smollm2)
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def test_real_tokenizers(real_tokenizer):
+    """A question over a context has the tokens of the whole conversation."""
+    text = " It's 12345 o'clock.\n\n  Na\u00efve caf\u00e9s \U0001f600\n" * 20
+    engine = FakeEngine(real_tokenizer)
+    with (
+        serving(real_tokenizer, engine, block_tokens=256) as running,
+        httpx.Client(base_url=running.url) as http,
+    ):
+        made = http.post("/v1/contexts", json={"name": "a", "text": text}).json()
+        assert made["status"] == "ready"
+        turns = [("user", "Who?"), ("assistant", "Me."), ("user", "Who?\n" + "And? " * 3)]
+        for count in (1, 3):
+            answer = ask(http, "a", *(said for _, said in turns[:count]), max_tokens=2)
+            assert answer.status_code == 200, answer.text
+            (_, first), *later = turns[:count]
+            whole = [Message("user", (text, first))]
+            whole += [Message(role, (said,)) for role, said in later]
+            chat = real_tokenizer.chat(whole)
+            token_ids, border, _ = engine.asked[-1]
+            assert token_ids.tolist() == list(chat.token_ids)
+            assert border == chat.starts[-1][-1]
+            assert chat.starts[0][1] == made["tokens"]
+        end = "Na\u00efve caf\u00e9s \U0001f600\nWho?\nYou?"
+        long = [{"role": "user", "content": text * 5 + "Who?\nYou?"}]
+        http.post("/v1/chat/completions", json={"messages": long, "max_tokens": 2})
+        assert spelled_behind_border(engine, real_tokenizer).startswith(end)
+        http.post("/v1/completions", json={"prompt": text * 5 + "Who?\nYou?", "max_tokens": 2})
+        # A token that is partly in front of the border is not part of the question.
+        assert spelled_behind_border(engine, real_tokenizer).strip() == end
+
+
+def spelled_behind_border(engine, tokenizer):
+    token_ids, border, _ = engine.asked[-1]
+    return b"".join(map(tokenizer.token_bytes, token_ids[border:])).decode()

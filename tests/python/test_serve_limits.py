@@ -314,7 +314,7 @@ MORE = ["frequency_penalty", "logit_bias", "tools", "response_format", "best_of"
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_wrong_types_everywhere(http, path, data):
     model, right = ENDPOINTS[path]
     fields = st.sampled_from([*model.model_fields, *MORE])
@@ -328,6 +328,6 @@ def test_wrong_types_everywhere(http, path, data):
 
 
 @given(body=st.binary(max_size=200))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_any_bytes(http, body):
     check_error(http.post(CHAT, content=body, headers=JSON), 400)

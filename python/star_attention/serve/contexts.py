@@ -59,6 +59,7 @@ class Context:
     asking: int = 0
     failure: Exception | None = None
     is_unsaved: bool = False
+    has_saved_tokens: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task | None = None
 
@@ -129,6 +130,7 @@ class Contexts:
                 saved.last_used,
                 status="reading" if saved.pinned else "ready",
                 questions=saved.questions,
+                has_saved_tokens=True,
             )
             if saved.ttl_seconds is not None:
                 context.expires_at = (saved.last_used or saved.created) + saved.ttl_seconds
@@ -208,7 +210,8 @@ class Contexts:
         finally:
             if context.status != "ready":
                 await self.remove(context)
-        await self.save(context, tokens_too=True)
+        context.is_unsaved = True
+        await self.save(context)
 
     async def change(self, context: Context, patch: ContextPatch) -> None:
         """Pins or unpins, and sets the time to live, which begins anew."""
@@ -260,7 +263,8 @@ class Contexts:
             context.is_unsaved = True
             context.renew()
 
-    async def save(self, context: Context, tokens_too: bool = False) -> None:
+    async def save(self, context: Context) -> None:
+        context.is_unsaved = False
         if self._saved is None:
             return
         said = {
@@ -275,8 +279,9 @@ class Contexts:
         }
         async with self._writing:
             if self._by_name.get(context.name) is context:
-                write = self._saved.write
+                write, tokens_too = self._saved.write, not context.has_saved_tokens
                 await self._front.in_thread(write, said, context.token_ids, tokens_too)
+                context.has_saved_tokens = True
 
     async def _end_task(self, context: Context) -> None:
         task, context.task = context.task, None
@@ -354,8 +359,10 @@ class Contexts:
             for context in list(self):
                 expires = context.expires_at
                 is_over = expires is not None and expires <= time.time()
-                if is_over and not context.asking and context.status != "reading":
-                    await self.remove(context)
-                elif context.is_unsaved:
-                    context.is_unsaved = False
-                    await self.save(context)
+                try:
+                    if is_over and not context.asking and context.status != "reading":
+                        await self.remove(context)
+                    elif context.is_unsaved:
+                        await self.save(context)
+                except Exception:
+                    logger.exception("a context could not be looked after")
