@@ -26,7 +26,7 @@ class Block:
         key: of its contents; None: they are nobody else's.
         holders: contexts that are open and have it.
         is_ready: its KV is there; until then one of its holders reads it, or it is loaded.
-        source: what it was loaded from; None: it was read.
+        source: the tier that it is being loaded from.
         copied: layers that are loaded or saved so far.
     """
 

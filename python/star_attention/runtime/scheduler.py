@@ -328,7 +328,7 @@ class Scheduler:
             block.copied = load.last
             if load.last == self._store.num_layers:
                 self._loading.remove(block)
-                block.is_ready = True
+                block.is_ready, block.source, block.copied = True, None, 0
 
     def saved(self, every: Sequence[Sequence[SaveEnd]]) -> list[Forget]:
         """Takes which saves each process says have ended; what is to be forgotten by the other
