@@ -316,6 +316,37 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     assert shares or not any(idle)
 
 
+@settings(max_examples=150)
+@given(data=st.data(), size=st.integers(1, 3), config=configs)
+def test_blocks_come_back_from_lower_tiers(data, size, config):
+    """A few texts, asked again and again, over pages for one or two of them."""
+    draw = data.draw
+    store = Store({"host": draw(st.integers(10, 60))}, 1, LAYERS, page_bytes=1)
+    limits = Limits(pages=draw(st.integers(13, 16)))
+    ranks, leader = make(size, limits, 8, True, store, draw(st.randoms(use_true_random=False)))
+    questions, scheduler = [], leader.scheduler
+    lengths = draw(st.lists(st.integers(20, 30), min_size=2, max_size=3))
+    for _ in range(draw(st.integers(4, 12))):
+        index = draw(st.integers(0, len(lengths) - 1))
+        edited = draw(st.lists(st.just(lengths[index] - 1), max_size=1))
+        context = add_context(ranks, leader, lengths[index], config, edited, keep=False)
+        params = SamplingParams(max_tokens=draw(st.integers(1, 5)))
+        questions.append(scheduler.add_question(context, np.zeros(2, np.int32), params))
+        scheduler.release_context(context)
+        for _ in range(draw(st.sampled_from([0, 10, 60, 60, 60]))):
+            leader._asked_for_saves = 0.0
+            leader.step()
+            check_pages(ranks, leader)
+    steps = 0
+    while leader.step() is not None:
+        steps += 1
+        assert steps < 5000, "it does not end"
+    for question in questions:
+        assert len(question.answer) == question.params.max_tokens
+    idle = scheduler._blocks.idle.tolist()
+    assert check_pages(ranks, leader) == (idle, idle)
+
+
 def test_passes_of_contexts_and_decode_steps_alternate():
     ranks, leader = make(2, chunk_tokens=8)
     config = StarConfig(32, 8, tokens_per_block=PAGE)
