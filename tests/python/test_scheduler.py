@@ -19,12 +19,15 @@ from star_attention.engines.base import Limits, PagedStep
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.runtime.leader import Leader
-from star_attention.runtime.orders import Ask, Chunk, Decode, Report
+from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Report, Saved
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.runtime.scheduler import Scheduler
+from star_attention.runtime.store import Store
+from star_attention.runtime.tiers import SaveEnd
 from star_attention.runtime.worker import Worker
 
 PAGE = 4
+LAYERS = 2
 
 
 class NotingEngine:
@@ -77,6 +80,8 @@ class Ranks:
         results = [worker.execute(order, on_layer) for worker in self.workers]
         if isinstance(order, Chunk):
             self.check_chunk(self.contexts[order.context])
+        elif isinstance(order, Load | Saved):
+            return [each for result in results for each in result]
         elif isinstance(order, Ask):
             self.check_questions([(part.question, part.context) for part in order.parts])
         elif isinstance(order, Decode):
@@ -163,10 +168,46 @@ class Ranks:
         return rows
 
 
-def make(size, limits=None, chunk_tokens=None, shares_blocks=False):
+class NotingTiers:
+    """Keeps what the slots of a block note; loads wait and fail at random."""
+
+    def __init__(self, engine, random):
+        self.engine, self.random = engine, random
+        self.blocks, self.ends = {}, []
+
+    def save(self, key, pages, layers):
+        if layers.stop == LAYERS:
+            stored = self.random.random() < 0.8
+            if stored:
+                self.blocks[key] = self.engine.slots[pages].copy()
+            self.ends.append(SaveEnd(key, "host", stored))
+
+    def load(self, key, pages, layers):
+        state = self.random.choice(["done", "done", "waiting", "failed"])
+        if key not in self.blocks or state == "failed":
+            self.blocks.pop(key, None)
+            return "failed"
+        if state == "done" and layers.stop == LAYERS:
+            self.engine.slots[pages] = self.blocks[key]
+        return state
+
+    def forget(self, key, tier):
+        del self.blocks[key]
+
+    def cancel(self, key):
+        pass
+
+    def ended(self):
+        ends, self.ends = self.ends, []
+        return ends
+
+
+def make(size, limits=None, chunk_tokens=None, shares_blocks=False, store=None, random=None):
     limits = limits or Limits()
     ranks = Ranks(size, limits)
-    leader = Leader(ranks.execute, ranks.engines[0], size, limits, shares_blocks)
+    for worker in ranks.workers:
+        worker._tiers = store and NotingTiers(worker.engine, random)
+    leader = Leader(ranks.execute, ranks.engines[0], size, limits, shares_blocks, store)
     leader.scheduler.chunk_tokens = chunk_tokens
     return ranks, leader
 
@@ -219,7 +260,11 @@ def test_every_row_sees_what_it_should(data, size, chunk):
         questions=draw(st.one_of(st.none(), st.integers(1, 4))),
     )
     shares = draw(st.booleans())
-    ranks, leader = make(size, limits, chunk, shares)
+    store = None
+    if shares and draw(st.booleans()):
+        store = Store({"host": draw(st.integers(10, 60))}, 1, LAYERS, page_bytes=1)
+    random = draw(st.randoms(use_true_random=False))
+    ranks, leader = make(size, limits, chunk, shares, store, random)
     leader.scheduler.question_tokens = draw(st.one_of(st.none(), st.integers(1, 9)))
     divisions = st.sampled_from(draw(st.lists(configs, min_size=1, max_size=3)))
     edits = st.lists(st.integers(0, 60), max_size=2)
@@ -244,11 +289,13 @@ def test_every_row_sees_what_it_should(data, size, chunk):
             pass  # it does not fit
         if action == "step":
             for _ in range(draw(st.integers(1, 10))):
+                leader._asked_for_saves = 0.0
                 leader.step()
                 check_pages(ranks, leader)
     steps, left = 0, contexts
     while True:
         while leader.step() is not None:
+            leader._asked_for_saves = 0.0
             check_pages(ranks, leader)
             steps += 1
             assert steps < 5000, "it does not end"
@@ -267,6 +314,37 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     idle = leader.scheduler._blocks.idle.tolist()
     assert check_pages(ranks, leader) == (idle, idle)
     assert shares or not any(idle)
+
+
+@settings(max_examples=150)
+@given(data=st.data(), size=st.integers(1, 3), config=configs)
+def test_blocks_come_back_from_lower_tiers(data, size, config):
+    """A few texts, asked again and again, over pages for one or two of them."""
+    draw = data.draw
+    store = Store({"host": draw(st.integers(10, 60))}, 1, LAYERS, page_bytes=1)
+    limits = Limits(pages=draw(st.integers(13, 16)))
+    ranks, leader = make(size, limits, 8, True, store, draw(st.randoms(use_true_random=False)))
+    questions, scheduler = [], leader.scheduler
+    lengths = draw(st.lists(st.integers(20, 30), min_size=2, max_size=3))
+    for _ in range(draw(st.integers(4, 12))):
+        index = draw(st.integers(0, len(lengths) - 1))
+        edited = draw(st.lists(st.just(lengths[index] - 1), max_size=1))
+        context = add_context(ranks, leader, lengths[index], config, edited, keep=False)
+        params = SamplingParams(max_tokens=draw(st.integers(1, 5)))
+        questions.append(scheduler.add_question(context, np.zeros(2, np.int32), params))
+        scheduler.release_context(context)
+        for _ in range(draw(st.sampled_from([0, 10, 60, 60, 60]))):
+            leader._asked_for_saves = 0.0
+            leader.step()
+            check_pages(ranks, leader)
+    steps = 0
+    while leader.step() is not None:
+        steps += 1
+        assert steps < 5000, "it does not end"
+    for question in questions:
+        assert len(question.answer) == question.params.max_tokens
+    idle = scheduler._blocks.idle.tolist()
+    assert check_pages(ranks, leader) == (idle, idle)
 
 
 def test_passes_of_contexts_and_decode_steps_alternate():

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.tokenizer import TEMPLATES
 
+_HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
 
 
@@ -112,6 +114,20 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
 )
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Sites whose pages may use it.")
 @click.option(
+    "--host-cache-gib",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Memory of each rank for contexts that have left its GPU; 0: none.",
+)
+@click.option(
+    "--disk-cache-gib",
+    type=click.FloatRange(min=0),
+    default=64.0,
+    show_default=True,
+    help="What each rank may keep in --context-dir.",
+)
+@click.option(
     "--context-dir",
     type=click.Path(file_okay=False),
     help="Where contexts are kept over a restart.",
@@ -155,14 +171,30 @@ def serve(**options: Any) -> None:
     elif world_size() > 1:
         _serve_own_front(options)
     else:
-        sys.exit(_run_front(options))
+        with _host_folder(options):
+            code = _run_front(options)
+        sys.exit(code)
+
+
+@contextmanager
+def _host_folder(options: dict[str, Any]) -> Iterator[None]:
+    """Where ranks that this process starts find the host tier."""
+    from star_attention.serve.host_tier import host_tier
+
+    gib, processes = options["host_cache_gib"], (options["ranks"] or 1) * options["tp"]
+    if not gib or _HOST_FOLDER in os.environ:
+        yield
+        return
+    with host_tier(gib, processes) as folder:
+        os.environ[_HOST_FOLDER] = str(folder)
+        yield
 
 
 def _serve_front(connection: Any, options: dict[str, Any]) -> None:
     from star_attention.serve.rank0 import RankOptions, serve_front
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides what an interrupt means
-    gap = options["max_gap"]
+    gap, disk = options["max_gap"], options["disk_cache_gib"] and options["context_dir"]
     serve_front(
         connection,
         RankOptions(
@@ -171,6 +203,10 @@ def _serve_front(connection: Any, options: dict[str, Any]) -> None:
             engine_of(options),
             options["template"],
             gap and gap / 1e3,
+            host_folder=os.environ.get(_HOST_FOLDER),
+            disk_folder=disk and str(Path(disk).resolve() / "blocks"),
+            host_cache_gib=options["host_cache_gib"],
+            disk_cache_gib=options["disk_cache_gib"],
         ),
     )
 
@@ -179,7 +215,7 @@ def _serve_own_front(options: dict[str, Any]) -> None:
     """Under mpirun rank 0 starts the front, which ends with it."""
     from star_attention.serve.process import Meeting, OuterRanks
 
-    with tempfile.TemporaryDirectory(prefix="star-attention-") as folder:
+    with tempfile.TemporaryDirectory(prefix="star-attention-") as folder, _host_folder(options):
         meeting = Meeting.in_folder(Path(folder))
         command = [sys.executable, "-m", "star_attention", *arguments()]
         front = subprocess.Popen(command, env={**os.environ, **OuterRanks.variables(meeting)})

@@ -15,6 +15,7 @@ import numpy as np
 
 from star_attention.config import StarConfig
 from star_attention.plan import Plan
+from star_attention.runtime.tiers import Tier
 
 
 @dataclass(eq=False)
@@ -24,7 +25,9 @@ class Block:
     Attributes:
         key: of its contents; None: they are nobody else's.
         holders: contexts that are open and have it.
-        is_ready: its KV is there; until then one of its holders reads it.
+        is_ready: its KV is there; until then one of its holders reads it, or it is loaded.
+        source: the tier that it is being loaded from.
+        copied: layers that are loaded or saved so far.
     """
 
     number: int
@@ -34,24 +37,24 @@ class Block:
     pages: int
     holders: int = 0
     is_ready: bool = False
+    source: Tier | None = None
+    copied: int = 0
 
 
-def block_keys(token_ids: np.ndarray, plan: Plan, config: StarConfig) -> list[bytes]:
-    """A key for each block of a plan; equal ones have equal KV, for one model and dtype.
+def block_keys(token_ids: np.ndarray, plan: Plan, config: StarConfig) -> list[bytes | None]:
+    """A key for each block of a plan; equal ones have equal KV, for one model and dtype. In a ring,
+    where a block depends on all before it, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
     """
+    if config.attention == "ring":
+        return [None] * len(plan.blocks)
     tokens = np.ascontiguousarray(token_ids, np.int32)
-    if config.attention == "star":
-        anchor = _digest(tokens[: plan.anchor_size])
-        return [
-            _digest(tokens[b.start : b.end], "star", b.start, anchor if b.prefix else "")
-            for b in plan.blocks
-        ]
-    # In an exact method a block depends on all that is before it, and ranks have fixed parts.
-    whole = _digest(tokens, config.attention, plan.num_ranks)
-    return [_digest(tokens[:0], whole, block.start) for block in plan.blocks]
+    anchor = _digest(tokens[: plan.anchor_size])
+    return [
+        _digest(tokens[b.start : b.end], b.start, anchor if b.prefix else b"") for b in plan.blocks
+    ]
 
 
 def _digest(tokens: np.ndarray, *more: object) -> bytes:
@@ -75,8 +78,9 @@ class BlockTable:
         self._numbers = 0
 
     @property
-    def num_idle(self) -> int:
-        return len(self._idle)
+    def count(self) -> int:
+        """Of those that contexts may share."""
+        return len(self._by_key)
 
     def find(self, key: bytes | None) -> Block | None:
         return None if key is None else self._by_key.get(key)

@@ -12,12 +12,17 @@ from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
 from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
-from star_attention.runtime.orders import Ask, Chunk, Decode, Order, Wait
+from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Order, Saved, Wait
 from star_attention.runtime.pace import Pace
 from star_attention.runtime.requests import Context, NewToken
 from star_attention.runtime.sampling import TokenLogprobs, sample, token_logprobs
 from star_attention.runtime.scheduler import Scheduler
+from star_attention.runtime.store import Store
+from star_attention.runtime.tiers import LoadState
 from star_attention.runtime.worker import Worker
+
+_LOAD_SECONDS = 0.002  # between looks at a load that waits for the disk
+_SAVES_SECONDS = 0.5  # between questions which saves have ended
 
 # Called with a chunk and the share of its layers that is done.
 OnChunk = Callable[[Chunk, float], None]
@@ -37,7 +42,7 @@ class Leader:
         engine: rank 0's.
         num_ranks: that contexts are divided among.
         limits: what all ranks' engines allow; by default `engine`'s.
-        shares_blocks: as in `Scheduler`.
+        shares_blocks, store: as in `Scheduler`.
         pace: cuts passes so that answers go on between them.
     """
 
@@ -48,10 +53,12 @@ class Leader:
         num_ranks: int,
         limits: Limits | None = None,
         shares_blocks: bool = False,
+        store: Store | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.execute = execute
         self._pace = pace
+        self._asked_for_saves = 0.0
         self.scheduler = Scheduler(
             engine.config,
             limits or engine.limits,
@@ -60,6 +67,7 @@ class Leader:
             engine.has_ring,
             engine.shares_pages,
             shares_blocks,
+            store,
         )
 
     def step(self, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken] | None:
@@ -71,9 +79,12 @@ class Leader:
         """
         with interrupts.held():
             scheduler = self.scheduler
+            self._ask_for_saves()
             if self._pace:
-                cuts = self._pace.cuts(scheduler.num_running > 0, scheduler.has_questions)
-                scheduler.chunk_tokens, scheduler.question_tokens = cuts
+                cuts = self._pace.cuts(
+                    scheduler.num_running > 0, scheduler.has_questions, scheduler.has_copies
+                )
+                scheduler.chunk_tokens, scheduler.question_tokens, scheduler.copy_pages = cuts
             order = scheduler.next()
             if order is None:
                 return None
@@ -112,14 +123,28 @@ class Leader:
                 self.execute(order, lambda share: on_chunk(order, share))
                 on_chunk(order, 1.0)
                 return []
-            logits = self.execute(order)
+            result = self.execute(order)
+            if isinstance(order, Load):
+                self._take_load(order, result)
             if not isinstance(order, Ask | Decode):
                 return []
-            tokens = self._sample(logits)
-            return self.scheduler.chosen(tokens, self._logprobs(logits, tokens))
+            tokens = self._sample(result)
+            return self.scheduler.chosen(tokens, self._logprobs(result, tokens))
         except BaseException:
             self.scheduler.failed(order)
             raise
+
+    def _take_load(self, order: Load, states: list[LoadState]) -> None:
+        self.scheduler.loaded(order, states)
+        if "waiting" in states and not self.scheduler.num_running:
+            time.sleep(_LOAD_SECONDS)  # the disk is slower than orders
+
+    def _ask_for_saves(self) -> None:
+        now = time.monotonic()
+        if self.scheduler.awaits_saves and now > self._asked_for_saves + _SAVES_SECONDS:
+            self._asked_for_saves = now
+            for forget in self.scheduler.saved(self.execute(Saved())):
+                self.execute(forget)
 
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from star_attention.config import StarConfig
+from star_attention.runtime.tiers import Tier
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,57 @@ class Release:
 
 
 @dataclass(frozen=True)
+class OpenStore:
+    """Every rank opens its lower tiers, and says what is in them.
+
+    Attributes:
+        model: its name, and the fingerprint of its files.
+        host_folder, disk_folder: of the tiers; None: there is none.
+    """
+
+    model: str
+    fingerprint: str
+    host_folder: str | None
+    disk_folder: str | None
+
+
+@dataclass(frozen=True)
+class Save:
+    """The rank that holds a block copies layers [first, last) of it into its lower tiers."""
+
+    block: int
+    key: bytes
+    rank: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rank that has pages for a block copies layers [first, last) of it out of its tiers."""
+
+    block: int
+    key: bytes
+    rank: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """A rank's tier has these blocks no longer."""
+
+    tier: Tier
+    rank: int
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Every rank says which saves have ended."""
+
+
+@dataclass(frozen=True)
 class Wait:
     """Until every rank has done what was ordered so far."""
 
@@ -96,4 +148,5 @@ class Report:
     reset: bool = False
 
 
-Order = Open | Chunk | Ask | Decode | Release | Wait | Report
+Copy = Save | Load
+Order = Open | Chunk | Ask | Decode | Release | OpenStore | Copy | Forget | Saved | Wait | Report

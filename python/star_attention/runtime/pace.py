@@ -5,17 +5,27 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from star_attention.runtime.orders import Ask, Chunk, Decode, Order
+from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Order, Save
 
-_LEAST = 16  # tokens of a pass
+_LEAST = 16  # tokens of a pass, or pages of a copy
 _MARGIN = 0.8  # of the time that there is, as passes vary
 _STEPS = 32  # the idle gap is the median of so many
 
 
+class Cuts(NamedTuple):
+    """Tokens of a pass of phase 1 and of one of questions, and pages of a layer that are copied at
+    a time, at most."""
+
+    chunk_tokens: int
+    question_tokens: int
+    copy_pages: int
+
+
 @dataclass
 class _Cut:
-    """Finds how many tokens take a given time: what took too long is cut, what was short grows."""
+    """Finds how much takes a given time: what took too long is cut, what was short grows."""
 
     tokens: int
     seconds: float
@@ -45,24 +55,26 @@ class Pace:
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS))
     _chunk: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
     _ask: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
+    _copy: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
     _idle: _Cut = field(default_factory=lambda: _Cut(1024, 0.0))
     _answers: bool = False
 
-    def cuts(self, answers: bool, questions: bool) -> tuple[int, int]:
-        """Tokens of the next pass of phase 1 and of questions.
+    def cuts(self, answers: bool, questions: bool, copies: bool) -> Cuts:
+        """What the next pass of each kind may take.
 
         Args:
             answers: some are under way.
-            questions: some wait to be encoded, so that both passes come between two tokens.
+            questions, copies: some wait, so that passes of several kinds come between two tokens.
         """
         self._answers = answers
         self._idle.seconds = self.idle_pass
         if not answers:
-            return self._idle.tokens, self._idle.tokens
+            self._copy.seconds = self.idle_pass
+            return Cuts(self._idle.tokens, self._idle.tokens, self._copy.tokens)
         between = _MARGIN * max(self.gap() - self._step(), 0.0)
-        for cut in (self._chunk, self._ask):
-            cut.seconds = between / 2 if questions else between
-        return self._chunk.tokens, self._ask.tokens
+        for cut in (self._chunk, self._ask, self._copy):
+            cut.seconds = between / (1 + questions + copies)
+        return Cuts(self._chunk.tokens, self._ask.tokens, self._copy.tokens)
 
     def took(self, order: Order, seconds: float) -> None:
         """An order was executed."""
@@ -73,6 +85,8 @@ class Pace:
                 (self._chunk if self._answers else self._idle).took(max(tokens), seconds)
             case Ask(parts=parts) if self._answers:
                 self._ask.took(sum(len(part.token_ids) for part in parts), seconds)
+            case Save() | Load():
+                self._copy.took(self._copy.tokens, seconds)
 
     def gap(self) -> float:
         """Seconds that two tokens of an answer are apart at most."""

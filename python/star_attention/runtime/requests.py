@@ -14,6 +14,7 @@ from star_attention.plan import Plan
 from star_attention.runtime.blocks import Block
 from star_attention.runtime.phase1 import Phase1
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
+from star_attention.runtime.store import Stored
 
 FinishReason = Literal["stop", "length"]
 
@@ -23,14 +24,14 @@ class Division:
     """How ranks hold a context: some of its blocks are there already.
 
     Attributes:
-        known: of each block of the plan the one that is there, or None.
+        known: of each block of the plan the one that is there, or which tier has it, or None.
         pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
-        new: of the pages, those of blocks that are not there.
+        new: of the pages, those of blocks that are not in pages yet.
         tokens: that each rank caches of it.
     """
 
     plan: Plan
-    known: tuple[Block | None, ...]
+    known: tuple[Block | Stored | None, ...]
     pages: np.ndarray
     new: np.ndarray
     scratch: np.ndarray

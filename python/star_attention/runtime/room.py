@@ -17,6 +17,7 @@ from star_attention.runtime.pages import page_count, question_pages
 from star_attention.runtime.phase1 import scratch_pages, shares_anchor
 from star_attention.runtime.placement import kept_tokens, ranks_beside
 from star_attention.runtime.requests import Division
+from star_attention.runtime.store import Stored
 
 # Up to so many ranks are tried for what would fit.
 _MOST_RANKS = 256
@@ -156,7 +157,10 @@ class Room:
 
 
 def divide(
-    plan: Plan, config: StarConfig, known: Sequence[Block | None], model: ModelConfig
+    plan: Plan,
+    config: StarConfig,
+    known: Sequence[Block | Stored | None],
+    model: ModelConfig,
 ) -> Division:
     """Holds a context around the blocks that are `known`, wherever these are."""
     if any(known):
@@ -165,10 +169,10 @@ def divide(
     cached = {each.start for each, block in zip(plan.blocks, known, strict=True) if block}
     pages, new, scratch = (np.zeros(plan.num_ranks, np.int64) for _ in range(3))
     tokens = [0] * plan.num_ranks
-    for each in plan.blocks:
+    for each, block in zip(plan.blocks, known, strict=True):
         count = page_count(each.tokens, plan.tokens_per_block)
         pages[each.rank] += count
-        new[each.rank] += 0 if each.start in cached else count
+        new[each.rank] += 0 if isinstance(block, Block) else count
         tokens[each.rank] += each.tokens
     for rank in range(plan.num_ranks):
         scratch[rank] = scratch_pages(plan, config, rank, cached)

@@ -33,10 +33,13 @@ from star_attention.runtime.orders import (
     BlockPart,
     Chunk,
     Decode,
+    Forget,
+    Load,
     Open,
     Order,
     QuestionPart,
     Release,
+    Save,
 )
 from star_attention.runtime.pages import page_count, question_pages
 from star_attention.runtime.phase1 import Phase1
@@ -44,6 +47,11 @@ from star_attention.runtime.placement import keeper, runs_of
 from star_attention.runtime.requests import Context, Division, FinishReason, NewToken, Question
 from star_attention.runtime.room import Room, divide, pages_of_question
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
+from star_attention.runtime.store import TIERS, Store, Stored
+from star_attention.runtime.tiers import LoadState, SaveEnd, Tier
+
+# Blocks a rank has that are saved and not ended: what is read faster than it is written waits.
+_SAVES_UNDER_WAY = 2
 
 
 class Scheduler:
@@ -53,10 +61,12 @@ class Scheduler:
         model, limits, has_ring, shares_pages: as in `Room`.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
+        store: of the lower tiers, for shared blocks.
 
     Attributes:
         chunk_tokens, question_tokens: of a pass of phase 1 on a rank, and of one of questions, at
             most; None: as many as `limits` allow.
+        copy_pages: of one layer, that are saved or loaded at a time.
     """
 
     def __init__(
@@ -68,9 +78,16 @@ class Scheduler:
         has_ring: bool = True,
         shares_pages: bool = True,
         shares_blocks: bool = False,
+        store: Store | None = None,
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
+        self.copy_pages = 1
+        self._store = store
+        self._saving: deque[Block] = deque()  # the first one is held while it is copied
+        self._loading: deque[Block] = deque()
+        self._ends: dict[tuple[bytes, Tier], list[bool]] = {}  # of saves that are not over
+        self._saved_ranks: dict[bytes, tuple[int, int]] = {}  # of the same, and bytes
         self._model = model
         self._room = Room(model, limits, num_ranks, tokens_per_block, has_ring, shares_pages)
         self._num_ranks, self._page = num_ranks, tokens_per_block
@@ -86,7 +103,8 @@ class Scheduler:
         self._running: list[Question] = []  # oldest first
         self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
-        self._makers = deque([self._chunk, self._ask, self._decode])  # who is next comes first
+        # Who is next comes first.
+        self._makers = deque([self._chunk, self._load, self._ask, self._save, self._decode])
 
     def add_context(
         self,
@@ -245,17 +263,10 @@ class Scheduler:
             failed = next(each for each in self._contexts if each.number == order.context)
             for block in failed.reads:
                 block.is_ready = False
-            again = [failed]
-            for other in self._contexts:
-                if other is not failed and not failed.reads.isdisjoint(other.blocks):
-                    again.append(other)
-            for context in again:
-                self._close(context)
-            self._unopened = deque(sorted([*again, *self._unopened], key=_number))
+            self._reopen([failed])
         elif isinstance(order, Release):
-            for over, more in zip(
-                self._over, (order.contexts, order.questions, order.blocks), strict=True
-            ):
+            again = order.contexts, order.questions, order.blocks
+            for over, more in zip(self._over, again, strict=True):
                 over.extend(more)
         elif isinstance(order, Ask | Decode):
             for question in (*self._running, *self._waiting):
@@ -283,12 +294,62 @@ class Scheduler:
         return any(question.context.is_ready for question in self._waiting)
 
     @property
-    def num_idle_blocks(self) -> int:
-        return self._blocks.num_idle
+    def has_copies(self) -> bool:
+        """Whether blocks are being saved or loaded."""
+        return bool(self._saving or self._loading)
+
+    @property
+    def awaits_saves(self) -> bool:
+        """Whether ranks are to be asked which saves have ended (`Saved`)."""
+        return bool(self._ends)
+
+    def cached(self) -> dict[str, tuple[int, int]]:
+        """Blocks in each tier, and their bytes; of those in pages, pages. All ranks together."""
+        pages = int(self._blocks.live.sum() + self._blocks.idle.sum())
+        lower = self._store.counts() if self._store else {}
+        return {"gpu": (self._blocks.count, pages), **lower}
 
     def is_cached(self, keys: Iterable[bytes]) -> bool:
         """Whether a context of these blocks has nothing to read."""
-        return all(self._blocks.find(key) for key in keys)
+        return all(self._find(key) for key in keys)
+
+    def loaded(self, load: Load, states: Sequence[LoadState]) -> None:
+        """Takes what the processes said to a load."""
+        block = next((each for each in self._loading if each.number == load.block), None)
+        if block is None:
+            return
+        if "failed" in states:
+            for tier in TIERS:
+                self._store.forget(tier, load.key)
+            self._reopen([each for each in self._contexts if block in each.blocks])
+        elif "waiting" in states:
+            self._loading.rotate(-1)
+        else:
+            block.copied = load.last
+            if load.last == self._store.num_layers:
+                self._loading.remove(block)
+                block.is_ready, block.source, block.copied = True, None, 0
+
+    def saved(self, every: Sequence[Sequence[SaveEnd]]) -> list[Forget]:
+        """Takes which saves each process says have ended; what is to be forgotten by the other
+        processes of a rank, where one could not save its part."""
+        forget = []
+        for end in (end for ends in every for end in ends):
+            states = self._ends.get((end.key, end.tier))
+            if states is None:
+                continue
+            states.append(end.stored)
+            if len(states) < self._store.processes:
+                continue
+            del self._ends[end.key, end.tier]
+            rank, size = self._saved_ranks[end.key]
+            if all(states):
+                self._store.add(end.tier, end.key, rank, size)
+            elif any(states):
+                forget.append(Forget(end.tier, rank, (end.key,)))
+            if not any((end.key, tier) in self._ends for tier in TIERS):
+                del self._saved_ranks[end.key]
+        return forget
 
     # Contexts
 
@@ -344,8 +405,13 @@ class Scheduler:
             pages[block.rank] += block.pages
         return pages
 
-    def _known(self, context: Context) -> list[Block | None]:
-        return [self._blocks.find(key) for key in context.keys]
+    def _find(self, key: bytes | None) -> Block | Stored | None:
+        if key is None:
+            return None
+        return self._blocks.find(key) or (self._store.find(key) if self._store else None)
+
+    def _known(self, context: Context) -> list[Block | Stored | None]:
+        return [self._find(key) for key in context.keys]
 
     def _open(self) -> Open | None:
         """Contexts in their order, each once it fits and leaves every question its room: while it
@@ -376,7 +442,8 @@ class Scheduler:
 
     def _fits(self, context: Context, division: Division) -> bool:
         """Whether a context can be opened, if idle blocks make room."""
-        revived = self._pages_of(b for b in set(division.known) - {None} if not b.holders)
+        resident = {block for block in division.known if isinstance(block, Block)}
+        revived = self._pages_of(block for block in resident if not block.holders)
         live, taken = self._blocks.live + division.new + revived, division.new + division.scratch
         opened = [each for each in self._contexts if each.is_open]
         own = [self._question_pages(division, each) for each in self._waiting_for(context)]
@@ -394,15 +461,21 @@ class Scheduler:
         self._scratch += division.scratch
         cached = set()
         blocks = zip(division.plan.blocks, division.known, context.keys, strict=True)
-        for each, block, key in blocks:
-            if block is None:
-                count = page_count(each.tokens, self._page)
-                block = self._blocks.new(key, each.rank, each.tokens, count)
+        for each, known, key in blocks:
+            if known is not None:
+                cached.add(each.start)
+            if isinstance(known, Block):
+                self._blocks.hold(known)
+                context.blocks.append(known)
+                continue
+            count = page_count(each.tokens, self._page)
+            block = self._blocks.new(key, each.rank, each.tokens, count)
+            context.blocks.append(block)
+            if known is None:
                 context.reads.add(block)
             else:
-                self._blocks.hold(block)
-                cached.add(each.start)
-            context.blocks.append(block)
+                block.source = known.tier
+                self._loading.append(block)
         context.division = division
         context.phase1 = Phase1(division.plan, context.config, cached)
         context.is_open = True
@@ -431,7 +504,24 @@ class Scheduler:
         self._used -= context.division.scratch
         self._scratch -= context.division.scratch
 
+    def _reopen(self, contexts: Sequence[Context]) -> None:
+        """Contexts, and those that wait for blocks which they read, begin anew."""
+        again: list[Context] = []
+        while contexts:
+            again += contexts
+            unread = {block for each in contexts for block in each.reads if not block.is_ready}
+            contexts = [
+                each
+                for each in self._contexts
+                if each not in again and not unread.isdisjoint(each.blocks)
+            ]
+        for context in again:
+            self._close(context)
+        self._unopened = deque(sorted([*again, *self._unopened], key=_number))
+
     def _drop(self, block: Block) -> None:
+        if block in self._loading:
+            self._loading.remove(block)
         self._used[block.rank] -= block.pages
         self._over[2].append(block.number)
 
@@ -465,12 +555,57 @@ class Scheduler:
             self._reading.append(context)
         return None
 
+    def _load(self) -> Load | None:
+        """The next layers of a block that a lower tier has."""
+        if not self._loading:
+            return None
+        block = self._loading[0]
+        return Load(block.number, block.key, block.rank, block.copied, self._copied(block))
+
+    def _save(self) -> Save | Forget | None:
+        """The next layers of a block that was read, into the lower tiers."""
+        while self._saving:
+            block = self._saving[0]
+            if not block.copied:
+                if len(self._saved_ranks) >= _SAVES_UNDER_WAY * self._num_ranks:
+                    return None
+                if self._blocks.find(block.key) is not block or self._store.has(block.key):
+                    self._saving.popleft()
+                    continue
+                size = block.pages * self._store.page_bytes
+                if size > min(self._store.budgets.values()):
+                    self._saving.popleft()
+                    continue
+                for tier in self._store.budgets:
+                    if gone := self._store.make_room(tier, block.rank, size):
+                        return Forget(tier, block.rank, tuple(gone))
+                self._blocks.hold(block)
+                self._saved_ranks[block.key] = block.rank, size
+                for tier in self._store.budgets:
+                    self._ends[block.key, tier] = []
+            first, block.copied = block.copied, self._copied(block)
+            if block.copied == self._store.num_layers:
+                self._saving.popleft()
+                block.copied = 0
+                self._blocks.give_back(block)
+                return Save(block.number, block.key, block.rank, first, self._store.num_layers)
+            return Save(block.number, block.key, block.rank, first, block.copied)
+        return None
+
+    def _copied(self, block: Block) -> int:
+        """Layers of it that are copied after the next copy."""
+        layers = max(1, self.copy_pages // block.pages)
+        return min(block.copied + layers, self._store.num_layers)
+
     def _end_reading(self, context: Context) -> None:
         if context in self._reading:
             self._reading.remove(context)
         self._give_scratch_back(context)
-        for block in context.reads:
-            block.is_ready = True
+        for block in context.blocks:
+            if block in context.reads:
+                block.is_ready = True
+                if self._store and block.key is not None:
+                    self._saving.append(block)
         if context.is_released:
             self.release_context(context)
 

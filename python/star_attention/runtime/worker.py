@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import Logits, ModelEngine
+from star_attention.errors import UserError
 from star_attention.plan import Block, make_plan
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import (
@@ -19,16 +21,22 @@ from star_attention.runtime.orders import (
     BlockPart,
     Chunk,
     Decode,
+    Forget,
+    Load,
     Open,
+    OpenStore,
     Order,
     QuestionPart,
     Release,
     Report,
+    Save,
+    Saved,
     Wait,
 )
 from star_attention.runtime.pages import PagePool, Rows, page_count
 from star_attention.runtime.phase1 import ContextPart, scratch_pages
 from star_attention.runtime.phase2 import CachedContext, CachedQuestion, questions_step
+from star_attention.runtime.tiers import LoadState, StoreDescription, Tier, Tiers
 
 NO_ROWS = np.empty(0, np.int32)
 
@@ -63,11 +71,13 @@ class Worker:
         self._blocks: dict[int, list[int]] = {}  # pages of those that this rank holds
         self._contexts: dict[int, CachedContext] = {}
         self._questions: dict[int, CachedQuestion] = {}
+        self._tiers: Tiers | None = None
+        self._loads: dict[int, bytes] = {}  # keys of the blocks that are being loaded
         self._reset_stats()
 
     def execute(
         self, order: Order, on_layer: Callable[[float], None] | None = None
-    ) -> Logits | list[dict[str, Any]] | None:
+    ) -> Logits | list[Any] | None:
         """Does an order's part on this rank.
 
         Args:
@@ -75,7 +85,9 @@ class Worker:
 
         Returns:
             For `Ask` and `Decode` the logits, float32 [rows, vocab_size], valid until the next
-            order: of the last token, or all, of each part. For `Report` every rank's statistics.
+            order: of the last token, or all, of each part. For `Report` every process's statistics,
+            for `OpenStore` what its tiers have, or why they cannot be opened, for `Load` its state,
+            for `Saved` its saves that ended.
 
         Raises:
             Exception: this rank failed; the job cannot go on.
@@ -91,6 +103,16 @@ class Worker:
                 return self._decode(order)
             case Release():
                 return self._release(order)
+            case OpenStore():
+                return self._open_store(order)
+            case Save():
+                return self._save(order)
+            case Load():
+                return self._load(order)
+            case Forget():
+                return self._forget(order)
+            case Saved():
+                return self.comm.world.gather_objects(self._tiers.ended())
             case Wait():
                 self.comm.world.gather_objects(None)
                 return None
@@ -100,6 +122,8 @@ class Worker:
 
     def close(self) -> None:
         """Gives the engine's memory back, on all ranks."""
+        if self._tiers:
+            self._tiers.close()
         self.engine.close()
 
     def _open(self, order: Open) -> None:
@@ -214,10 +238,55 @@ class Worker:
             if context := self._contexts.pop(number, None):
                 self.pool.release(context.pages)
         for number in order.blocks:
+            if key := self._loads.pop(number, None):
+                self._tiers.cancel(key)
             self.pool.release(self._blocks.pop(number, []))
 
     def _end_reading(self, context: int) -> None:
         self.pool.release(self._reading.pop(context).scratch)
+
+    def _open_store(self, order: OpenStore) -> list[dict[Tier, dict[bytes, int]] | str]:
+        engine, world = self.engine, self.comm.world
+        config, tp = engine.config, world.size // self.comm.size
+        description = StoreDescription(
+            model=order.model,
+            fingerprint=order.fingerprint,
+            dtype=engine.dtype,
+            num_layers=config.num_layers,
+            num_kv_heads=config.shard(tp).num_kv_heads,
+            head_dim=config.head_dim,
+            tokens_per_block=engine.tokens_per_block,
+            page_bytes=engine.page_bytes,
+            rank=world.rank,
+            num_ranks=self.comm.size,
+            tp=tp,
+        )
+        folders = (folder and Path(folder) for folder in (order.host_folder, order.disk_folder))
+        try:
+            self._tiers = Tiers(engine, description, *folders)
+        except UserError as error:
+            return world.gather_objects(str(error))
+        return world.gather_objects(self._tiers.stored())
+
+    def _save(self, order: Save) -> None:
+        if order.rank == self.comm.rank:
+            layers = range(order.first, order.last)
+            self._tiers.save(order.key, self._blocks[order.block], layers)
+
+    def _load(self, order: Load) -> list[LoadState]:
+        state: LoadState = "done"
+        if order.rank == self.comm.rank:
+            self._loads[order.block] = order.key
+            pages, layers = self._blocks[order.block], range(order.first, order.last)
+            state = self._tiers.load(order.key, pages, layers)
+            if state == "done" and order.last == self.engine.config.num_layers:
+                del self._loads[order.block]
+        return self.comm.world.gather_objects(state)
+
+    def _forget(self, order: Forget) -> None:
+        if order.rank == self.comm.rank:
+            for key in order.keys:
+                self._tiers.forget(key, order.tier)
 
     def _report(self, order: Report) -> list[dict[str, Any]]:
         phases = {name: asdict(stats) for name, stats in self.stats.items()}

@@ -280,8 +280,8 @@ class Contexts:
         async with self._writing:
             if self._by_name.get(context.name) is context:
                 write, tokens_too = self._saved.write, not context.has_saved_tokens
-                await self._front.in_thread(write, said, context.token_ids, tokens_too)
-                context.has_saved_tokens = True
+                if await self._front.in_thread(write, said, context.token_ids, tokens_too):
+                    context.has_saved_tokens = True
 
     async def _end_task(self, context: Context) -> None:
         task, context.task = context.task, None

@@ -11,6 +11,7 @@ import numpy as np
 
 from star_attention.config import StarConfig
 from star_attention.errors import UserError
+from star_attention.runtime.blocks import Block
 from star_attention.runtime.leader import Leader
 from star_attention.runtime.orders import Chunk
 from star_attention.runtime.requests import Context, Question
@@ -44,8 +45,7 @@ class _Job:
     context: Context
     question: Question | None = None
     keep: bool = False
-    is_opened: bool = False
-    is_read: bool = False
+    blocks: list[Block] | None = None  # that the front knows of
 
 
 class ServerLoop:
@@ -56,7 +56,8 @@ class ServerLoop:
         connection: to the front.
         division: of a context of so many tokens.
         end_tokens: that end answers.
-        pages: of a rank's KV cache, 0 if they are not bounded; `page_bytes` each, in all layers.
+        pages: of a rank's KV cache.
+        page_bytes: of one of them, in all layers.
     """
 
     def __init__(
@@ -66,13 +67,14 @@ class ServerLoop:
         division: Callable[[int], StarConfig],
         end_tokens: frozenset[int],
         pages: int,
+        page_bytes: int,
     ) -> None:
         self._leader = leader
         self._scheduler = leader.scheduler
         self._connection = connection
         self._division = division
         self._end_tokens = end_tokens
-        self._pages = pages
+        self._pages, self._page_bytes = pages, page_bytes
         self._known = KnownContexts(self._scheduler.is_cached)
         self._jobs: dict[int, _Job] = {}
         self._asked: dict[Question, _Job] = {}
@@ -170,8 +172,8 @@ class ServerLoop:
         for job in list(self._reading):
             if not job.context.is_open:
                 continue
-            if not job.is_opened:
-                job.is_opened = True
+            if job.blocks is not job.context.blocks:  # it may be opened anew
+                job.blocks = job.context.blocks
                 self._events.append(Opened(job.number, places_of(job.context)))
             if job.context.is_ready:
                 self._is_ready(job)
@@ -211,15 +213,19 @@ class ServerLoop:
             return
         self._told_statistics = now
         scheduler = self._scheduler
-        running = scheduler.num_running
+        running, cached = scheduler.num_running, scheduler.cached()
+        gpu_blocks, gpu_pages = cached.pop("gpu")
         self._events.append(
             Statistics(
                 running=running,
                 waiting=len(self._jobs) - running,
                 pages_used=int(scheduler.pages_in_use.max()),
                 pages=self._pages,
-                cached_blocks={"gpu": scheduler.num_idle_blocks},
-                cached_bytes={},
+                cached_blocks={"gpu": gpu_blocks, **{t: n for t, (n, _) in cached.items()}},
+                cached_bytes={
+                    "gpu": gpu_pages * self._page_bytes,
+                    **{tier: size for tier, (_, size) in cached.items()},
+                },
             )
         )
 
@@ -233,8 +239,13 @@ def places_of(context: Context) -> tuple[BlockPlace, ...]:
     """The blocks of an open context."""
     pairs = zip(context.plan.blocks, context.blocks, strict=True)
     return tuple(
-        BlockPlace(b.start, b.end, b.rank, "new" if block in context.reads else "gpu")
-        for b, block in pairs
+        BlockPlace(
+            each.start,
+            each.end,
+            each.rank,
+            "new" if block in context.reads else block.source or "gpu",
+        )
+        for each, block in pairs
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 from star_attention.config import StarConfig
 from star_attention.engines.base import Limits, ModelEngine
@@ -12,10 +15,14 @@ from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
+from star_attention.models.fingerprint import fingerprint
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader
+from star_attention.runtime.orders import OpenStore, Order
 from star_attention.runtime.pace import Pace
+from star_attention.runtime.store import TIERS, Store
+from star_attention.runtime.tiers import Tier
 from star_attention.serve.division import division_for
 from star_attention.serve.loop import ServerLoop
 from star_attention.serve.messages import Ready
@@ -30,6 +37,8 @@ class RankOptions:
     Attributes:
         max_gap: seconds between two tokens of an answer at most; None: `gap_factor` times what it
             is while nothing is read.
+        host_folder, disk_folder: of the lower tiers of the KV cache; None: there is none.
+        host_cache_gib, disk_cache_gib: what a rank may have there.
     """
 
     model: str
@@ -38,6 +47,10 @@ class RankOptions:
     template: str = "auto"
     max_gap: float | None = None
     gap_factor: float = 3.0
+    host_folder: str | None = None
+    disk_folder: str | None = None
+    host_cache_gib: float = 0.0
+    disk_cache_gib: float = 0.0
 
 
 def serve_front(connection: Connection, options: RankOptions) -> None:
@@ -54,6 +67,9 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     engine, num_ranks = worker.engine, worker.comm.size
     limits = _with_pages(limits, engine, options.engine, job.comm.size)
     longest = engine.config.max_position
+    execute = functools.partial(job.execute, number)
+    page_bytes = engine.page_bytes * engine.config.num_layers
+    store = _open_store(execute, path, options, engine, page_bytes)
     connection.send(
         Ready(
             device=options.engine.device,
@@ -62,15 +78,16 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
             max_tokens=min(longest, limits.seq_len or longest),
             kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
             tokens_per_block=config.tokens_per_block,
-            page_bytes=engine.page_bytes * engine.config.num_layers,
+            page_bytes=page_bytes,
         )
     )
     leader = Leader(
-        functools.partial(job.execute, number),
+        execute,
         engine,
         num_ranks,
         limits,
         shares_blocks=True,
+        store=store,
         pace=Pace(options.max_gap, options.gap_factor),
     )
     ServerLoop(
@@ -79,7 +96,32 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
         lambda tokens: division_for(tokens, config, num_ranks),
         frozenset({*engine.config.eos_token_ids, *end_tokens}),
         limits.pages,
+        page_bytes,
     ).run()
+    job.unload(number)
+
+
+def _open_store(
+    execute: Callable[[Order], Any],
+    path: Path,
+    options: RankOptions,
+    engine: ModelEngine,
+    page_bytes: int,
+) -> Store | None:
+    """The lower tiers, on all ranks."""
+    folders: dict[Tier, str | None] = {"host": options.host_folder, "disk": options.disk_folder}
+    sizes = {"host": options.host_cache_gib, "disk": options.disk_cache_gib}
+    budgets = {tier: int(sizes[tier] * 2**30) for tier in TIERS if folders[tier]}
+    if not budgets:
+        return None
+    order = OpenStore(path.name, fingerprint(path), folders["host"], folders["disk"])
+    found = execute(order)
+    for problem in found:
+        if isinstance(problem, str):
+            raise UserError(problem)
+    store = Store(budgets, options.engine.tp, engine.config.num_layers, page_bytes)
+    store.find_all(found)
+    return store
 
 
 def _with_pages(

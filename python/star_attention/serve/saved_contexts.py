@@ -58,9 +58,9 @@ class SavedContexts:
         self._folder = folder
         self._fingerprint = fingerprint(tokenizer)
 
-    def write(self, said: dict[str, Any], token_ids: np.ndarray, tokens_too: bool) -> None:
-        """Each file is written beside and renamed; the tokens only if wanted. An OSError is logged:
-        the context is there until the server ends."""
+    def write(self, said: dict[str, Any], token_ids: np.ndarray, tokens_too: bool) -> bool:
+        """Each file is written beside and renamed; the tokens only if wanted. Whether it went well:
+        if not, the log says why, and the context is there until the server ends."""
         name = said["name"]
         saved = SavedContext(
             **said,
@@ -77,6 +77,8 @@ class SavedContexts:
                 file.write(saved.model_dump_json().encode())
         except OSError as error:
             logger.warning("context %s is not saved: %s", name, error.strerror)
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         for ending in (".json", ".npy"):
