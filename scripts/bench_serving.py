@@ -21,10 +21,11 @@ text. Answers are greedy and go on behind the model's end token (ignore_eos).
 
 Load: clients send random questions over contexts of a pool, want 1 to 3 answers, whole or streamed,
 and leave at random moments. Before, every question was answered alone: half of them greedily, half
-drawn with a seed. Each answer must be the same, to the letter, with the same count of tokens: sums
-of other batches are rounded otherwise, so a model whose choices are that close (those of
---make-model are not, in float32) would be told of as `different`; an answer that is right for
-another question is `crossed`. Who is refused (429, 503) asks again after Retry-After.
+drawn among three tokens with a seed. Each answer must be the same, to the letter, with the same
+count of tokens. In other batches sums are rounded otherwise, so a model whose choices are close by
+(in float32, those of --make-model tiny hardly ever are) gives some that are `different`; an answer
+that is right for another question is `crossed`. Who is refused (429, 503) asks again after
+Retry-After, each time twice as long up to eight times.
 
 Overhead: `LLM.ask` in this process and the server, in turn, with the same questions together.
 
@@ -125,36 +126,30 @@ async def gap(
     """Between a running answer's tokens, alone and while another context is read."""
     asked = options.question_tokens
 
-    async def run(name: str, tokens: int) -> Answer:
-        return checked(await server.ask(context, texts(name, asked), tokens))
-
-    idle = (await run("idle", options.gap_tokens)).gaps
+    first = await server.ask(context, texts("idle", asked), options.gap_tokens)
+    idle = checked(first).gaps
     other = texts("other", options.gap_context_tokens or options.context_tokens)
-    running, index = Answer(), 0
+    answers: list[Answer] = []
 
-    async def keep_running() -> None:
-        nonlocal running, index
+    async def keep_answering() -> None:
         while True:
-            index += 1
-            running = Answer()
-            started_answers.append(running)
-            question = texts(f"running {index}", asked)
-            await server.ask_into(running, context, question, options.gap_tokens)
+            answers.append(Answer())
+            question = texts(f"running {len(answers)}", asked)
+            await server.ask_into(answers[-1], context, question, options.gap_tokens)
+            checked(answers[-1])
 
-    started_answers: list[Answer] = []
-    keeper = asyncio.create_task(keep_running())
-    while not any(len(each.times) > 16 for each in started_answers):
+    keeper = asyncio.create_task(keep_answering())
+    while not keeper.done() and not any(len(each.times) > 16 for each in answers):
         await asyncio.sleep(0.01)
-        if keeper.done():
-            keeper.result()
     begin = time.perf_counter()
     read = checked(await server.ask(other, texts("to other", asked), 1))
     end = time.perf_counter()
+    if keeper.done():
+        keeper.result()
     keeper.cancel()
-    await asyncio.gather(keeper, return_exceptions=True)
     gaps = [
         after - before
-        for each in started_answers
+        for each in answers
         for before, after in zip(each.times, each.times[1:], strict=False)
         if before < end and after > begin
     ]

@@ -263,14 +263,15 @@ async def texts_of(server: Server, seed: int, per_word: float | None) -> Texts:
     return Texts(seed, per_word)
 
 
-def family(pid: int) -> Iterator[tuple[int, str]]:
+def family(pid: int, name: str = "front") -> Iterator[tuple[int, str]]:
     """A server's processes, and what they are."""
     with contextlib.suppress(OSError):
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        yield pid, name
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        rank = re.search(rb"\0OMPI_COMM_WORLD_RANK=(\d+)", environment)
+        yield pid, f"rank {rank[1].decode()}" if rank else name
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
             for child in children.read_text().split():
-                yield from family(int(child))
+                yield from family(int(child), Path(f"/proc/{child}/comm").read_text().strip())
 
 
 def resident_mib(pid: int) -> float:

@@ -40,7 +40,7 @@ class Load:
 
     def _sampling(self, pair: tuple[int, int]) -> dict[str, Any]:
         number = pair[0] * len(self._questions) + pair[1]
-        return {"temperature": number % 2, "seed": number}
+        return {"temperature": number % 2, "top_k": 3, "seed": number}
 
     async def answer_alone(self) -> None:
         """What is right, one question after the other."""
@@ -94,7 +94,7 @@ class Load:
 
     async def _ask(self, pair: tuple[int, int], n: int, stream: bool, rng: random.Random) -> str:
         context, question = self._contexts[pair[0]], self._questions[pair[1]]
-        for _ in range(self._options.retries + 1):
+        for tried in range(self._options.retries + 1):
             try:
                 asking = self._server.ask(
                     context,
@@ -112,7 +112,8 @@ class Load:
             self.statuses[answer.status] += 1
             if answer.status not in REFUSALS:
                 break
-            await asyncio.sleep(answer.retry_after * rng.uniform(0.5, 1.5))
+            later = answer.retry_after * 2 ** min(tried, 3)
+            await asyncio.sleep(later * rng.uniform(0.5, 1.5))
         if answer.status in REFUSALS:
             return "refused"
         if answer.status != 200:

@@ -114,7 +114,6 @@ def make_tokenizer(folder: Path, size: int) -> None:
     and without a space in front, and, if there is room, words of four letters."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
 
     vocab = {
         token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -138,9 +137,14 @@ def make_tokenizer(folder: Path, size: int) -> None:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token=SPECIAL[0], eos_token=SPECIAL[-1]
-    )
-    wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
-    assert len(wrapped) == size
+    assert fast.get_vocab_size() == size
+    fast.save(str(folder / "tokenizer.json"))
+    # As every version of transformers reads it.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[-1],
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
