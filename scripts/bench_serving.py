@@ -44,6 +44,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -341,6 +342,7 @@ def main() -> None:
     if options.make_model:
         make_model(options.make_model[0], Path(options.make_model[1]))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends too
     mode = "load" if options.load else "overhead" if options.overhead else "speed"
     result = asyncio.run(run(options))
     settings = {

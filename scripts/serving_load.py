@@ -155,7 +155,7 @@ class Memory:
             await asyncio.sleep(1.0)
 
     def slopes(self, rate: float) -> dict[str, Any]:
-        """MiB at the beginning and end, and MiB a 1000 requests over the run's second half.
+        """MiB over the run, and MiB a 1000 requests over its second half.
 
         Args:
             rate: requests a second.
@@ -167,7 +167,7 @@ class Memory:
             points = [(when, now[name]) for when, now in half if name in now]
             slope = np.polyfit(*zip(*points, strict=True), 1)[0] if len(points) > 3 else 0.0
             found[name] = {
-                "first_mib": self.samples[0][1].get(name),
+                "mib": [now.get(name) for _, now in self.samples[:: -(-len(self.samples) // 24)]],
                 "middle_mib": points[0][1],
                 "last_mib": points[-1][1],
                 "mib_per_1000_requests": float(slope) / rate * 1000,

@@ -61,3 +61,41 @@ def test_load(bench, model, monkeypatch, tmp_path, ranks):
     assert result["responses_by_status"].get("429", 0) > 0
     assert result["distinct"] == 1.0
     assert result["left_running"] == 0
+
+
+def test_speed(bench, model, monkeypatch, tmp_path):
+    options = "--context-tokens 600 --questions 4 --question-tokens 16 --answer-tokens 8 --rounds 2"
+    options += " --gap --gap-tokens 32"
+    result, code = measure(bench, monkeypatch, tmp_path, f"--model {model}", *options.split())
+    assert code == 0
+    assert abs(result["prompt_tokens"] - 616) < 60
+    assert result["cold_cached_tokens"] == [0, 0]
+    assert 500 < result["warm_cached_tokens"] <= result["together"]["cached_tokens"]
+    assert result["together"]["tokens"] == 4 * 8
+    assert result["gap"]["read_tokens"] > 500
+
+
+def test_overhead(bench, model, monkeypatch, tmp_path):
+    options = f"--overhead --llm {model} --context-tokens 100 --questions 2 --question-tokens 8"
+    options += " --answer-tokens 8 --rounds 2"
+    result, code = measure(bench, monkeypatch, tmp_path, f"--model {model}", *options.split())
+    assert code == 0
+    assert len(result["llm_tokens_per_s"]) == len(result["server_tokens_per_s"]) == 2
+    assert set(result["cpu_ms_per_token"]) > {"LLM", "the client"}
+
+
+def test_model_folders(bench, tmp_path):
+    """What --make-model writes is what our models are read from."""
+    from star_attention.models.checkpoint import find_model, open_checkpoint
+    from star_attention.models.config import LLAMA_3_1_8B
+    from star_attention.models.tokenizer import Tokenizer
+
+    bench.make_model("8b", tmp_path)
+    path = find_model(str(tmp_path), with_weights=False)
+    config, tokenizer = open_checkpoint(path).config, Tokenizer(path)
+    assert (config.num_layers, config.head_dim) == (32, 128)
+    assert config.rope == LLAMA_3_1_8B.rope
+    assert tokenizer.vocab_size == config.vocab_size == LLAMA_3_1_8B.vocab_size
+    assert tokenizer.uses_chat
+    text = "abcd \u00fc efgh\n"
+    assert tokenizer.decode(tokenizer.question_tokens(text)).startswith("abcd \u00fc efgh")
