@@ -66,6 +66,7 @@ class Leader:
             engine.tokens_per_block,
             engine.has_ring,
             engine.shares_pages,
+            engine.has_prefix,
             shares_blocks,
             store,
         )

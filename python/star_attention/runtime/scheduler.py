@@ -50,6 +50,8 @@ from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 from star_attention.runtime.store import TIERS, Store, Stored
 from star_attention.runtime.tiers import LoadState, SaveEnd, Tier
 
+# Tokens of a rank; for fewer, reading them again is as fast as merging what is read apart.
+_LEAST_SHARED = 8192
 # Blocks a rank has that are saved and not ended: what is read faster than it is written waits.
 _SAVES_UNDER_WAY = 2
 
@@ -59,6 +61,7 @@ class Scheduler:
 
     Args:
         model, limits, has_ring, shares_pages: as in `Room`.
+        has_prefix: the engines' steps can have one.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
         store: of the lower tiers, for shared blocks.
@@ -67,6 +70,8 @@ class Scheduler:
         chunk_tokens, question_tokens: of a pass of phase 1 on a rank, and of one of questions, at
             most; None: as many as `limits` allow.
         copy_pages: of one layer, that are saved or loaded at a time.
+        least_shared: tokens that a pass must not read again and again, so that questions over the
+            same blocks are grouped.
     """
 
     def __init__(
@@ -77,12 +82,15 @@ class Scheduler:
         tokens_per_block: int,
         has_ring: bool = True,
         shares_pages: bool = True,
+        has_prefix: bool = True,
         shares_blocks: bool = False,
         store: Store | None = None,
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
         self.copy_pages = 1
+        self.least_shared = _LEAST_SHARED * num_ranks
+        self._has_prefix = has_prefix
         self._store = store
         self._saving: deque[Block] = deque()  # the first one is held while it is copied
         self._loading: deque[Block] = deque()
@@ -666,15 +674,29 @@ class Scheduler:
         if any(self._over):
             return None
         self._used += more
-        ranks = [self._next_keeper(question) for question in self._running]
-        for question, rank in zip(self._running, ranks, strict=True):
+        running, groups = self._grouped()
+        ranks = [self._next_keeper(question) for question in running]
+        for question, rank in zip(running, ranks, strict=True):
             question.kept[rank] += 1
-        self._rows = list(self._running)
+        self._rows = list(running)
         return Decode(
-            tuple(question.number for question in self._running),
-            tuple(question.answer[-1] for question in self._running),
+            tuple(question.number for question in running),
+            tuple(question.answer[-1] for question in running),
             tuple(ranks),
+            groups,
         )
+
+    def _grouped(self) -> tuple[list[Question], tuple[int, ...]]:
+        """Running questions, those over the same blocks in a row, and how many those are; in their
+        order, and none, if that spares little."""
+        by_blocks: dict[tuple[Block, ...], list[Question]] = {}
+        for question in self._running if self._has_prefix else ():
+            by_blocks.setdefault(tuple(question.context.blocks), []).append(question)
+        groups = list(by_blocks.values())
+        spared = sum((len(each) - 1) * each[0].context.plan.context_len for each in groups)
+        if spared < self.least_shared:
+            return self._running, ()
+        return [question for each in groups for question in each], tuple(map(len, groups))
 
     def _put_back_newest(self, besides: Question | None = None) -> None:
         """Of those that hold pages."""
