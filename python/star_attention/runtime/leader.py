@@ -44,6 +44,9 @@ class Leader:
         limits: what all ranks' engines allow; by default `engine`'s.
         shares_blocks, store: as in `Scheduler`.
         pace: cuts passes so that answers go on between them.
+
+    Attributes:
+        num_ranks, limits: as given.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Leader:
         pace: Pace | None = None,
     ) -> None:
         self.execute = execute
+        self.num_ranks = num_ranks
+        self.limits = limits or engine.limits
         self._pace = pace
         self._asked_for_saves = 0.0
         self.scheduler = Scheduler(
             engine.config,
-            limits or engine.limits,
+            self.limits,
             num_ranks,
             engine.tokens_per_block,
             engine.has_ring,
