@@ -14,9 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+
 from star_attention.cache import cache_folder
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
+from star_attention.models.kept_tokens import KeptTokens, Tokenized
 from star_attention.models.plain_text import PlainText
 
 # `written`: the texts contain the chat template, its control tokens included.
@@ -28,6 +31,7 @@ ROLES = ("system", "user", "assistant")
 # merge never join a single line break with what follows it, nor read it differently at the end of
 # a text: the tokens of both parts are those of the whole.
 _BETWEEN = "\n"
+_LONG = 4096  # characters of a text whose tokens are kept
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Tokenizer:
             raise UserError(f"{path} has no chat template: use --template none")
         self._opening, self._closing = "", ""
         self._is_written = template == "written"
+        self._kept = KeptTokens()
         self.uses_chat = has_template and template in ("auto", "chat")
         if self.uses_chat:
             try:
@@ -113,7 +118,7 @@ class Tokenizer:
 
     def text_tokens(self, text: str) -> list[int]:
         """The model's opening token and a text, without a template."""
-        return self._opening_token + self._plain.encode(text).ids
+        return self._opening_token + self._tokenized(text, ())[0].tolist()
 
     def chat(self, messages: Sequence[Message]) -> Chat:
         """The tokens of the chat template applied to a conversation.
@@ -196,16 +201,26 @@ class Tokenizer:
         starts: list[int] = []
         front, skipped = "", 0
         for piece, begins in pieces:
-            text = front + piece
-            encoded = self._plain.encode(text)
-            for begin in begins:
-                # A tokenizer may drop characters.
-                behind = map(encoded.char_to_token, range(len(front) + begin, len(text)))
-                first = next((token for token in behind if token is not None), len(encoded))
-                starts.append(len(token_ids) + first - skipped)
-            token_ids += encoded.ids[skipped:]
+            begins = [len(front) + begin for begin in begins]
+            encoded, firsts = self._tokenized(front + piece, begins)
+            starts += [len(token_ids) + first - skipped for first in firsts]
+            token_ids += encoded[skipped:].tolist()
             front, skipped = _BETWEEN, self._between_size
         return token_ids, starts
+
+    def _tokenized(self, text: str, begins: Sequence[int]) -> Tokenized:
+        """A text's tokens, and the index of the first at or behind each of these characters."""
+
+        def encode() -> Tokenized:
+            encoded, firsts = self._plain.encode(text), []
+            for begin in begins:
+                # A tokenizer may drop characters.
+                behind = map(encoded.char_to_token, range(begin, len(text)))
+                first = next((token for token in behind if token is not None), len(encoded))
+                firsts.append(first)
+            return np.array(encoded.ids, np.int32), firsts
+
+        return encode() if len(text) < _LONG else self._kept.get(text, begins, encode)
 
     @functools.cached_property
     def _plain(self) -> PlainText:
