@@ -87,9 +87,7 @@ class Leader:
             scheduler = self.scheduler
             self._ask_for_saves()
             if self._pace:
-                cuts = self._pace.cuts(
-                    scheduler.num_running > 0, scheduler.has_questions, scheduler.has_copies
-                )
+                cuts = self._pace.cuts(answers=scheduler.num_running > 0)
                 scheduler.chunk_tokens, scheduler.question_tokens, scheduler.copy_pages = cuts
             order = scheduler.next()
             if order is None:

@@ -9,8 +9,9 @@ context holds any more make room first. When a rank has none left, the newest qu
 back and is encoded again later, answer included. Contexts leave so much room that every question
 fits if it is alone, so this ends.
 
-A round is one pass of phase 1, one of questions and one token of every answer: what is long is cut,
-and waits for the others in between.
+Between two tokens of the answers there is at most one pass of something else, each kind in turn:
+of phase 1, of questions, or copies of blocks. What is long is cut, and waits for the others in
+between.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ class Scheduler:
         self._running: list[Question] = []  # oldest first
         self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
-        # Who is next comes first.
-        self._makers = deque([self._chunk, self._load, self._ask, self._save, self._decode])
+        # Who is next comes first; decode steps come in between.
+        self._others = deque([self._chunk, self._load, self._ask, self._save])
+        self._decode_is_due = False
 
     def add_context(
         self,
@@ -223,10 +225,14 @@ class Scheduler:
         """What all ranks do next; None: nothing, until something is added."""
         if order := self.release():
             return order
-        for make in (self._open, *self._makers):
+        makers = [*self._others, self._decode]
+        if self._decode_is_due:
+            makers.insert(0, makers.pop())
+        for make in (self._open, *makers):
             if order := make():
-                if make in self._makers:  # the next round begins with what follows
-                    self._makers.rotate(-1 - self._makers.index(make))
+                if make in self._others:
+                    self._others.rotate(-1 - self._others.index(make))
+                self._decode_is_due = make in self._others
                 return order
             if any(self._over):  # what makes room
                 return self.next()
@@ -295,16 +301,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Questions whose turn has not come."""
         return len(self._waiting)
-
-    @property
-    def has_questions(self) -> bool:
-        """Whether some wait for nothing but their turn to be encoded."""
-        return any(question.context.is_ready for question in self._waiting)
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether blocks are being saved or loaded."""
-        return bool(self._saving or self._loading)
 
     @property
     def awaits_saves(self) -> bool:
