@@ -54,17 +54,19 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     engine, num_ranks = worker.engine, worker.comm.size
     limits = _with_pages(limits, engine, options.engine, job.comm.size)
     longest = engine.config.max_position
-    connection.send(
-        Ready(
-            device=options.engine.device,
-            dtype=engine.dtype,
-            num_ranks=num_ranks,
-            max_tokens=min(longest, limits.seq_len or longest),
-            kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
-            tokens_per_block=config.tokens_per_block,
-            page_bytes=engine.page_bytes * engine.config.num_layers,
-        )
+    ready = Ready(
+        device=options.engine.device,
+        dtype=engine.dtype,
+        num_ranks=num_ranks,
+        max_tokens=min(longest, limits.seq_len or longest),
+        kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
+        tokens_per_block=config.tokens_per_block,
+        page_bytes=engine.page_bytes * engine.config.num_layers,
     )
+    try:
+        connection.send(ready)
+    except ConnectionError:
+        return  # the front has ended meanwhile
     leader = Leader(
         functools.partial(job.execute, number),
         engine,
@@ -92,7 +94,7 @@ def _with_pages(
     if room is None:
         room = min(int(_CPU_SHARE * _free_memory()), _CPU_MOST) // processes
     pages = room // (engine.page_bytes * engine.config.num_layers)
-    if not pages:
+    if pages < 1:
         raise UserError(f"--kv-cache-gib {room / 2**30:g} holds no page: use more")
     return replace(limits, pages=pages)
 
