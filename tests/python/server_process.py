@@ -13,10 +13,20 @@ from pathlib import Path
 
 import httpx
 
+from helpers import save_tiny_model, train_tokenizer
 from star_attention.distributed.launch import mpirun_command
+from star_attention.models.tokenizer import Tokenizer
 
 SERVE = [sys.executable, "-m", "star_attention", "serve"]
 START_SECONDS = 90
+
+
+def save_long_model(folder):
+    """A random model that takes long contexts, with a chat template."""
+    train_tokenizer(folder, "llama3")
+    size = Tokenizer(folder).vocab_size
+    save_tiny_model(folder, vocab_size=size, max_position_embeddings=160 * 1024)
+    return folder
 
 
 def wait_until(condition, seconds=30, what="it did not happen"):
@@ -37,8 +47,7 @@ class Server:
         self._log = (self.folder / "log").open("w")
         launcher = mpirun_command(outer, oversubscribe=True) if outer else []
         self.process = subprocess.Popen(
-            [*launcher, *SERVE, "--model", model, "--served-model-name", "tiny", "--port", "0"]
-            + [*map(str, options)],
+            [*launcher, *SERVE, *self._arguments(model, options)],
             stdin=subprocess.DEVNULL,
             stderr=self._log,
             start_new_session=True,
@@ -50,6 +59,11 @@ class Server:
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.url = None
+
+    @staticmethod
+    def _arguments(model, options):
+        named = ("--served-model-name", "tiny", "--port", 0)
+        return map(str, ("--model", model, *named, *options))
 
     def __enter__(self):
         return self
@@ -92,7 +106,9 @@ class Server:
     def rank(self, number):
         """The process of a rank; with one rank it is the front's child."""
         for pid, (command, environment) in self.processes("-m star_attention").items():
-            variables = dict(each.split(b"=", 1) for each in environment.split(b"\0") if b"=" in each)
+            variables = dict(
+                each.split(b"=", 1) for each in environment.split(b"\0") if b"=" in each
+            )
             is_front = b"STAR_ATTENTION_OUTER_RANK0" in variables or pid == self.process.pid
             if is_front or "--bind-to" in command:
                 continue
