@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from star_attention.models.tokenizer import TEMPLATES
 
 _HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
+_MORE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -78,12 +78,13 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
 @engine_options
 @click.option(
     "--max-gap",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_MORE,
     help="Milliseconds between two tokens of an answer while contexts are read.  "
     "[default: 3 times what it is while none is]",
 )
 @click.option(
     "--max-tokens",
+    type=click.IntRange(1),
     default=1024,
     show_default=True,
     help="Tokens of an answer, if a request does not say.",
@@ -96,10 +97,20 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
     show_default=True,
     help="Requests that wait or run at once; others get a 429.",
 )
-@click.option("--max-body-mib", default=32.0, show_default=True, help="Of a request.")
-@click.option("--max-contexts", default=64, show_default=True, help="Named contexts.")
+@click.option("--max-body-mib", type=_MORE, default=32.0, show_default=True, help="Of a request.")
 @click.option(
-    "--request-timeout", default=600.0, show_default=True, help="Seconds a request may take."
+    "--max-contexts",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Named contexts.",
+)
+@click.option(
+    "--request-timeout",
+    type=_MORE,
+    default=600.0,
+    show_default=True,
+    help="Seconds a request may take.",
 )
 @click.option(
     "--api-key-file",
@@ -142,17 +153,19 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
 )
 @click.option(
     "--stuck-timeout",
+    type=_MORE,
     default=12.0,
     show_default=True,
     help="Seconds after which ranks that say nothing are started again.",
 )
 @click.option(
     "--shutdown-timeout",
+    type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that requests in flight have to end after SIGTERM.",
 )
-def serve(**options: Any) -> None:
+def serve(**options: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API, with a page at /."""
     try:
         from star_attention.serve.process import meeting_of_rank0
@@ -168,12 +181,12 @@ def serve(**options: Any) -> None:
         raise UserError("--attention dense runs on one rank: leave --ranks away")
     if meeting := meeting_of_rank0():
         _serve_front(meeting.wait_for_front(), options)
-    elif world_size() > 1:
-        _serve_own_front(options)
-    else:
+        return 0
+    if world_size() > 1:
         with _host_folder(options):
-            code = _run_front(options)
-        sys.exit(code)
+            return _serve_own_front(options)
+    with _host_folder(options):
+        return _run_front(options)
 
 
 @contextmanager
@@ -211,17 +224,26 @@ def _serve_front(connection: Any, options: dict[str, Any]) -> None:
     )
 
 
-def _serve_own_front(options: dict[str, Any]) -> None:
+def _serve_own_front(options: dict[str, Any]) -> int:
     """Under mpirun rank 0 starts the front, which ends with it."""
     from star_attention.serve.process import Meeting, OuterRanks
 
-    with tempfile.TemporaryDirectory(prefix="star-attention-") as folder, _host_folder(options):
-        meeting = Meeting.in_folder(Path(folder))
-        command = [sys.executable, "-m", "star_attention", *arguments()]
-        front = subprocess.Popen(command, env={**os.environ, **OuterRanks.variables(meeting)})
-        signal.signal(signal.SIGTERM, lambda *_: front.terminate())
-        _serve_front(meeting.wait_for_front(), options)
-        front.wait()
+    meeting = Meeting.somewhere()
+    command = [sys.executable, "-m", "star_attention", *arguments()]
+    front = subprocess.Popen(
+        command,
+        env={**os.environ, **OuterRanks.variables(meeting)},
+        start_new_session=True,  # mpirun would end it before it has told its clients
+    )
+    signal.signal(signal.SIGTERM, lambda *_: front.terminate())
+    try:
+        if connection := meeting.wait_for_front(lambda: front.poll() is None):
+            with connection:
+                _serve_front(connection, options)
+    finally:
+        meeting.is_over()
+        code = front.wait()
+    return code if code >= 0 else 1
 
 
 def _run_front(options: dict[str, Any]) -> int:
@@ -240,9 +262,8 @@ def _run_front(options: dict[str, Any]) -> int:
             mpirun_command(processes, options["oversubscribe"])
         ranks = OwnRanks(functools.partial(start_ranks, processes, options["oversubscribe"]))
 
-    def make_engine(on_refusal: Callable[[], None]) -> EngineProcess:
-        restarts = options["restarts"] if isinstance(ranks, OwnRanks) else 0
-        return EngineProcess(ranks, restarts, options["stuck_timeout"], on_refusal)
+    def make_engine(on_end: Callable[[int], None]) -> EngineProcess:
+        return EngineProcess(ranks, options["restarts"], options["stuck_timeout"], on_end)
 
     serve_options = ServeOptions(
         model_names=options["names"] or (Path(options["model"]).name,),

@@ -83,17 +83,19 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     on_gpu = options.engine.device == "cuda" or is_engine_folder(path)
     if on_gpu:
         warm_up(leader, division_for(1, config, num_ranks))
-    connection.send(
-        Ready(
-            device="cuda" if on_gpu else "cpu",
-            dtype=engine.dtype,
-            num_ranks=num_ranks,
-            max_tokens=min(longest, limits.seq_len or longest),
-            kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
-            tokens_per_block=config.tokens_per_block,
-            page_bytes=page_bytes,
-        )
+    ready = Ready(
+        device="cuda" if on_gpu else "cpu",
+        dtype=engine.dtype,
+        num_ranks=num_ranks,
+        max_tokens=min(longest, limits.seq_len or longest),
+        kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
+        tokens_per_block=config.tokens_per_block,
+        page_bytes=page_bytes,
     )
+    try:
+        connection.send(ready)
+    except ConnectionError:
+        return  # the front has ended meanwhile
     ServerLoop(
         leader,
         connection,
@@ -138,7 +140,7 @@ def _with_pages(
     if room is None:
         room = min(int(_CPU_SHARE * _free_memory()), _CPU_MOST) // processes
     pages = room // (engine.page_bytes * engine.config.num_layers)
-    if not pages:
+    if pages < 1:
         raise UserError(f"--kv-cache-gib {room / 2**30:g} holds no page: use more")
     return replace(limits, pages=pages)
 
