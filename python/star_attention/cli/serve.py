@@ -29,6 +29,7 @@ from star_attention.models.checkpoint import find_model
 from star_attention.models.tokenizer import TEMPLATES
 
 _KEYS = "STAR_ATTENTION_API_KEYS"
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -43,8 +44,19 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
     multiple=True,
     help="What clients call the model; may be given several times.  [default: the model's name]",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: all interfaces.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to serve; 0.0.0.0: all interfaces.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0: any that is free.",
+)
 @click.option(
     "--ranks",
     type=click.IntRange(1),
@@ -76,41 +88,69 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
 @engine_options
 @click.option(
     "--max-gap",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_POSITIVE,
     help="Milliseconds between two tokens of an answer while contexts are read.  "
     "[default: 3 times what it is while none is]",
 )
 @click.option(
     "--max-tokens",
+    type=click.IntRange(1),
     default=1024,
     show_default=True,
     help="Tokens of an answer, if a request does not say.",
 )
-@click.option("--max-context-tokens", type=click.IntRange(1), help="Longer contexts are refused.")
+@click.option(
+    "--max-context-tokens",
+    type=click.IntRange(1),
+    help="Longer contexts are refused.  [default: what model and KV cache take]",
+)
 @click.option(
     "--max-queue",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Requests that wait or run at once; others get a 429.",
+    help="Answers that wait or run at once; further ones get a 429.",
 )
-@click.option("--max-body-mib", default=32.0, show_default=True, help="Of a request.")
-@click.option("--max-contexts", default=64, show_default=True, help="Named contexts.")
 @click.option(
-    "--request-timeout", default=600.0, show_default=True, help="Seconds a request may take."
+    "--max-body-mib",
+    type=_POSITIVE,
+    default=32.0,
+    show_default=True,
+    help="Size of a request's body.",
+)
+@click.option(
+    "--max-contexts",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Named contexts at most.",
+)
+@click.option(
+    "--request-timeout",
+    type=_POSITIVE,
+    default=600.0,
+    show_default=True,
+    help="Seconds a request may take.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(dir_okay=False),
-    help=f"Keys that open the API, one a line; or ${_KEYS}, with commas.",
+    help=f"Keys that open the API, one a line; or ${_KEYS}, with commas.  [default: it is open]",
 )
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
-    help="Host names under which browsers reach the server, beside loopback's.",
+    help="Host name, beside localhost, under which a server on loopback is reached; "
+    "may be given several times.",
 )
-@click.option("--cors-origin", "cors_origins", multiple=True, help="Sites whose pages may use it.")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="Site, such as https://example.org, whose pages may use the API; "
+    "may be given several times.",
+)
 @click.option(
     "--context-dir",
     type=click.Path(file_okay=False),
@@ -122,16 +162,18 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="How often ranks that are lost are started again.",
+    help="How often ranks that are lost are started again (not under mpirun).",
 )
 @click.option(
     "--stuck-timeout",
+    type=_POSITIVE,
     default=12.0,
     show_default=True,
-    help="Seconds after which ranks that say nothing are started again.",
+    help="Seconds after which ranks that say nothing are ended, and started again.",
 )
 @click.option(
     "--shutdown-timeout",
+    type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that requests in flight have to end after SIGTERM.",
