@@ -38,8 +38,9 @@ class _Cut:
         pass takes, however little it does."""
         if 2 * amount < self.amount and seconds < given:
             return  # there was no more to do
-        variable = max(seconds - fixed, 0.05 * seconds)
-        change = max(given - fixed, 0.0) / variable
+        change = given / max(seconds, 1e-6)
+        if change < 1:  # what is fixed is not cut with it
+            change = max(given - fixed, 0.0) / max(seconds - fixed, 1e-6)
         self.amount = max(_LEAST, int(amount * min(max(change, 0.25), 2.0)))
 
 
