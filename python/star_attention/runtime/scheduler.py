@@ -539,11 +539,10 @@ class Scheduler:
 
     def _room_for_questions(self, contexts: Sequence[Context]) -> np.ndarray:
         """Pages, int64 [ranks], that any one question over these contexts takes at most."""
-        most = np.zeros_like(self._used)
-        for question in (*self._waiting, *self._running):
-            if question.context in contexts:
-                most = np.maximum(most, question.most_pages)
-        return most
+        among = set(contexts)
+        asked = (each for each in (*self._waiting, *self._running) if each.context in among)
+        pages = [each.most_pages for each in asked]
+        return np.max(pages, axis=0) if pages else np.zeros_like(self._used)
 
     def _chunk(self) -> Chunk | None:
         """The next pass of the context that has waited longest; one that needs an anchor which
