@@ -38,19 +38,20 @@ configs = st.builds(
 
 def logits_of(size, contexts, budget):
     """Of a question and an answer over each context (tokens, division), all read together, the
-    first of them being asked meanwhile."""
+    first of them being asked twice meanwhile; with a `budget` as one group."""
 
     def work(comm):
         leader, _ = lead_together(TorchEngine(TINY, WEIGHTS, comm, PAGE), comm)
         scheduler = leader.scheduler
         scheduler.chunk_tokens = budget
+        scheduler.least_shared = 0 if budget else 1 << 60
         opened = [scheduler.add_context(tokens, config) for tokens, config in contexts]
         params = SamplingParams(max_tokens=12)
-        asked = scheduler.add_question(opened[0], TOKENS[:3], params)
+        asked = [scheduler.add_question(opened[0], TOKENS[i : i + 3], params) for i in (0, 7)]
         while leader.step() is not None:
             pass
         logits = [forced_logits(leader, each, TOKENS[:5], TOKENS[5:11]) for each in opened]
-        return asked.answer, np.concatenate(logits)
+        return [each.answer for each in asked], np.concatenate(logits)
 
     answers, logits = zip(*ThreadRanks(size).run(work), strict=True)
     for other in logits[1:]:

@@ -33,7 +33,8 @@ LAYERS = 2
 class NotingEngine:
     """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
 
-    config, tokens_per_block, has_ring, shares_pages = LLAMA_3_1_8B, PAGE, True, True
+    config, tokens_per_block = LLAMA_3_1_8B, PAGE
+    has_ring = shares_pages = has_prefix = True
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
     def __init__(self, limits):
@@ -165,6 +166,13 @@ class Ranks:
                     length = int(tables.kv_lens[index]) - (count - 1 - i) * tables.causal
                     rows[row] |= set(cached[:length])
                     row += 1
+        if getattr(step, "prefix", None):
+            starts = step.prefix.cu_seqlens_q
+            for index, length in enumerate(step.prefix.kv_lens.tolist()):
+                cached = self.engines[rank].slots[step.prefix.page_table[index]].reshape(-1)
+                for row in rows[starts[index] : starts[index + 1]]:
+                    assert row.isdisjoint(cached[:length])
+                    row |= set(cached[:length])
         return rows
 
 
@@ -266,6 +274,7 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     random = draw(st.randoms(use_true_random=False))
     ranks, leader = make(size, limits, chunk, shares, store, random)
     leader.scheduler.question_tokens = draw(st.one_of(st.none(), st.integers(1, 9)))
+    leader.scheduler.least_shared = draw(st.integers(0, 60))
     divisions = st.sampled_from(draw(st.lists(configs, min_size=1, max_size=3)))
     edits = st.lists(st.integers(0, 60), max_size=2)
     contexts, questions = [], []

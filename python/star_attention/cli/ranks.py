@@ -66,9 +66,10 @@ def run_as_ranks(
 
 
 def start_ranks(processes: int, oversubscribe: bool, variables: dict[str, str]) -> RankJob:
-    """Starts this command line as so many processes, with these variables in their environment."""
+    """Starts this command line as so many processes, with these variables in their environment, in
+    a session of their own."""
     variables = {**variables, **_hand_over(arguments=arguments())}
-    return RankJob(_COMMAND, processes, oversubscribe, **variables)
+    return RankJob(_COMMAND, processes, oversubscribe, apart=True, **variables)
 
 
 def _hand_over(**values: Any) -> dict[str, str]:

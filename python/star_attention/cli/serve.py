@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from star_attention.models.tokenizer import TEMPLATES
 
 _HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -45,8 +45,19 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
     multiple=True,
     help="What clients call the model; may be given several times.  [default: the model's name]",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: all interfaces.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to serve; 0.0.0.0: all interfaces.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0: any that is free.",
+)
 @click.option(
     "--ranks",
     type=click.IntRange(1),
@@ -78,41 +89,69 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
 @engine_options
 @click.option(
     "--max-gap",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_POSITIVE,
     help="Milliseconds between two tokens of an answer while contexts are read.  "
     "[default: 3 times what it is while none is]",
 )
 @click.option(
     "--max-tokens",
+    type=click.IntRange(1),
     default=1024,
     show_default=True,
     help="Tokens of an answer, if a request does not say.",
 )
-@click.option("--max-context-tokens", type=click.IntRange(1), help="Longer contexts are refused.")
+@click.option(
+    "--max-context-tokens",
+    type=click.IntRange(1),
+    help="Longer contexts are refused.  [default: what model and KV cache take]",
+)
 @click.option(
     "--max-queue",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Requests that wait or run at once; others get a 429.",
+    help="Answers that wait or run at once; further ones get a 429.",
 )
-@click.option("--max-body-mib", default=32.0, show_default=True, help="Of a request.")
-@click.option("--max-contexts", default=64, show_default=True, help="Named contexts.")
 @click.option(
-    "--request-timeout", default=600.0, show_default=True, help="Seconds a request may take."
+    "--max-body-mib",
+    type=_POSITIVE,
+    default=32.0,
+    show_default=True,
+    help="Size of a request's body.",
+)
+@click.option(
+    "--max-contexts",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Named contexts at most.",
+)
+@click.option(
+    "--request-timeout",
+    type=_POSITIVE,
+    default=600.0,
+    show_default=True,
+    help="Seconds a request may take.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(dir_okay=False),
-    help=f"Keys that open the API, one a line; or ${_KEYS}, with commas.",
+    help=f"Keys that open the API, one a line; or ${_KEYS}, with commas.  [default: it is open]",
 )
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
-    help="Host names under which browsers reach the server, beside loopback's.",
+    help="Host name, beside localhost, under which a server on loopback is reached; "
+    "may be given several times.",
 )
-@click.option("--cors-origin", "cors_origins", multiple=True, help="Sites whose pages may use it.")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="Site, such as https://example.org, whose pages may use the API; "
+    "may be given several times.",
+)
 @click.option(
     "--host-cache-gib",
     type=click.FloatRange(min=0),
@@ -138,21 +177,23 @@ _KEYS = "STAR_ATTENTION_API_KEYS"
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="How often ranks that are lost are started again.",
+    help="How often ranks that are lost are started again (not under mpirun).",
 )
 @click.option(
     "--stuck-timeout",
+    type=_POSITIVE,
     default=12.0,
     show_default=True,
-    help="Seconds after which ranks that say nothing are started again.",
+    help="Seconds after which ranks that say nothing are ended, and started again.",
 )
 @click.option(
     "--shutdown-timeout",
+    type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that requests in flight have to end after SIGTERM.",
 )
-def serve(**options: Any) -> None:
+def serve(**options: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API, with a page at /."""
     try:
         from star_attention.serve.process import meeting_of_rank0
@@ -168,12 +209,12 @@ def serve(**options: Any) -> None:
         raise UserError("--attention dense runs on one rank: leave --ranks away")
     if meeting := meeting_of_rank0():
         _serve_front(meeting.wait_for_front(), options)
-    elif world_size() > 1:
-        _serve_own_front(options)
-    else:
+        return 0
+    if world_size() > 1:
         with _host_folder(options):
-            code = _run_front(options)
-        sys.exit(code)
+            return _serve_own_front(options)
+    with _host_folder(options):
+        return _run_front(options)
 
 
 @contextmanager
@@ -211,21 +252,31 @@ def _serve_front(connection: Any, options: dict[str, Any]) -> None:
     )
 
 
-def _serve_own_front(options: dict[str, Any]) -> None:
+def _serve_own_front(options: dict[str, Any]) -> int:
     """Under mpirun rank 0 starts the front, which ends with it."""
     from star_attention.serve.process import Meeting, OuterRanks
 
-    with tempfile.TemporaryDirectory(prefix="star-attention-") as folder, _host_folder(options):
-        meeting = Meeting.in_folder(Path(folder))
-        command = [sys.executable, "-m", "star_attention", *arguments()]
-        front = subprocess.Popen(command, env={**os.environ, **OuterRanks.variables(meeting)})
-        signal.signal(signal.SIGTERM, lambda *_: front.terminate())
-        _serve_front(meeting.wait_for_front(), options)
-        front.wait()
+    meeting = Meeting.somewhere()
+    command = [sys.executable, "-m", "star_attention", *arguments()]
+    front = subprocess.Popen(
+        command,
+        env={**os.environ, **OuterRanks.variables(meeting)},
+        start_new_session=True,  # mpirun would end it before it has told its clients
+    )
+    signal.signal(signal.SIGTERM, lambda *_: front.terminate())
+    try:
+        if connection := meeting.wait_for_front(lambda: front.poll() is None):
+            with connection:
+                _serve_front(connection, options)
+    finally:
+        meeting.is_over()
+        code = front.wait()
+    return code if code >= 0 else 1
 
 
 def _run_front(options: dict[str, Any]) -> int:
     from star_attention.models.tokenizer import Tokenizer
+    from star_attention.serve.auth import read_api_keys
     from star_attention.serve.division import DENSE_TOKENS
     from star_attention.serve.options import ServeOptions
     from star_attention.serve.process import EngineProcess, OuterRanks, OwnRanks
@@ -240,9 +291,8 @@ def _run_front(options: dict[str, Any]) -> int:
             mpirun_command(processes, options["oversubscribe"])
         ranks = OwnRanks(functools.partial(start_ranks, processes, options["oversubscribe"]))
 
-    def make_engine(on_refusal: Callable[[], None]) -> EngineProcess:
-        restarts = options["restarts"] if isinstance(ranks, OwnRanks) else 0
-        return EngineProcess(ranks, restarts, options["stuck_timeout"], on_refusal)
+    def make_engine(on_end: Callable[[int], None]) -> EngineProcess:
+        return EngineProcess(ranks, options["restarts"], options["stuck_timeout"], on_end)
 
     serve_options = ServeOptions(
         model_names=options["names"] or (Path(options["model"]).name,),
@@ -253,7 +303,7 @@ def _run_front(options: dict[str, Any]) -> int:
         max_queue=options["max_queue"],
         max_body_mib=options["max_body_mib"],
         request_timeout=options["request_timeout"],
-        api_keys=_api_keys(options["api_key_file"]),
+        api_keys=read_api_keys(options["api_key_file"] and Path(options["api_key_file"])),
         allowed_hosts=options["allowed_hosts"],
         cors_origins=options["cors_origins"],
         context_dir=options["context_dir"] and Path(options["context_dir"]),
@@ -266,17 +316,3 @@ def _run_front(options: dict[str, Any]) -> int:
         options["port"],
         options["shutdown_timeout"],
     )
-
-
-def _api_keys(name: str | None) -> tuple[str, ...]:
-    keys = os.environ.get(_KEYS, "").split(",")
-    if name is not None:
-        try:
-            keys += Path(name).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {name} cannot be read: {error}") from None
-    keys = [key.strip() for key in keys]
-    found = tuple(key for key in keys if key and not key.startswith("#"))
-    if name is not None and not found:
-        raise UserError(f"--api-key-file {name} has no key: write one a line")
-    return found

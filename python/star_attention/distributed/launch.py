@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -20,6 +22,7 @@ from star_attention.errors import UserError
 # Open MPI frames its own messages with lines of dashes.
 _FRAME = b"-" * 40
 _OURS = "star-attn: "
+_KILL_SECONDS = 5.0  # that a process takes at most to die, unless a driver holds it
 _KILLED = re.compile(r"process rank (\d+).*exited on signal (\d+) \((.*?)\)")
 
 
@@ -62,6 +65,10 @@ class RankJob:
     a line, and all of them if the job failed and no rank said why. The ranks end with this process,
     or the thread that started them, however it ends.
 
+    Args:
+        apart: they are in a session of their own, which a terminal's Ctrl-C does not reach, and
+            none of them outlives the job, whatever becomes of mpirun.
+
     Attributes:
         last_words: the last line in which a rank said what is wrong.
 
@@ -74,16 +81,21 @@ class RankJob:
         command: Sequence[str],
         num_ranks: int,
         oversubscribe: bool = False,
+        apart: bool = False,
         **environment: str,
     ) -> None:
         launcher = mpirun_command(num_ranks, oversubscribe) if num_ranks > 1 else []
+        # A process that is stopped gets no SIGTERM; mpirun needs one to end its ranks.
+        last_signal = signal.SIGTERM if launcher else signal.SIGKILL
         self.last_words = ""
+        self._apart, self._is_one = apart, num_ranks == 1
         self._process = subprocess.Popen(
             [*launcher, *command],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**_without_rank(os.environ), **environment},
-            preexec_fn=_end_with_parent,
+            start_new_session=apart,
+            preexec_fn=functools.partial(_end_with_parent, last_signal),
         )
 
     def wait(self) -> int:
@@ -100,7 +112,11 @@ class RankJob:
             self._pass_on(text)
             explained = True
         code = self._process.wait()
-        if code and not explained:
+        if self._apart:
+            _kill_session(self._process.pid)
+        if code < 0 and self._is_one:
+            self._pass_on(f"{_OURS}{_obituary('0', -code, signal.strsignal(-code))}\n".encode())
+        elif code and not explained:
             self._pass_on(b"".join(untold))
         return code
 
@@ -109,7 +125,10 @@ class RankJob:
         self._process.terminate()
 
     def kill(self) -> None:
+        """Ends it at once, stopped or not."""
         self._process.kill()
+        if self._apart:
+            _kill_session(self._process.pid)
 
     def is_running(self) -> bool:
         return self._process.poll() is None
@@ -117,8 +136,9 @@ class RankJob:
     def _pass_on(self, text: bytes) -> None:
         if text.startswith(_OURS.encode()):
             self.last_words = text.decode(errors="replace").removeprefix(_OURS).strip()
-        sys.stderr.buffer.write(text)
-        sys.stderr.buffer.flush()
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stderr.buffer.write(text)
+            sys.stderr.buffer.flush()
 
 
 def run_ranks(
@@ -142,8 +162,28 @@ _PRCTL = ctypes.CDLL(None).prctl
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-def _end_with_parent() -> None:
-    _PRCTL(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+def _end_with_parent(number: int) -> None:
+    _PRCTL(_SET_PARENT_DEATH_SIGNAL, number)
+
+
+def _kill_session(session: int) -> None:
+    """Ends all processes of a session, those too that they start meanwhile."""
+    end = time.monotonic() + _KILL_SECONDS
+    while (members := _members(session)) and time.monotonic() < end:
+        for process in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _members(session: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "XZ":
+                found.append(int(folder.name))
+    return found
 
 
 def _obituary(rank: str, number: str, name: str) -> str:

@@ -17,6 +17,21 @@ from star_attention.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Pages that stand in front of the own ones of several sequences; their rows see them whole.
+
+    Attributes:
+        cu_seqlens_q: int32 [G + 1], prefix sums of the rows that have each of G lists in front.
+        kv_lens: int32 [G], tokens in each list.
+        page_table: int32 [G, P], the lists.
+    """
+
+    cu_seqlens_q: np.ndarray
+    kv_lens: np.ndarray
+    page_table: np.ndarray
+
+
+@dataclass(frozen=True)
 class PagedStep:
     """Attention of one forward pass over pages of this rank, for S sequences of T tokens in all.
 
@@ -32,6 +47,7 @@ class PagedStep:
             own page numbers).
         shared_rows: how many of rank 0's first rows write them.
         merge: the ranks hold shards of the same sequences: outputs are merged over all of them.
+        prefix: lists of pages before those of `page_table`, each read once for all its sequences.
     """
 
     slot_mapping: np.ndarray
@@ -42,6 +58,7 @@ class PagedStep:
     shared_pages: np.ndarray | None = None
     shared_rows: int = 0
     merge: bool = False
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,9 @@ class PagesUnderCopy:
             return self.concern(step.pages.tolist(), writes)
         if step.shared_pages is not None:
             writes += step.shared_pages.tolist()
-        return self.concern(np.unique(step.page_table).tolist(), writes)
+        tables = [step.page_table, *([step.prefix.page_table] if step.prefix else [])]
+        reads = {page for table in tables for page in np.unique(table).tolist()}
+        return self.concern(reads, writes)
 
 
 # float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
@@ -177,6 +196,7 @@ class ModelEngine(Protocol):
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
         has_ring: whether a step's attention can be a `RingStep`.
         shares_pages: whether a step can have `shared_pages`.
+        has_prefix: whether a step can have a `prefix`.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
@@ -188,6 +208,7 @@ class ModelEngine(Protocol):
     limits: Limits
     has_ring: bool
     shares_pages: bool
+    has_prefix: bool
     wait_seconds: float
     graph_steps: int
 

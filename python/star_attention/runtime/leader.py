@@ -44,6 +44,9 @@ class Leader:
         limits: what all ranks' engines allow; by default `engine`'s.
         shares_blocks, store: as in `Scheduler`.
         pace: cuts passes so that answers go on between them.
+
+    Attributes:
+        num_ranks, limits: as given.
     """
 
     def __init__(
@@ -57,15 +60,18 @@ class Leader:
         pace: Pace | None = None,
     ) -> None:
         self.execute = execute
+        self.num_ranks = num_ranks
+        self.limits = limits or engine.limits
         self._pace = pace
         self._asked_for_saves = 0.0
         self.scheduler = Scheduler(
             engine.config,
-            limits or engine.limits,
+            self.limits,
             num_ranks,
             engine.tokens_per_block,
             engine.has_ring,
             engine.shares_pages,
+            engine.has_prefix,
             shares_blocks,
             store,
         )
@@ -81,9 +87,7 @@ class Leader:
             scheduler = self.scheduler
             self._ask_for_saves()
             if self._pace:
-                cuts = self._pace.cuts(
-                    scheduler.num_running > 0, scheduler.has_questions, scheduler.has_copies
-                )
+                cuts = self._pace.cuts(answers=scheduler.num_running > 0)
                 scheduler.chunk_tokens, scheduler.question_tokens, scheduler.copy_pages = cuts
             order = scheduler.next()
             if order is None:

@@ -68,12 +68,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Decode:
-    """Appends a generated token to each of these questions, in one pass; ranks[i] keeps the KV of
-    tokens[i]."""
+    """Appends a generated token to each of these questions, in one pass.
+
+    Attributes:
+        ranks: that keep the KV of each token.
+        groups: numbers of questions, in their order, over the same blocks, which are read once for
+            all of them; empty: each reads its own.
+    """
 
     questions: tuple[int, ...]
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

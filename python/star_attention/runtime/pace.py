@@ -25,22 +25,28 @@ class Cuts(NamedTuple):
 
 @dataclass
 class _Cut:
-    """Finds how much takes a given time: what took too long is cut, what was short grows."""
+    """Finds how much takes a given time: what took too long is cut, what was short grows.
 
-    tokens: int
-    seconds: float
+    Args:
+        amount: to begin with.
+    """
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens took so long."""
-        if 2 * tokens < self.tokens and seconds < self.seconds:
+    amount: int
+
+    def took(self, amount: int, seconds: float, given: float, fixed: float) -> None:
+        """A pass of so much took so long; `given` is the time that it should take, `fixed` what any
+        pass takes, however little it does."""
+        if 2 * amount < self.amount and seconds < given:
             return  # there was no more to do
-        change = self.seconds / max(seconds, 1e-6)
-        self.tokens = max(_LEAST, int(tokens * min(max(change, 0.25), 2.0)))
+        change = given / max(seconds, 1e-6)
+        if change < 1:  # what is fixed is not cut with it
+            change = max(given - fixed, 0.0) / max(seconds - fixed, 1e-6)
+        self.amount = max(_LEAST, int(amount * min(max(change, 0.25), 2.0)))
 
 
 @dataclass
 class Pace:
-    """Cuts passes of phase 1 and of questions.
+    """Cuts passes of phase 1 and of questions, one of which comes between two tokens.
 
     Args:
         max_gap: seconds between two tokens of an answer at most; None: `gap_factor` times what it
@@ -53,40 +59,36 @@ class Pace:
     gap_factor: float = 3.0
     idle_pass: float = 0.25
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS))
-    _chunk: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
-    _ask: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
-    _copy: _Cut = field(default_factory=lambda: _Cut(64, 0.0))
-    _idle: _Cut = field(default_factory=lambda: _Cut(1024, 0.0))
+    _chunk: _Cut = field(default_factory=lambda: _Cut(64))
+    _ask: _Cut = field(default_factory=lambda: _Cut(64))
+    _copy: _Cut = field(default_factory=lambda: _Cut(64))
+    _idle: _Cut = field(default_factory=lambda: _Cut(1024))
     _answers: bool = False
 
-    def cuts(self, answers: bool, questions: bool, copies: bool) -> Cuts:
-        """What the next pass of each kind may take.
-
-        Args:
-            answers: some are under way.
-            questions, copies: some wait, so that passes of several kinds come between two tokens.
-        """
+    def cuts(self, answers: bool) -> Cuts:
+        """What the next pass may take; `answers`: some are under way."""
         self._answers = answers
-        self._idle.seconds = self.idle_pass
         if not answers:
-            self._copy.seconds = self.idle_pass
-            return Cuts(self._idle.tokens, self._idle.tokens, self._copy.tokens)
-        between = _MARGIN * max(self.gap() - self._step(), 0.0)
-        for cut in (self._chunk, self._ask, self._copy):
-            cut.seconds = between / (1 + questions + copies)
-        return Cuts(self._chunk.tokens, self._ask.tokens, self._copy.tokens)
+            return Cuts(self._idle.amount, self._idle.amount, self._copy.amount)
+        return Cuts(self._chunk.amount, self._ask.amount, self._copy.amount)
 
     def took(self, order: Order, seconds: float) -> None:
         """An order was executed."""
+        given, fixed = self.idle_pass, 0.0
+        if self._answers:
+            # A pass reads the weights, as a step of one token does.
+            given, fixed = _MARGIN * (self.gap() - self._step()), min(self._steps, default=0.0)
         match order:
             case Decode():
                 self._steps.append(seconds)
             case Chunk(tokens=tokens) if any(tokens):
-                (self._chunk if self._answers else self._idle).took(max(tokens), seconds)
+                cut = self._chunk if self._answers else self._idle
+                cut.took(max(tokens), seconds, given, fixed)
             case Ask(parts=parts) if self._answers:
-                self._ask.took(sum(len(part.token_ids) for part in parts), seconds)
+                tokens = sum(len(part.token_ids) for part in parts)
+                self._ask.took(tokens, seconds, given, fixed)
             case Save() | Load():
-                self._copy.took(self._copy.tokens, seconds)
+                self._copy.took(self._copy.amount, seconds, given, 0.0)
 
     def gap(self) -> float:
         """Seconds that two tokens of an answer are apart at most."""

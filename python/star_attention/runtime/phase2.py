@@ -9,13 +9,13 @@ Source: Star Attention, arXiv 2411.17116, section 2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from star_attention.engines.base import PagedStep
+from star_attention.engines.base import PagedStep, Prefix
 from star_attention.plan import Plan
-from star_attention.runtime.pages import PagePool, Rows, page_count, paged_step
+from star_attention.runtime.pages import PagePool, Rows, page_count, page_table, paged_step
 
 
 @dataclass
@@ -34,10 +34,12 @@ class CachedQuestion:
     stored here. Pages are taken as tokens come.
 
     Attributes:
+        context: that it is about.
         position: of the next token in the whole text.
     """
 
     def __init__(self, context: CachedContext, pool: PagePool) -> None:
+        self.context = context
         self.position = context.plan.context_len
         self._pool = pool
         self._kv_len = context.kv_len
@@ -72,6 +74,31 @@ class CachedQuestion:
             copy_page(int(self._pages[-1]), new[0])
         kept = self._pages[: len(self._pages) - copied]
         self._pages = np.concatenate([kept, np.array(new, np.int32)])
+
+
+def grouped_step(
+    rows: Sequence[Rows],
+    questions: Sequence[CachedQuestion],
+    groups: Sequence[int],
+    tokens_per_block: int,
+) -> PagedStep:
+    """`questions_step`, in which the full pages of a context that several questions in a row have
+    are a prefix of all of them."""
+    step = questions_step(rows, tokens_per_block)
+    first = np.cumsum([0, *groups[:-1]])
+    contexts = [questions[index].context for index in first]
+    pages = [context.kv_len // tokens_per_block for context in contexts]
+    own = np.repeat(pages, groups)
+    return replace(
+        step,
+        kv_lens=step.kv_lens - (own * tokens_per_block).astype(np.int32),
+        page_table=page_table([each.pages[begin:] for each, begin in zip(rows, own, strict=True)]),
+        prefix=Prefix(
+            step.cu_seqlens_q[np.cumsum([0, *groups])],
+            np.array(pages, np.int32) * np.int32(tokens_per_block),
+            page_table([c.pages[:count] for c, count in zip(contexts, pages, strict=True)]),
+        ),
+    )
 
 
 def questions_step(rows: Sequence[Rows], tokens_per_block: int) -> PagedStep:

@@ -9,8 +9,9 @@ context holds any more make room first. When a rank has none left, the newest qu
 back and is encoded again later, answer included. Contexts leave so much room that every question
 fits if it is alone, so this ends.
 
-A round is one pass of phase 1, one of questions and one token of every answer: what is long is cut,
-and waits for the others in between.
+Between two tokens of the answers there is at most one pass of something else, each kind in turn:
+of phase 1, of questions, or copies of blocks. What is long is cut, and waits for the others in
+between.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 from star_attention.runtime.store import TIERS, Store, Stored
 from star_attention.runtime.tiers import LoadState, SaveEnd, Tier
 
+# Tokens of a rank; for fewer, reading them again is as fast as merging what is read apart.
+_LEAST_SHARED = 8192
 # Blocks a rank has that are saved and not ended: what is read faster than it is written waits.
 _SAVES_UNDER_WAY = 2
 
@@ -59,6 +62,7 @@ class Scheduler:
 
     Args:
         model, limits, has_ring, shares_pages: as in `Room`.
+        has_prefix: the engines' steps can have one.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
         store: of the lower tiers, for shared blocks.
@@ -67,6 +71,8 @@ class Scheduler:
         chunk_tokens, question_tokens: of a pass of phase 1 on a rank, and of one of questions, at
             most; None: as many as `limits` allow.
         copy_pages: of one layer, that are saved or loaded at a time.
+        least_shared: tokens that a pass must not read again and again, so that questions over the
+            same blocks are grouped.
     """
 
     def __init__(
@@ -77,12 +83,15 @@ class Scheduler:
         tokens_per_block: int,
         has_ring: bool = True,
         shares_pages: bool = True,
+        has_prefix: bool = True,
         shares_blocks: bool = False,
         store: Store | None = None,
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
         self.copy_pages = 1
+        self.least_shared = _LEAST_SHARED * num_ranks
+        self._has_prefix = has_prefix
         self._store = store
         self._saving: deque[Block] = deque()  # the first one is held while it is copied
         self._loading: deque[Block] = deque()
@@ -103,8 +112,9 @@ class Scheduler:
         self._running: list[Question] = []  # oldest first
         self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
-        # Who is next comes first.
-        self._makers = deque([self._chunk, self._load, self._ask, self._save, self._decode])
+        # Who is next comes first; decode steps come in between.
+        self._others = deque([self._chunk, self._load, self._ask, self._save])
+        self._decode_is_due = False
 
     def add_context(
         self,
@@ -215,10 +225,14 @@ class Scheduler:
         """What all ranks do next; None: nothing, until something is added."""
         if order := self.release():
             return order
-        for make in (self._open, *self._makers):
+        makers = [*self._others, self._decode]
+        if self._decode_is_due:
+            makers.insert(0, makers.pop())
+        for make in (self._open, *makers):
             if order := make():
-                if make in self._makers:  # the next round begins with what follows
-                    self._makers.rotate(-1 - self._makers.index(make))
+                if make in self._others:
+                    self._others.rotate(-1 - self._others.index(make))
+                self._decode_is_due = make in self._others
                 return order
             if any(self._over):  # what makes room
                 return self.next()
@@ -287,16 +301,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Questions whose turn has not come."""
         return len(self._waiting)
-
-    @property
-    def has_questions(self) -> bool:
-        """Whether some wait for nothing but their turn to be encoded."""
-        return any(question.context.is_ready for question in self._waiting)
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether blocks are being saved or loaded."""
-        return bool(self._saving or self._loading)
 
     @property
     def awaits_saves(self) -> bool:
@@ -665,15 +669,29 @@ class Scheduler:
         if any(self._over):
             return None
         self._used += more
-        ranks = [self._next_keeper(question) for question in self._running]
-        for question, rank in zip(self._running, ranks, strict=True):
+        running, groups = self._grouped()
+        ranks = [self._next_keeper(question) for question in running]
+        for question, rank in zip(running, ranks, strict=True):
             question.kept[rank] += 1
-        self._rows = list(self._running)
+        self._rows = list(running)
         return Decode(
-            tuple(question.number for question in self._running),
-            tuple(question.answer[-1] for question in self._running),
+            tuple(question.number for question in running),
+            tuple(question.answer[-1] for question in running),
             tuple(ranks),
+            groups,
         )
+
+    def _grouped(self) -> tuple[list[Question], tuple[int, ...]]:
+        """Running questions, those over the same blocks in a row, and how many those are; in their
+        order, and none, if that spares little."""
+        by_blocks: dict[tuple[Block, ...], list[Question]] = {}
+        for question in self._running if self._has_prefix else ():
+            by_blocks.setdefault(tuple(question.context.blocks), []).append(question)
+        groups = list(by_blocks.values())
+        spared = sum((len(each) - 1) * each[0].context.plan.context_len for each in groups)
+        if spared < self.least_shared:
+            return self._running, ()
+        return [question for each in groups for question in each], tuple(map(len, groups))
 
     def _put_back_newest(self, besides: Question | None = None) -> None:
         """Of those that hold pages."""

@@ -35,7 +35,12 @@ from star_attention.runtime.orders import (
 )
 from star_attention.runtime.pages import PagePool, Rows, page_count
 from star_attention.runtime.phase1 import ContextPart, scratch_pages
-from star_attention.runtime.phase2 import CachedContext, CachedQuestion, questions_step
+from star_attention.runtime.phase2 import (
+    CachedContext,
+    CachedQuestion,
+    grouped_step,
+    questions_step,
+)
 from star_attention.runtime.tiers import LoadState, StoreDescription, Tier, Tiers
 
 NO_ROWS = np.empty(0, np.int32)
@@ -199,6 +204,7 @@ class Worker:
                 np.array(order.tokens, np.int32)[:, None],
                 [rank == self.comm.rank for rank in order.ranks],
                 np.arange(len(questions), dtype=np.int32),
+                order.groups,
             )
 
     def _step(
@@ -207,6 +213,7 @@ class Worker:
         inputs: Any,
         stored: list[bool],
         logit_rows: np.ndarray,
+        groups: Sequence[int] = (),
     ) -> Logits:
         page, engine = self.engine.tokens_per_block, self.engine
         positions: list[np.ndarray] = []
@@ -218,7 +225,7 @@ class Worker:
         engine.reserve_positions(max(question.position for question in questions))
         token_ids = np.concatenate(inputs).astype(np.int32)
         places = np.concatenate(positions).astype(np.int32)
-        step = questions_step(rows, page)
+        step = grouped_step(rows, questions, groups, page) if groups else questions_step(rows, page)
         with interrupts.allowed():
             return engine.step(token_ids, places, step, logit_rows)
 

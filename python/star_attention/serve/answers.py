@@ -48,13 +48,24 @@ class Piece:
     """What an answer grew by. Its text may be empty while a character is incomplete.
 
     Attributes:
-        token: None for the model's end token, which is no part of the answer.
+        tokens: those that are part of the answer, which the model's end token is not.
+        count: all tokens.
     """
 
     choice: int
     text: str
-    token: AnswerToken | None
+    tokens: tuple[AnswerToken, ...]
     finish_reason: FinishReason | None
+    count: int = 1
+
+    def __add__(self, later: Piece) -> Piece:
+        return Piece(
+            self.choice,
+            self.text + later.text,
+            self.tokens + later.tokens,
+            later.finish_reason,
+            self.count + later.count,
+        )
 
 
 @dataclass
@@ -108,13 +119,13 @@ class Answers:
         pumps = [asyncio.create_task(self._pump(choice, events)) for choice in range(left)]
         try:
             while left:
-                event = await events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                self._count(event)
-                if isinstance(event, Piece) and event.finish_reason:
-                    left -= 1
-                yield event
+                for event in _joined([await events.get(), *_waiting(events)]):
+                    if isinstance(event, BaseException):
+                        raise event
+                    self._count(event)
+                    if isinstance(event, Piece) and event.finish_reason:
+                        left -= 1
+                    yield event
         finally:
             for pump in pumps:
                 pump.cancel()
@@ -124,7 +135,7 @@ class Answers:
 
     def _count(self, event: Reading | Piece) -> None:
         if isinstance(event, Piece):
-            self.usage.completion_tokens += 1
+            self.usage.completion_tokens += event.count
         elif event.choice % self._n == 0 and event.is_first:
             self.usage.cached_tokens += event.opened.cached_tokens
 
@@ -165,16 +176,34 @@ class Answers:
         raise EngineLostError("the engine gave up an answer")
 
 
+def _waiting(events: asyncio.Queue) -> list[Any]:
+    return [events.get_nowait() for _ in range(events.qsize())]
+
+
+def _joined(events: Sequence[Any]) -> list[Any]:
+    """Pieces of one answer that follow one another become one: who lags behind says more at a
+    time, and so catches up."""
+    joined: list[Any] = []
+    for event in events:
+        last = joined[-1] if joined else None
+        pieces = isinstance(event, Piece) and isinstance(last, Piece)
+        if pieces and event.choice == last.choice:
+            joined[-1] = last + event
+        else:
+            joined.append(event)
+    return joined
+
+
 def _piece(choice: int, new: NewToken, text: TextStream) -> Piece:
     if new.finish_reason == "stop":
-        return Piece(choice, text.finish(), None, "stop")
-    token = AnswerToken(new.token, new.logprobs)
+        return Piece(choice, text.finish(), (), "stop")
+    tokens = (AnswerToken(new.token, new.logprobs),)
     grown = text.add(new.token)
     if text.stopped:
-        return Piece(choice, grown, token, "stop")
+        return Piece(choice, grown, tokens, "stop")
     if new.finish_reason:
         grown += text.finish()
-    return Piece(choice, grown, token, new.finish_reason)
+    return Piece(choice, grown, tokens, new.finish_reason)
 
 
 def finite(logprob: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,7 @@ async def _whole(
             if isinstance(event, Piece):
                 texts[event.choice] += event.text
                 reasons[event.choice] = event.finish_reason or ""
-                if event.token is not None:
-                    tokens[event.choice].append(event.token)
+                tokens[event.choice] += event.tokens
         usage = answers.usage.as_json()
     choices = [
         {
@@ -99,9 +98,9 @@ async def _stream(
                     yield chunks.choices([_choice(event.choice, delta, None, None)])
                 if (chunk := readings.of(event)) is not None:
                     yield chunk
-            elif event.text or event.finish_reason or (asked.logprobs and event.token):
-                logprobs = _logprobs(front.tokenizer, asked, [event.token] if event.token else [])
-                delta = {"content": event.text} if event.text or event.token else {}
+            elif event.text or event.finish_reason or (asked.logprobs and event.tokens):
+                logprobs = _logprobs(front.tokenizer, asked, event.tokens)
+                delta = {"content": event.text} if event.text or event.tokens else {}
                 choice = _choice(event.choice, delta, logprobs, event.finish_reason)
                 yield chunks.choices([choice])
         if asked.include_usage:
@@ -115,7 +114,7 @@ def _choice(
 
 
 def _logprobs(
-    tokenizer: Tokenizer, asked: ChatRequest, tokens: list[AnswerToken]
+    tokenizer: Tokenizer, asked: ChatRequest, tokens: Sequence[AnswerToken]
 ) -> dict[str, Any] | None:
     if not asked.logprobs:
         return None

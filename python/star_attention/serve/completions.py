@@ -114,8 +114,8 @@ class _Choices:
         self._logprobs = [_Logprobs(front.tokenizer) for _ in range(count)]
 
     def add(self, piece: Piece) -> None:
-        if self._wanted and piece.token is not None:
-            self._logprobs[piece.choice].tokens.append(piece.token)
+        if self._wanted:
+            self._logprobs[piece.choice].tokens += piece.tokens
 
     def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         logprobs = self._logprobs[index].take() if self._wanted else None

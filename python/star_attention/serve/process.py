@@ -10,20 +10,22 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from star_attention.errors import say
+from star_attention.errors import UserError, say
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.serve.engine import EngineLostError, EngineRefusalError, State
 from star_attention.serve.messages import (
@@ -46,6 +48,9 @@ from star_attention.serve.messages import (
 _SOCKET = "STAR_ATTENTION_FRONT_SOCKET"
 _SECRET = "STAR_ATTENTION_FRONT_SECRET"
 _OUTER = "STAR_ATTENTION_OUTER_RANK0"
+_LOOK_SECONDS = 0.05
+_LONGEST_FOLDER = 70  # a socket's whole path has 107 bytes at most
+_SHUTTING_DOWN = "the server is shutting down"
 _STEADY = 600.0  # seconds after which earlier restarts are forgotten
 
 
@@ -68,25 +73,47 @@ class Meeting:
     secret: str
 
     @classmethod
-    def in_folder(cls, folder: Path) -> Meeting:
-        return cls(str(folder / os.urandom(4).hex()), os.urandom(32).hex())
+    def somewhere(cls) -> Meeting:
+        """In a folder of its own, which is gone once they have met."""
+        folder = tempfile.gettempdir()
+        if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+            folder = "/tmp"
+        folder = Path(tempfile.mkdtemp(prefix="star-attention-", dir=folder))
+        return cls(str(folder / "socket"), os.urandom(32).hex())
 
     def variables(self) -> dict[str, str]:
         """For rank 0's environment."""
         return {_SOCKET: self.address, _SECRET: self.secret}
 
-    def wait_for_front(self) -> Connection:
-        """Rank 0's end."""
+    def wait_for_front(self, comes: Callable[[], bool] = lambda: True) -> Connection | None:
+        """Rank 0's end; None: the front does not come any more."""
         secret = bytes.fromhex(self.secret)
-        with Listener(self.address, "AF_UNIX", authkey=secret) as listener:
-            return listener.accept()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen(1)
+            listener.settimeout(_LOOK_SECONDS)
+            accepted = None
+            while accepted is None:
+                if not comes():
+                    return None
+                with suppress(TimeoutError):
+                    accepted, _ = listener.accept()
+        self.is_over()
+        connection = Connection(accepted.detach())
+        deliver_challenge(connection, secret)
+        answer_challenge(connection, secret)
+        return connection
 
     def call_rank0(self) -> Connection | None:
-        """The front's end; None: it does not listen yet."""
+        """The front's end; None: it does not listen yet, or any more."""
         try:
             return Client(self.address, "AF_UNIX", authkey=bytes.fromhex(self.secret))
-        except (FileNotFoundError, ConnectionError):
+        except (FileNotFoundError, ConnectionError, EOFError):
             return None
+
+    def is_over(self) -> None:
+        """Nobody comes any more."""
+        shutil.rmtree(Path(self.address).parent, ignore_errors=True)
 
 
 def meeting_of_rank0() -> Meeting | None:
@@ -103,17 +130,24 @@ class OwnRanks:
         start: does it, with these variables in their environment.
     """
 
+    can_start_again = True
+
     def __init__(self, start: Callable[[dict[str, str]], Job]) -> None:
         self._start = start
-        self._folder = tempfile.TemporaryDirectory(prefix="star-attention-")
 
     def start(self) -> tuple[Job, Meeting]:
-        meeting = Meeting.in_folder(Path(self._folder.name))
-        return self._start(meeting.variables()), meeting
+        meeting = Meeting.somewhere()
+        try:
+            return self._start(meeting.variables()), meeting
+        except BaseException:
+            meeting.is_over()
+            raise
 
 
 class OuterRanks:
     """Ranks whose rank 0 started this front: somebody else's mpirun started them."""
+
+    can_start_again = False
 
     @staticmethod
     def variables(meeting: Meeting) -> dict[str, str]:
@@ -136,8 +170,7 @@ class _OuterJob:
         self._process = process
 
     def wait(self) -> int:
-        while self.is_running():
-            time.sleep(0.1)
+        """At once: rank 0 waits for its front, whose connection tells when it ends."""
         return 1
 
     def is_running(self) -> bool:
@@ -158,7 +191,8 @@ class EngineProcess:
         ranks: starts them.
         restarts: how often ranks that were lost are started again.
         patience: seconds after which ranks that say nothing are given up.
-        on_refusal: called if the ranks end with exit code 2 before they were ever ready.
+        on_end: called with an exit code if there is nothing to serve any more: the ranks refused
+            the model (2), or are lost and cannot be started again by this front (1).
     """
 
     def __init__(
@@ -166,7 +200,7 @@ class EngineProcess:
         ranks: OwnRanks | OuterRanks,
         restarts: int = 3,
         patience: float = 12.0,
-        on_refusal: Callable[[], None] = lambda: None,
+        on_end: Callable[[int], None] = lambda code: None,
     ) -> None:
         self.state: State = "starting"
         self.reason = "the model is being loaded"
@@ -176,7 +210,7 @@ class EngineProcess:
         self._ranks = ranks
         self._restarts_left = self._restarts_allowed = restarts
         self._patience = patience
-        self._on_refusal = on_refusal
+        self._on_end = on_end
         self._loop: asyncio.AbstractEventLoop | None = None
         # Requests, and to which start of the ranks they go.
         self._outgoing: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
@@ -184,6 +218,7 @@ class EngineProcess:
         self._numbers = 0
         self._job: Job | None = None
         self._connection: Connection | None = None
+        self._sending = threading.Lock()
         self._is_stopping = False
         self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
         self._sender = threading.Thread(target=self._send, name="engine-sender", daemon=True)
@@ -198,36 +233,54 @@ class EngineProcess:
     async def stop(self, timeout: float) -> None:
         end = time.monotonic() + timeout
         while self._waiting and self.state == "ready" and time.monotonic() < end:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_LOOK_SECONDS)
+        is_at_work = bool(self._waiting) or self.state != "ready"
         self._is_stopping = True
         self._post(Stop())
-        if self._waiting or self.state != "ready":
+        self.give_up()
+        if self._supervisor.ident is None:
+            return  # it was never started
+        if is_at_work:
             self._terminate()
+            if connection := self._connection:
+                _shut(connection)
         await asyncio.to_thread(self._supervisor.join, max(1.0, end - time.monotonic()))
         if self._supervisor.is_alive():
             self._terminate(kill=True)
             await asyncio.to_thread(self._supervisor.join, 10.0)
         self._outgoing.put(None)
 
+    def give_up(self) -> None:
+        """Requests in flight are told that the server shuts down, and others are refused."""
+        self._lose("lost", _SHUTTING_DOWN)
+
+    def end_at_once(self) -> None:
+        """What `stop` waits for is over then."""
+        self._is_stopping = True
+        self._terminate(kill=True)
+
     async def generate(
         self, token_ids: np.ndarray, border: int, params: SamplingParams
     ) -> AsyncIterator[Opened | Progress | NewToken]:
         self._numbers += 1
-        async for event in self._events(Generate(self._numbers, token_ids, border, params)):
-            yield event
-            if isinstance(event, NewToken) and event.finish_reason:
-                return
+        request = Generate(self._numbers, token_ids, border, params)
+        async with aclosing(self._events(request)) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, NewToken) and event.finish_reason:
+                    return
 
     async def read(
         self, token_ids: np.ndarray, keep: bool = False
     ) -> AsyncIterator[Opened | Progress | ReadDone]:
         self._numbers += 1
-        async for event in self._events(Read(self._numbers, token_ids, keep)):
-            yield event
-            if isinstance(event, ReadDone) and not keep:
-                return
+        async with aclosing(self._events(Read(self._numbers, token_ids, keep))) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, ReadDone) and not keep:
+                    return
 
-    async def _events(self, request: Generate | Read) -> AsyncIterator[object]:
+    async def _events(self, request: Generate | Read) -> AsyncGenerator[Any, None]:
         """What the engine says about a request, which is cancelled when nobody listens any more."""
         if self.state != "ready":
             raise EngineLostError(self.reason)
@@ -281,13 +334,13 @@ class EngineProcess:
     def _supervise(self) -> None:
         while not self._is_stopping:
             began = time.monotonic()
-            code = self._run_once()
+            code, reason = self._run_once()
             if self._is_stopping:
                 break
-            reason = self._job.last_words or f"the ranks ended with exit code {code}"
-            if self.model is None and code == 2:
+            is_refused = self.model is None and code == 2
+            if is_refused or not self._ranks.can_start_again:
                 self._call(self._lose, "lost", reason)
-                self._on_refusal()
+                self._on_end(code)
                 return
             if time.monotonic() - began > _STEADY:
                 self._restarts_left = self._restarts_allowed
@@ -299,23 +352,29 @@ class EngineProcess:
             self.restarts += 1
             self._call(self._lose, "starting", f"{reason}; the ranks are started again")
             say("the ranks are started again")
-        self._call(self._lose, "lost", "the server is shutting down")
+        self._call(self._lose, "lost", _SHUTTING_DOWN)
 
-    def _run_once(self) -> int:
-        """Starts the ranks and passes on what they say until they end; the exit code."""
-        job, meeting = self._ranks.start()
+    def _run_once(self) -> tuple[int, str]:
+        """Starts the ranks and passes on what they say until they end: the exit code and why."""
+        try:
+            job, meeting = self._ranks.start()
+        except (UserError, OSError) as error:
+            return 1, f"the ranks cannot be started: {error}"
         self._job = job
+        if self._is_stopping:
+            self._terminate()
         listener = threading.Thread(target=self._listen, args=(job, meeting), daemon=True)
         listener.start()
         code = job.wait()
         listener.join()
-        return code
+        meeting.is_over()
+        return code, job.last_words or f"the ranks ended with exit code {code}"
 
     def _listen(self, job: Job, meeting: Meeting) -> None:
         while (connection := meeting.call_rank0()) is None:
             if not job.is_running():
                 return
-            time.sleep(0.05)
+            time.sleep(_LOOK_SECONDS)
         self._connection = connection
         is_ready = False
         try:
@@ -330,19 +389,25 @@ class EngineProcess:
         except (EOFError, OSError):
             pass
         finally:
-            self._connection = None
             # Nobody waits for what does not come, however long the ranks take to end.
             if not self._is_stopping:
                 self._call(self._lose, "starting", "the ranks were lost")
+            self._hang_up(connection)
+
+    def _hang_up(self, connection: Connection) -> None:
+        self._connection = None
+        _shut(connection)
+        with self._sending:
             connection.close()
 
     def _send(self) -> None:
         while (posted := self._outgoing.get()) is not None:
             start, request = posted
-            connection = self._connection
-            if connection is not None and start == self.restarts:
-                with suppress(OSError, ValueError):
-                    connection.send(request)
+            with self._sending:
+                connection = self._connection
+                if connection is not None and start == self.restarts:
+                    with suppress(OSError):
+                        connection.send(request)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the event loop is over
@@ -351,6 +416,12 @@ class EngineProcess:
     def _terminate(self, kill: bool = False) -> None:
         if self._job:
             self._job.kill() if kill else self._job.terminate()
+
+
+def _shut(connection: Connection) -> None:
+    """Whoever sends or receives there ends."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
 
 def _is_last(event: object) -> bool:

@@ -14,7 +14,7 @@ from star_attention.engines.base import Limits, ModelEngine
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import find_model
+from star_attention.models.checkpoint import find_model, is_engine_folder
 from star_attention.models.fingerprint import fingerprint
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.runtime.job import current_job
@@ -26,6 +26,7 @@ from star_attention.runtime.tiers import Tier
 from star_attention.serve.division import division_for
 from star_attention.serve.loop import ServerLoop
 from star_attention.serve.messages import Ready
+from star_attention.serve.warm_up import warm_up
 
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30  # of free memory, and bytes, that all ranks' pages take
 
@@ -70,17 +71,6 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     execute = functools.partial(job.execute, number)
     page_bytes = engine.page_bytes * engine.config.num_layers
     store = _open_store(execute, path, options, engine, page_bytes)
-    connection.send(
-        Ready(
-            device=options.engine.device,
-            dtype=engine.dtype,
-            num_ranks=num_ranks,
-            max_tokens=min(longest, limits.seq_len or longest),
-            kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
-            tokens_per_block=config.tokens_per_block,
-            page_bytes=page_bytes,
-        )
-    )
     leader = Leader(
         execute,
         engine,
@@ -90,6 +80,22 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
         store=store,
         pace=Pace(options.max_gap, options.gap_factor),
     )
+    on_gpu = options.engine.device == "cuda" or is_engine_folder(path)
+    if on_gpu:
+        warm_up(leader, division_for(1, config, num_ranks))
+    ready = Ready(
+        device="cuda" if on_gpu else "cpu",
+        dtype=engine.dtype,
+        num_ranks=num_ranks,
+        max_tokens=min(longest, limits.seq_len or longest),
+        kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
+        tokens_per_block=config.tokens_per_block,
+        page_bytes=page_bytes,
+    )
+    try:
+        connection.send(ready)
+    except ConnectionError:
+        return  # the front has ended meanwhile
     ServerLoop(
         leader,
         connection,
@@ -134,7 +140,7 @@ def _with_pages(
     if room is None:
         room = min(int(_CPU_SHARE * _free_memory()), _CPU_MOST) // processes
     pages = room // (engine.page_bytes * engine.config.num_layers)
-    if not pages:
+    if pages < 1:
         raise UserError(f"--kv-cache-gib {room / 2**30:g} holds no page: use more")
     return replace(limits, pages=pages)
 

@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.05
 
 
 def run_front(
-    make_engine: Callable[[Callable[[], None]], EngineProcess],
+    make_engine: Callable[[Callable[[int], None]], EngineProcess],
     tokenizer: Tokenizer,
     options: ServeOptions,
     port: int,
@@ -30,7 +30,7 @@ def run_front(
     """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
 
     Args:
-        make_engine: is given what to call if the ranks refuse to start.
+        make_engine: is given what to call, with an exit code, if there is nothing to serve.
 
     Raises:
         UserError: the address is not to be had.
@@ -41,7 +41,7 @@ def run_front(
 class _Server:
     def __init__(
         self,
-        make_engine: Callable[[Callable[[], None]], EngineProcess],
+        make_engine: Callable[[Callable[[int], None]], EngineProcess],
         tokenizer: Tokenizer,
         options: ServeOptions,
         port: int,
@@ -49,7 +49,7 @@ class _Server:
     ) -> None:
         self._timeout = shutdown_timeout
         self._socket = _listen(options.host, port)
-        self._engine = make_engine(self._refused)
+        self._engine = make_engine(self._nothing_to_serve)
         self._app: App = create_app(self._engine, tokenizer, options)
         self._server = make_server(self._app, port)
         self._server.capture_signals = _signals_are_ours
@@ -69,32 +69,44 @@ class _Server:
             teller.cancel()
             left = max(0.0, (self._ends_at or 0.0) - time.monotonic())
             await self._engine.stop(left)
-        return self._code
+        return self._code if self._is_ending else 1
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._ends_at is not None
 
     def _stop(self) -> None:
-        if self._ends_at is not None:
+        if self._is_ending:
+            self._ends_at = time.monotonic()
             self._server.should_exit = self._server.force_exit = True
+            self._engine.end_at_once()
             return
-        self._ends_at = time.monotonic() + self._timeout
         self._app.drain()
         if count := self._app.in_flight:
             say(f"stopping once {count} requests are answered, in {self._timeout:g} s at most")
+        self._end_in(self._timeout)
+
+    def _end_in(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
         self._ending = self._loop.create_task(self._end_when_answered())
 
     async def _end_when_answered(self) -> None:
         while self._app.in_flight and time.monotonic() < self._ends_at:
             await asyncio.sleep(_LOOK_SECONDS)
+        if self._app.in_flight:
+            self._engine.give_up()
         self._server.should_exit = True
         await asyncio.sleep(1.0)
         self._server.force_exit = True
 
-    def _refused(self) -> None:
+    def _nothing_to_serve(self, code: int) -> None:
         """The ranks said why."""
-        self._code = 2
-        self._loop.call_soon_threadsafe(self._end_at_once)
+        self._loop.call_soon_threadsafe(self._end_with, code)
 
-    def _end_at_once(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
+    def _end_with(self, code: int) -> None:
+        if not self._is_ending:
+            self._code = code
+            self._end_in(0.0)
 
     async def _tell_when_ready(self) -> None:
         while self._engine.state != "ready":

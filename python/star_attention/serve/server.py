@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from star_attention.serve.app import App
 from star_attention.serve.logs import LOG_CONFIG
@@ -13,7 +13,7 @@ from star_attention.serve.logs import LOG_CONFIG
 _KEEP_ALIVE_SECONDS = 30
 
 
-class PatientProtocol(H11Protocol):
+class PatientProtocol(HttpToolsProtocol):
     """HTTP/1.1, but a connection whose request's head does not come in time is closed."""
 
     head_seconds = 60.0

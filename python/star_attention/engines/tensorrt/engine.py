@@ -60,7 +60,7 @@ class TensorRtEngine:
         UserError: the engine cannot run here.
     """
 
-    has_ring = False
+    has_ring = has_prefix = False
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class PagedTables:
         page_table: np.ndarray,
         cu_seqlens_q: np.ndarray,
         kv_lens: np.ndarray,
-        causal: bool,
+        causal: bool = False,
     ) -> PagedTables:
         return cls(
             to_device(page_table, device),
@@ -106,6 +106,7 @@ class PagedAttention(Attention):
     Args:
         shared_pages, shared_rows: as in `PagedStep`.
         merge: outputs are merged over the ranks.
+        prefix: of the lists of pages that stand before those of `tables`.
     """
 
     def __init__(
@@ -116,10 +117,11 @@ class PagedAttention(Attention):
         shared_pages: np.ndarray | None = None,
         shared_rows: int = 0,
         merge: bool = False,
+        prefix: PagedTables | None = None,
     ) -> None:
         super().__init__(comm, scale, tables.kv_lens.device)
         alone = comm.size == 1
-        self._tables = tables
+        self._tables, self._prefix = tables, prefix
         self._merge = merge and not alone
         self._shared = None if alone else shared_pages
         self._shared_rows = shared_rows
@@ -155,13 +157,24 @@ class PagedAttention(Attention):
             with self._clock:  # also where it is rank 0's: MPI sends while it is waited for
                 self._finish()
         if not self._merge:
-            return self._tables.attend(q, pool, self._scale)[0]
+            return self._attend(q, pool, q.dtype)[0]
         if not q.is_cuda:
-            return merge_over_ranks(self._comm, *self._tables.attend(q, pool, self._scale))
-        o, lse = self._tables.attend(q, pool, self._scale, _partials(q))
+            return merge_over_ranks(self._comm, *self._attend(q, pool, q.dtype))
         merged = torch.empty_like(q)
-        self._comm.merge(o, lse, merged, stream_of(q.device))
+        self._comm.merge(*self._attend(q, pool, torch.float32), merged, stream_of(q.device))
         return merged
+
+    def _attend(
+        self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """o in `dtype`, and lse, over this rank's pages."""
+        if self._prefix is None:
+            out = _partials(q) if dtype != q.dtype else None
+            return self._tables.attend(q, pool, self._scale, out)
+        o, lse = _partials(q, 2)
+        for index, tables in enumerate((self._prefix, self._tables)):
+            tables.attend(q, pool, self._scale, (o[index], lse[index]))
+        return ops.merge_lse(o, lse, out_dtype=dtype)
 
 
 class RingAttention(Attention):
@@ -213,7 +226,11 @@ def attention_on(
     if isinstance(step, RingStep):
         return RingAttention(step, comm, scale, device)
     tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
-    return PagedAttention(tables, comm, scale, step.shared_pages, step.shared_rows, step.merge)
+    prefix = step.prefix and PagedTables.on(
+        device, step.prefix.page_table, step.prefix.cu_seqlens_q, step.prefix.kv_lens
+    )
+    shared = step.shared_pages, step.shared_rows
+    return PagedAttention(tables, comm, scale, *shared, step.merge, prefix)
 
 
 def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

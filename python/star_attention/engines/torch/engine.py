@@ -39,7 +39,7 @@ class TorchEngine:
             parallelism); `comm` connects this rank with those that have the same part.
     """
 
-    has_ring = shares_pages = True
+    has_ring = shares_pages = has_prefix = True
 
     def __init__(
         self,

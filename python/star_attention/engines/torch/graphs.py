@@ -18,7 +18,8 @@ Forward = Callable[[PassInputs, Attention], torch.Tensor]
 
 
 class DecodeGraphs:
-    """A graph for each of a few padded numbers of sequences, all in one memory pool.
+    """A graph for each of a few padded numbers of sequences and of prefixes, all in one memory
+    pool.
 
     A shape's first step runs without a graph, which prepares what kernels need; the second is
     captured, which can be a collective call: every rank sees the same decode steps, so all ranks
@@ -52,12 +53,13 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         """Memory that they read has moved. Every rank calls it at the same step."""
-        self._shapes: dict[tuple[int, bool], _DecodeGraph] = {}
+        self._shapes: dict[tuple[int, int, bool], _DecodeGraph] = {}
         self._memory: Any = None
 
     def step(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> torch.Tensor:
         """One token for each sequence: float32 [S, vocab_size], valid until the next step."""
-        shape = padded_count(len(token_ids)), step.merge
+        lists = padded_count(len(step.prefix.kv_lens)) if step.prefix else 0
+        shape = padded_count(len(token_ids)), lists, step.merge
         graph = self._shapes.get(shape)
         is_new = graph is None
         if is_new:
@@ -73,34 +75,42 @@ class DecodeGraphs:
             self.replays += 1
         return logits[: len(token_ids)]
 
-    def _make(self, count: int, merge: bool) -> _DecodeGraph:
-        inputs = _DecodeInputs(count, self._width, self._device)
+    def _make(self, count: int, lists: int, merge: bool) -> _DecodeGraph:
+        inputs = _DecodeInputs(count, lists, self._width, self._device)
         max_kv_len = self._width * self._tokens_per_block
         starts = torch.arange(count + 1, dtype=torch.int32, device=self._device)
         tables = PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)
-        attention = PagedAttention(tables, self._comm, self._scale, merge=merge)
+        prefix = None
+        if lists:
+            prefix = PagedTables(*inputs.prefix, False, count, max_kv_len)
+        attention = PagedAttention(tables, self._comm, self._scale, merge=merge, prefix=prefix)
         return _DecodeGraph(
             inputs, lambda: self._forward(inputs.tokens, attention), self._comm.traffic
         )
 
 
 class _DecodeInputs:
-    """A token for each of `count` sequences, in one piece of host and one of device memory.
+    """A token for each of `count` sequences, and `lists` of pages that some have in front, in one
+    piece of host and one of device memory.
 
     Attributes:
         tokens, kv_lens, page_table: on the device.
+        prefix: page_table, cu_seqlens_q and kv_lens of the lists.
     """
 
-    def __init__(self, count: int, width: int, device: torch.device) -> None:
-        sizes = [count] * 4 + [count * width]
+    def __init__(self, count: int, lists: int, width: int, device: torch.device) -> None:
+        sizes = [count] * 4 + [count * width, lists + 1, lists, lists * width]
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
         self._device = self._host.to(device, copy=True)
-        *columns, table = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
+        *columns, table, starts, lens, pages = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
         self._columns, self._table = columns, table.reshape(count, width)
-        token_ids, positions, slots, self.kv_lens, table = self._device.split(sizes)
+        self._starts, self._lens, self._pages = starts, lens, pages.reshape(lists, width)
+        token_ids, positions, slots, self.kv_lens, table, *prefix = self._device.split(sizes)
         self.tokens = PassInputs(token_ids, positions, slots, None)
         self.page_table = table.view(count, width)
+        starts, lens, pages = prefix
+        self.prefix = pages.view(lists, width), starts, lens
 
     def fill(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> None:
         """Rows beyond the sequences store nothing and see nothing."""
@@ -110,6 +120,13 @@ class _DecodeInputs:
             column[:count] = given
             column[count:] = beyond
         self._table[:count, : step.page_table.shape[1]] = step.page_table
+        if step.prefix:
+            lists, width = step.prefix.page_table.shape
+            self._pages[:lists, :width] = step.prefix.page_table
+            self._lens[:lists], self._lens[lists:] = step.prefix.kv_lens, 0
+            # Rows beyond the sequences belong to the last list.
+            self._starts[:lists] = step.prefix.cu_seqlens_q[:lists]
+            self._starts[lists:] = len(self._columns[0])
         self._device.copy_(self._host, non_blocking=True)
 
 
