@@ -88,7 +88,8 @@ class Leader:
             self._ask_for_saves()
             if self._pace:
                 cuts = self._pace.cuts(answers=scheduler.num_running > 0)
-                scheduler.chunk_tokens, scheduler.question_tokens, scheduler.copy_pages = cuts
+                scheduler.chunk_tokens, scheduler.question_tokens = cuts[:2]
+                scheduler.copies.pages = cuts.copy_pages
             order = scheduler.next()
             if order is None:
                 return None
@@ -145,9 +146,9 @@ class Leader:
 
     def _ask_for_saves(self) -> None:
         now = time.monotonic()
-        if self.scheduler.awaits_saves and now > self._asked_for_saves + _SAVES_SECONDS:
+        if self.scheduler.copies.awaits_saves and now > self._asked_for_saves + _SAVES_SECONDS:
             self._asked_for_saves = now
-            for forget in self.scheduler.saved(self.execute(Saved())):
+            for forget in self.scheduler.copies.saved(self.execute(Saved())):
                 self.execute(forget)
 
     def _sample(self, logits: Logits) -> list[int]:

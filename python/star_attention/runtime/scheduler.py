@@ -29,18 +29,17 @@ from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.runtime.blocks import Block, BlockTable, block_keys
+from star_attention.runtime.copies import Copies
 from star_attention.runtime.orders import (
     Ask,
     BlockPart,
     Chunk,
     Decode,
-    Forget,
     Load,
     Open,
     Order,
     QuestionPart,
     Release,
-    Save,
 )
 from star_attention.runtime.pages import page_count, question_pages
 from star_attention.runtime.phase1 import Phase1
@@ -48,13 +47,11 @@ from star_attention.runtime.placement import keeper, runs_of
 from star_attention.runtime.requests import Context, Division, FinishReason, NewToken, Question
 from star_attention.runtime.room import Room, divide, pages_of_question
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
-from star_attention.runtime.store import TIERS, Store, Stored
-from star_attention.runtime.tiers import LoadState, SaveEnd, Tier
+from star_attention.runtime.store import Store, Stored
+from star_attention.runtime.tiers import LoadState
 
 # Tokens of a rank; for fewer, reading them again is as fast as merging what is read apart.
 _LEAST_SHARED = 8192
-# Blocks a rank has that are saved and not ended: what is read faster than it is written waits.
-_SAVES_UNDER_WAY = 2
 
 
 class Scheduler:
@@ -70,7 +67,7 @@ class Scheduler:
     Attributes:
         chunk_tokens, question_tokens: of a pass of phase 1 on a rank, and of one of questions, at
             most; None: as many as `limits` allow.
-        copy_pages: of one layer, that are saved or loaded at a time.
+        copies: of blocks to and from the lower tiers.
         least_shared: tokens that a pass must not read again and again, so that questions over the
             same blocks are grouped.
     """
@@ -89,14 +86,8 @@ class Scheduler:
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
-        self.copy_pages = 1
         self.least_shared = _LEAST_SHARED * num_ranks
         self._has_prefix = has_prefix
-        self._store = store
-        self._saving: deque[Block] = deque()  # the first one is held while it is copied
-        self._loading: deque[Block] = deque()
-        self._ends: dict[tuple[bytes, Tier], list[bool]] = {}  # of saves that are not over
-        self._saved_ranks: dict[bytes, tuple[int, int]] = {}  # of the same, and bytes
         self._model = model
         self._room = Room(model, limits, num_ranks, tokens_per_block, has_ring, shares_pages)
         self._num_ranks, self._page = num_ranks, tokens_per_block
@@ -105,6 +96,8 @@ class Scheduler:
         self._used = np.zeros(num_ranks, np.int64)  # pages of each rank, idle blocks' included
         self._scratch = np.zeros(num_ranks, np.int64)  # of them, for phase 1
         self._blocks = BlockTable(num_ranks)
+        self._store = store or Store({}, 1, 1, 0)
+        self.copies = Copies(self._store, self._blocks, num_ranks)
         self._contexts: list[Context] = []  # all that hold pages or will
         self._unopened: deque[Context] = deque()
         self._reading: deque[Context] = deque()
@@ -113,7 +106,7 @@ class Scheduler:
         self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
         # Who is next comes first; decode steps come in between.
-        self._others = deque([self._chunk, self._load, self._ask, self._save])
+        self._others = deque([self._chunk, self.copies.load, self._ask, self.copies.save])
         self._decode_is_due = False
 
     def add_context(
@@ -302,16 +295,10 @@ class Scheduler:
         """Questions whose turn has not come."""
         return len(self._waiting)
 
-    @property
-    def awaits_saves(self) -> bool:
-        """Whether ranks are to be asked which saves have ended (`Saved`)."""
-        return bool(self._ends)
-
     def cached(self) -> dict[str, tuple[int, int]]:
         """Blocks in each tier, and their bytes; of those in pages, pages. All ranks together."""
         pages = int(self._blocks.live.sum() + self._blocks.idle.sum())
-        lower = self._store.counts() if self._store else {}
-        return {"gpu": (self._blocks.count, pages), **lower}
+        return {"gpu": (self._blocks.count, pages), **self._store.counts()}
 
     def is_cached(self, keys: Iterable[bytes]) -> bool:
         """Whether a context of these blocks has nothing to read."""
@@ -319,41 +306,8 @@ class Scheduler:
 
     def loaded(self, load: Load, states: Sequence[LoadState]) -> None:
         """Takes what the processes said to a load."""
-        block = next((each for each in self._loading if each.number == load.block), None)
-        if block is None:
-            return
-        if "failed" in states:
-            for tier in TIERS:
-                self._store.forget(tier, load.key)
+        if block := self.copies.loaded(load, states):
             self._reopen([each for each in self._contexts if block in each.blocks])
-        elif "waiting" in states:
-            self._loading.rotate(-1)
-        else:
-            block.copied = load.last
-            if load.last == self._store.num_layers:
-                self._loading.remove(block)
-                block.is_ready, block.source, block.copied = True, None, 0
-
-    def saved(self, every: Sequence[Sequence[SaveEnd]]) -> list[Forget]:
-        """Takes which saves each process says have ended; what is to be forgotten by the other
-        processes of a rank, where one could not save its part."""
-        forget = []
-        for end in (end for ends in every for end in ends):
-            states = self._ends.get((end.key, end.tier))
-            if states is None:
-                continue
-            states.append(end.stored)
-            if len(states) < self._store.processes:
-                continue
-            del self._ends[end.key, end.tier]
-            rank, size = self._saved_ranks[end.key]
-            if all(states):
-                self._store.add(end.tier, end.key, rank, size)
-            elif any(states):
-                forget.append(Forget(end.tier, rank, (end.key,)))
-            if not any((end.key, tier) in self._ends for tier in TIERS):
-                del self._saved_ranks[end.key]
-        return forget
 
     # Contexts
 
@@ -412,7 +366,7 @@ class Scheduler:
     def _find(self, key: bytes | None) -> Block | Stored | None:
         if key is None:
             return None
-        return self._blocks.find(key) or (self._store.find(key) if self._store else None)
+        return self._blocks.find(key) or self._store.find(key)
 
     def _known(self, context: Context) -> list[Block | Stored | None]:
         return [self._find(key) for key in context.keys]
@@ -479,7 +433,7 @@ class Scheduler:
                 context.reads.add(block)
             else:
                 block.source = known.tier
-                self._loading.append(block)
+                self.copies.add_load(block)
         context.division = division
         context.phase1 = Phase1(division.plan, context.config, cached)
         context.is_open = True
@@ -524,8 +478,7 @@ class Scheduler:
         self._unopened = deque(sorted([*again, *self._unopened], key=_number))
 
     def _drop(self, block: Block) -> None:
-        if block in self._loading:
-            self._loading.remove(block)
+        self.copies.drop(block)
         self._used[block.rank] -= block.pages
         self._over[2].append(block.number)
 
@@ -558,48 +511,6 @@ class Scheduler:
             self._reading.append(context)
         return None
 
-    def _load(self) -> Load | None:
-        """The next layers of a block that a lower tier has."""
-        if not self._loading:
-            return None
-        block = self._loading[0]
-        return Load(block.number, block.key, block.rank, block.copied, self._copied(block))
-
-    def _save(self) -> Save | Forget | None:
-        """The next layers of a block that was read, into the lower tiers."""
-        while self._saving:
-            block = self._saving[0]
-            if not block.copied:
-                if len(self._saved_ranks) >= _SAVES_UNDER_WAY * self._num_ranks:
-                    return None
-                if self._blocks.find(block.key) is not block or self._store.has(block.key):
-                    self._saving.popleft()
-                    continue
-                size = block.pages * self._store.page_bytes
-                if size > min(self._store.budgets.values()):
-                    self._saving.popleft()
-                    continue
-                for tier in self._store.budgets:
-                    if gone := self._store.make_room(tier, block.rank, size):
-                        return Forget(tier, block.rank, tuple(gone))
-                self._blocks.hold(block)
-                self._saved_ranks[block.key] = block.rank, size
-                for tier in self._store.budgets:
-                    self._ends[block.key, tier] = []
-            first, block.copied = block.copied, self._copied(block)
-            if block.copied == self._store.num_layers:
-                self._saving.popleft()
-                block.copied = 0
-                self._blocks.give_back(block)
-                return Save(block.number, block.key, block.rank, first, self._store.num_layers)
-            return Save(block.number, block.key, block.rank, first, block.copied)
-        return None
-
-    def _copied(self, block: Block) -> int:
-        """Layers of it that are copied after the next copy."""
-        layers = max(1, self.copy_pages // block.pages)
-        return min(block.copied + layers, self._store.num_layers)
-
     def _end_reading(self, context: Context) -> None:
         if context in self._reading:
             self._reading.remove(context)
@@ -607,8 +518,7 @@ class Scheduler:
         for block in context.blocks:
             if block in context.reads:
                 block.is_ready = True
-                if self._store and block.key is not None:
-                    self._saving.append(block)
+                self.copies.add_save(block)
         if context.is_released:
             self.release_context(context)
 
