@@ -126,7 +126,7 @@ def test_rank_0_is_at_most_two_layers_ahead():
         attention.stored(pool, 8)
         most = max(most, before, len(under_way))
         assert under_way[-1].buffer.eq(layer).all()
-        attention(SimpleNamespace(is_cuda=True), pool)
+        attention(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), pool)
     assert most == 2
     attention.end()
     assert not under_way
