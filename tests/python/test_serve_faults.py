@@ -142,6 +142,7 @@ def test_one_rank_that_nobody_else_watches(model):
             each.told()
         wait_until(lambda: server.metric("engine_restarts_total") == 1)
         assert "have said nothing for 6 s" in server.log
+        assert "signal" not in server.log
         server.wait_until_well()
         asking = Asking(server, "reading")
         os.kill(server.rank(0), signal.SIGKILL)
@@ -230,7 +231,7 @@ def test_sigterm_while_the_model_is_loaded(model, ranks):
         server.process.terminate()
         assert server.process.wait(10) == 0
         server.nothing_is_left()
-        assert "serving" not in server.log
+        assert "star-attn" not in server.log
 
 
 @pytest.mark.parametrize("moment", ["reading", "decoding"])

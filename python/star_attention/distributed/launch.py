@@ -88,7 +88,7 @@ class RankJob:
         # A process that is stopped gets no SIGTERM; mpirun needs one to end its ranks.
         last_signal = signal.SIGTERM if launcher else signal.SIGKILL
         self.last_words = ""
-        self._apart, self._is_one = apart, num_ranks == 1
+        self._apart, self._is_one, self._is_ended = apart, num_ranks == 1, False
         self._process = subprocess.Popen(
             [*launcher, *command],
             stdin=subprocess.DEVNULL,
@@ -114,7 +114,7 @@ class RankJob:
         code = self._process.wait()
         if self._apart:
             _kill_session(self._process.pid)
-        if code < 0 and self._is_one:
+        if code < 0 and self._is_one and not self._is_ended:
             self._pass_on(f"{_OURS}{_obituary('0', -code, signal.strsignal(-code))}\n".encode())
         elif code and not explained:
             self._pass_on(b"".join(untold))
@@ -122,10 +122,12 @@ class RankJob:
 
     def terminate(self) -> None:
         """Asks it to end; `wait` tells when it has."""
+        self._is_ended = True
         self._process.terminate()
 
     def kill(self) -> None:
         """Ends it at once, stopped or not."""
+        self._is_ended = True
         self._process.kill()
         if self._apart:
             _kill_session(self._process.pid)

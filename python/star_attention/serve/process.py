@@ -380,7 +380,8 @@ class EngineProcess:
         try:
             while True:
                 if not connection.poll(self._patience if is_ready else None):
-                    say(f"the ranks have said nothing for {self._patience:g} s: they are ended")
+                    job.last_words = f"the ranks have said nothing for {self._patience:g} s"
+                    say(f"{job.last_words}: they are ended")
                     job.kill()
                     return
                 event = connection.recv()
