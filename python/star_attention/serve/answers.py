@@ -106,6 +106,7 @@ class Answers:
         self._n = n
         self._stop = stop
         self._start = time.monotonic()
+        self._cached: dict[int, int] = {}
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
 
     async def events(self) -> AsyncGenerator[Reading | Piece, None]:
@@ -136,8 +137,9 @@ class Answers:
     def _count(self, event: Reading | Piece) -> None:
         if isinstance(event, Piece):
             self.usage.completion_tokens += event.count
-        elif event.choice % self._n == 0 and event.is_first:
-            self.usage.cached_tokens += event.opened.cached_tokens
+        elif event.choice % self._n == 0:  # it is opened anew if a cached block is damaged
+            self._cached[event.choice] = event.opened.cached_tokens
+            self.usage.cached_tokens = sum(self._cached.values())
 
     async def _pump(self, choice: int, events: asyncio.Queue) -> None:
         try:
@@ -157,9 +159,10 @@ class Answers:
             async with contextlib.aclosing(generator) as tokens:
                 async for event in tokens:
                     if isinstance(event, Opened):
-                        opened = event
-                        times.opened(event)
-                        yield Reading(choice, event, done_at_first(event), is_first=True)
+                        is_first, opened = opened is None, event
+                        if is_first:
+                            times.opened(event)
+                        yield Reading(choice, event, done_at_first(event), is_first)
                     elif isinstance(event, Progress):
                         times.progress(opened, event)
                         yield Reading(choice, opened, event.done)
