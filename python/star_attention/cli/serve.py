@@ -196,7 +196,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 def serve(**options: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API, with a page at /."""
     try:
-        from star_attention.serve.process import meeting_of_rank0
+        from star_attention.serve.meeting import meeting_of_rank0
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing: pip install 'star-attention-trt[serve]'"
@@ -254,7 +254,7 @@ def _serve_front(connection: Any, options: dict[str, Any]) -> None:
 
 def _serve_own_front(options: dict[str, Any]) -> int:
     """Under mpirun rank 0 starts the front, which ends with it."""
-    from star_attention.serve.process import Meeting, OuterRanks
+    from star_attention.serve.meeting import Meeting, OuterRanks
 
     meeting = Meeting.somewhere()
     command = [sys.executable, "-m", "star_attention", *arguments()]
@@ -278,8 +278,9 @@ def _run_front(options: dict[str, Any]) -> int:
     from star_attention.models.tokenizer import Tokenizer
     from star_attention.serve.auth import read_api_keys
     from star_attention.serve.division import DENSE_TOKENS
+    from star_attention.serve.meeting import OuterRanks, OwnRanks
     from star_attention.serve.options import ServeOptions
-    from star_attention.serve.process import EngineProcess, OuterRanks, OwnRanks
+    from star_attention.serve.process import EngineProcess
     from star_attention.serve.run import run_front
 
     config, engine = star_config_of(options), engine_of(options)
