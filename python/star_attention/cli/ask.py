@@ -19,6 +19,7 @@ from star_attention.cli.options import (
     engine_options,
     sampling_of,
     star_config_of,
+    take_model,
 )
 from star_attention.cli.ranks import check_ranks, handed_texts, needs_ranks, run_as_ranks
 from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
@@ -85,11 +86,9 @@ from star_attention.models.tokenizer import TEMPLATES
 @click.option("--stop", multiple=True, help="Text that ends an answer.")
 @click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def ask(ranks: int | None, oversubscribe: bool, engine_dir: str | None, **options: Any) -> None:
+def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     """Read a long text once and answer questions about it."""
-    if (engine_dir is None) == (options["model"] is None):
-        raise UserError("give --model or --engine_dir, one of them")
-    options["model"] = options["model"] or engine_dir
+    take_model(options)
     check_ranks(ranks, options["tp"])
     if options["attention"] == "dense" and (ranks or 1) > 1:
         raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")

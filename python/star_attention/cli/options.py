@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
 
 from star_attention.config import ANCHOR_MODES, MERGE_PATHS, StarConfig
 from star_attention.engines.options import DTYPES, LOAD_FORMATS, EngineOptions
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import is_engine_folder
 from star_attention.runtime.sampling import SamplingParams
 
 
@@ -118,6 +121,20 @@ def engine_options(command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def take_model(options: dict[str, Any]) -> None:
+    """Takes `--engine_dir` for the model if it is given.
+
+    Raises:
+        UserError: both are given or neither, or there is no engine.
+    """
+    engine_dir = options.pop("engine_dir")
+    if (engine_dir is None) == (options["model"] is None):
+        raise UserError("give --model or --engine_dir, one of them")
+    if engine_dir is not None and not is_engine_folder(Path(engine_dir)):
+        raise UserError(f"--engine_dir {engine_dir}: no engine there: star-attn build makes one")
+    options["model"] = options["model"] or engine_dir
 
 
 def star_config_of(options: dict[str, Any]) -> StarConfig:

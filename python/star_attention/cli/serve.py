@@ -19,6 +19,7 @@ from star_attention.cli.options import (
     engine_of,
     engine_options,
     star_config_of,
+    take_model,
 )
 from star_attention.cli.ranks import arguments, check_ranks, start_ranks
 from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
@@ -201,9 +202,7 @@ def serve(**options: Any) -> int:
         raise UserError(
             f"{error.name} is missing: pip install 'star-attention-trt[serve]'"
         ) from None
-    if (options["engine_dir"] is None) == (options["model"] is None):
-        raise UserError("give --model or --engine_dir, one of them")
-    options["model"] = options["model"] or options.pop("engine_dir")
+    take_model(options)
     check_ranks(options["ranks"], options["tp"])
     if options["attention"] == "dense" and (options["ranks"] or world_size()) > 1:
         raise UserError("--attention dense runs on one rank: leave --ranks away")

@@ -286,14 +286,14 @@ class Scheduler:
         return self._used.copy()
 
     @property
+    def pages_held(self) -> np.ndarray:
+        """Of those, what no idle block would make room of."""
+        return self._used - self._blocks.idle
+
+    @property
     def num_running(self) -> int:
         """Questions that are being answered."""
         return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Questions whose turn has not come."""
-        return len(self._waiting)
 
     def cached(self) -> dict[str, tuple[int, int]]:
         """Blocks in each tier, and their bytes; of those in pages, pages. All ranks together."""

@@ -15,7 +15,7 @@ from star_attention.serve.front import Front
 def health_routes(front: Front) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200: requests are answered; 503: why not."""
         status = "draining" if front.draining else front.engine.state

@@ -219,7 +219,7 @@ class ServerLoop:
             Statistics(
                 running=running,
                 waiting=len(self._jobs) - running,
-                pages_used=int(scheduler.pages_in_use.max()),
+                pages_used=int(scheduler.pages_held.max()),
                 pages=self._pages,
                 cached_blocks={"gpu": gpu_blocks, **{t: n for t, (n, _) in cached.items()}},
                 cached_bytes={

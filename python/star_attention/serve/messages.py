@@ -158,7 +158,9 @@ class Statistics:
 
     Attributes:
         running, waiting: requests.
-        pages: in use and in all (0: not bounded) of the rank that has most in use.
+        pages_used: that contexts and questions hold, on the rank where they hold most; what is
+            cached for later is not among them.
+        pages: of a rank.
         cached_blocks: in each tier, `gpu`, `host` and `disk`.
         cached_bytes: of all ranks together.
     """
