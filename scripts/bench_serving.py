@@ -29,9 +29,10 @@ Retry-After, each time twice as long up to eight times.
 
 Overhead: `LLM.ask` in this process and the server, in turn, with the same questions together.
 
-Neither aiperf nor guidellm checks answers, has clients leave, or watches gaps while a context is
-read; the same client for all is what makes figures comparable. It speaks HTTP/1.1 itself: parsing
-by a general library costs as much as a small model's token.
+aiperf and guidellm measure such times as well, and aiperf cancels requests; by their manuals none
+checks every answer against what it should be, or watches an answer while a context is read. This
+client speaks HTTP/1.1 itself: it leaves at any moment, and takes 0.1 ms of a CPU a token, beside a
+server on the same cores.
 """
 
 from __future__ import annotations
