@@ -11,7 +11,7 @@ README = (HERE.parent.parent / "README.md").read_text()
 
 
 def test_python_example(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "report.txt").write_text(TEXT)
     run = subprocess.run(
         [sys.executable, "-c", code],

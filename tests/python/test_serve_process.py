@@ -1,9 +1,11 @@
 """`star-attn serve` and its ranks as clients meet them: answers, and what is not read again."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -92,7 +94,7 @@ def part(text):
 
 
 def test_the_example(server, model):
-    """What the README shows; its answers are those of the Python API."""
+    """Answers are those of the Python API."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
     def ask(question, **options):
@@ -113,6 +115,20 @@ def test_the_example(server, model):
         assert [first.choices[0].message.content, text] == [answer.text for answer in answers]
         assert first.usage.prompt_tokens_details.cached_tokens == 0
         assert last.usage.prompt_tokens_details.cached_tokens == context.plan.context_len
+
+
+def test_the_readme(server, tmp_path, monkeypatch, capsys):
+    """Its example, with another address and model."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    for shown, here in (("http://localhost:8000", server.url), ('"smollm2"', '"tiny"')):
+        assert code.count(shown) == 1
+        code = code.replace(shown, here)
+    (tmp_path / "report.txt").write_text(DOCUMENT[:2000])
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    first, second = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert int(first.split()[-1]) == 0 < int(second.split()[-1])
 
 
 def test_several_clients_at_once(server, tokenizer, alone):
