@@ -92,6 +92,9 @@ def slots(rows: Rows, tokens_per_block: int) -> np.ndarray:
     """int32 [count], where the KV of the rows goes; -1 where it is not stored."""
     if not rows.stored:
         return np.full(rows.count, -1, np.int32)
+    if rows.count == 1:  # a decode step has many of them
+        page, offset = divmod(rows.kv_len - 1, tokens_per_block)
+        return np.array([rows.pages[page] * tokens_per_block + offset], np.int32)
     index = np.arange(rows.kv_len - rows.count, rows.kv_len)
     pages = np.asarray(rows.pages, np.int32)
     return pages[index // tokens_per_block] * np.int32(tokens_per_block) + (

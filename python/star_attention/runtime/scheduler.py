@@ -529,10 +529,12 @@ class Scheduler:
         limits, parts, rows = self._room.limits, [], []
         bounds = [b for b in (limits.question_tokens, self.question_tokens) if b is not None]
         left = min(bounds, default=None)
+        ready = [question for question in self._waiting if question.context.is_ready]
+        if not ready:
+            return None
         # Those that run take their next token first: who is put back does not come again before
         # anything has moved.
         next_tokens = self._growth_of(self._running)
-        ready = [question for question in self._waiting if question.context.is_ready]
         for question in ready:
             if limits.questions is not None and (
                 len(parts) == limits.questions or len(self._running) == limits.questions
