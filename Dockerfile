@@ -29,6 +29,7 @@ RUN python3 -m venv /opt/star-attention \
       click==8.5.1 \
       cupy-cuda13x==14.2.0 \
       fastapi==0.165.0 \
+      httptools==0.9.0 \
       jinja2==3.1.6 \
       mpi4py==4.1.2 \
       nvidia-nccl-cu13==2.28.9 \
