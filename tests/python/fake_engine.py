@@ -109,7 +109,8 @@ class FakeEngine:
             end = min(start + self.block, len(token_ids))
             keys.append((start, token_ids[: self.block].tobytes(), token_ids[start:end].tobytes()))
             source = "gpu" if keys[-1] in self.cached else "new"
-            blocks.append(BlockPlace(start, end, (start // self.block) % 2, source))
+            rank, anchor = (start // self.block) % 2, self.block if start else 0
+            blocks.append(BlockPlace(start, end, rank, source, anchor))
         await self._pause()
         yield Opened(1, tuple(blocks))
         done = [float(block.source != "new") for block in blocks]

@@ -78,7 +78,13 @@ class PageEngine(FakeEngine):
         starts = range(0, tokens, self.block)
         run = -(-len(starts) // self.ranks)
         return tuple(
-            BlockPlace(start, min(start + self.block, tokens), i // run, sources[i % len(sources)])
+            BlockPlace(
+                start,
+                min(start + self.block, tokens),
+                i // run,
+                sources[i % len(sources)],
+                self.block if start else 0,
+            )
             for i, start in enumerate(starts)
         )
 

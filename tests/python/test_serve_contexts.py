@@ -59,7 +59,10 @@ def test_a_context_is_asked(server, http):
     made = made.json()
     assert (made["id"], made["object"], made["status"]) == ("book", "context", "ready")
     assert made["bytes"] == len(TEXT)
-    assert made["blocks"][0] == {"start": 0, "end": 64, "rank": 0, "source": "new"}
+    assert made["blocks"][:2] == [
+        {"start": 0, "end": 64, "rank": 0, "source": "new", "anchor": 0},
+        {"start": 64, "end": 128, "rank": 1, "source": "new", "anchor": 64},
+    ]
     assert server.engine.held == []
 
     response = ask(http, "book", "Who?")

@@ -216,6 +216,12 @@ def finite(logprob: float) -> float:
 
 def blocks_as_json(blocks: Sequence[BlockPlace]) -> list[dict[str, Any]]:
     return [
-        {"start": block.start, "end": block.end, "rank": block.rank, "source": block.source}
+        {
+            "start": block.start,
+            "end": block.end,
+            "rank": block.rank,
+            "source": block.source,
+            "anchor": block.anchor,
+        }
         for block in blocks
     ]

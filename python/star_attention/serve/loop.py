@@ -244,6 +244,7 @@ def places_of(context: Context) -> tuple[BlockPlace, ...]:
             each.end,
             each.rank,
             "new" if block in context.reads else block.source or "gpu",
+            each.prefix if context.config.attention == "star" else 0,
         )
         for each, block in pairs
     )

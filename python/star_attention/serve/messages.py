@@ -87,12 +87,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class BlockPlace:
-    """Context tokens [start, end), the rank that keeps their KV, and where that was."""
+    """Context tokens [start, end), the rank that keeps their KV, where that was, and how many of
+    the first tokens they see besides: the anchor."""
 
     start: int
     end: int
     rank: int
     source: Source
+    anchor: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ export class Picture {
     const bottom = height - BOTTOM;
     this.x = (token) => (token / total) * (this.width - SIDE);
     this.y = (token) => TOP + (token / total) * (bottom - QUERY - TOP);
-    this.seen = blocks.length > 1 ? blocks[0].end : 0; // what the anchor is taken from
+    this.seen = Math.max(...blocks.map(({ anchor }) => anchor));
 
     const ranks = runs(blocks);
     const cached = blocks.filter(({ source }) => source !== "new");
@@ -120,7 +120,7 @@ export class Picture {
     const x = this.x(this.seen);
     return [
       svg("path", { class: "anchor-line", d: `M${x} 4V${bottom}` }),
-      svg("text", { x: x + 5, y: 12 }, "anchor block"),
+      svg("text", { x: x + 5, y: 12 }, "anchor"),
     ];
   }
 
@@ -150,7 +150,7 @@ export class Picture {
       shape.anchor.setAttribute("height", shape.height * part);
       shape.cache.setAttribute("width", shape.width * part);
       const state = source === "new" ? `${percent(part)} read` : `from ${PLACES[source]}`;
-      const role = i || !this.seen ? "" : " (the anchor block)";
+      const role = i || !this.seen ? "" : " (with the anchor)";
       const place = `tokens ${count(start)} to ${count(end - 1)}, rank ${rank}`;
       for (const title of shape.titles) title.textContent = `Block ${i + 1}${role}: ${place}, ${state}`;
     });

@@ -108,7 +108,7 @@ function askForKey(reason) {
 
 // What the picture shows, before there is a context: 128K tokens in eight blocks on four ranks.
 const example = Array.from({ length: 8 }, (_, i) => (
-  { start: i * 16384, end: (i + 1) * 16384, rank: i >> 1, source: "new" }));
+  { start: i * 16384, end: (i + 1) * 16384, rank: i >> 1, source: "new", anchor: i ? 16384 : 0 }));
 new Picture(byId("example")).show({ blocks: example });
 
 onKeyNeeded(askForKey);
