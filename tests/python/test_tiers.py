@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from engine_steps import step_of
 from star_attention.distributed import SingleProcess
-from star_attention.engines.base import PagesUnderCopy, RingStep, runs_of
+from star_attention.engines.base import RingStep, runs_of
+from star_attention.engines.page_copies import PagesUnderCopy
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig, RopeConfig

@@ -118,44 +118,6 @@ def runs_of(
     return [(int(pages[a]), b - a) for a, b in itertools.pairwise(sorted(cuts))]
 
 
-class PagesUnderCopy:
-    """Pages that copies beside the steps still read or write: which steps must wait for them."""
-
-    def __init__(self) -> None:
-        self._read: set[int] = set()
-        self._written: set[int] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._read or self._written)
-
-    def add(self, pages: Sequence[int], *, written: bool) -> None:
-        (self._written if written else self._read).update(map(int, pages))
-
-    def clear(self) -> None:
-        """The copies are over."""
-        self._read.clear()
-        self._written.clear()
-
-    def concern(self, reads: Iterable[int], writes: Iterable[int]) -> bool:
-        """Whether what reads and writes these pages must come after the copies."""
-        return not (
-            self._written.isdisjoint(reads)
-            and self._written.isdisjoint(writes)
-            and self._read.isdisjoint(writes)
-        )
-
-    def concern_step(self, step: AttentionStep, tokens_per_block: int) -> bool:
-        slots = step.slot_mapping[step.slot_mapping >= 0]
-        writes = np.unique(slots // tokens_per_block).tolist()
-        if isinstance(step, RingStep):
-            return self.concern(step.pages.tolist(), writes)
-        if step.shared_pages is not None:
-            writes += step.shared_pages.tolist()
-        tables = [step.page_table, *([step.prefix.page_table] if step.prefix else [])]
-        reads = {page for table in tables for page in np.unique(table).tolist()}
-        return self.concern(reads, writes)
-
-
 # float32 [rows, vocab_size] where the engine computes: a torch, CuPy or NumPy array.
 Logits = Any
 

@@ -22,7 +22,7 @@ from star_attention.engines.base import (
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, plan_file
 from star_attention.engines.tensorrt.library import gpu_of, load_tensorrt, require_cupy, session_log
-from star_attention.engines.tensorrt.page_copies import PageCopies
+from star_attention.engines.tensorrt.page_copies import CupyPageCopies
 from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.errors import RankError, UserError
 from star_attention.trtllm.engine_folder import load_plugins
@@ -90,7 +90,7 @@ class TensorRtEngine:
             raise self._log.explain(error) from None
         self._rotary = self._read_rotary(folder / ROTARY)
         self._workspace = self._make_workspace()
-        self._copies = PageCopies(cupy, device, self._stream)
+        self._copies = CupyPageCopies(cupy, device, self._stream)
         self.allocate_pool(0)
         self._graphs: dict[int, _DecodeGraph] = {}  # by sequences
 

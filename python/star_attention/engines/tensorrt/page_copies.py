@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from star_attention.engines.base import AttentionStep, PagesUnderCopy, runs_of
+from star_attention.engines.base import runs_of
+from star_attention.engines.page_copies import PageCopies
 
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 
 
-class PageCopies:
-    """Copies have a stream of their own. They follow what was computed when they were asked for,
-    and only what concerns their pages follows them.
+class CupyPageCopies(PageCopies):
+    """See `PageCopies`.
 
     Args:
         compute: the stream of the engine's steps.
     """
 
     def __init__(self, cupy: Any, device: int, compute: Any) -> None:
+        super().__init__()
         self._cupy = cupy
         self._device = device
         self._compute = compute
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._computed = cupy.cuda.Event(disable_timing=True)
         self._last = cupy.cuda.Event(disable_timing=True)  # behind the last copy
-        self._under_way = PagesUnderCopy()
-        self._pinned: set[int] = set()  # addresses
-
-    def read(self, pool: Any, pages: Sequence[int], out: np.ndarray) -> None:
-        """Pages of a layer's pool [num_pages, ...] into uint8 [len(pages), page bytes]."""
-        self._copy(pool, pages, out, to_pool=False)
-
-    def write(self, pool: Any, pages: Sequence[int], data: np.ndarray) -> None:
-        """The reverse of `read`."""
-        self._copy(pool, pages, data, to_pool=True)
-
-    def before_step(self, step: AttentionStep, tokens_per_block: int) -> None:
-        """The steps' stream waits for the copies that concern the step."""
-        if self._are_under_way() and self._under_way.concern_step(step, tokens_per_block):
-            self._wait()
-
-    def before(self, reads: Collection[int], writes: Collection[int]) -> None:
-        """The steps' stream waits for the copies that concern these pages."""
-        if self._are_under_way() and self._under_way.concern(reads, writes):
-            self._wait()
 
     def finish(self) -> None:
         with self._cupy.cuda.Device(self._device):
@@ -84,11 +65,8 @@ class PageCopies:
         self._last.record(self._stream)
         self._under_way.add(pages, written=to_pool)
 
-    def _are_under_way(self) -> bool:
-        if self._under_way and self._last.done:
-            self._under_way.clear()
-        return bool(self._under_way)
+    def _are_over(self) -> bool:
+        return self._last.done
 
-    def _wait(self) -> None:
+    def _steps_wait(self) -> None:
         self._compute.wait_event(self._last)
-        self._under_way.clear()  # what the stream gets from here on is behind them

@@ -14,7 +14,7 @@ from star_attention.engines.torch.attention import Attention, attention_on, to_d
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
-from star_attention.engines.torch.page_copies import PageCopies
+from star_attention.engines.torch.page_copies import TorchPageCopies
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
 from star_attention.models.rotary import rotary_table
@@ -65,7 +65,7 @@ class TorchEngine:
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
-        self._copies = PageCopies(self._device)
+        self._copies = TorchPageCopies(self._device)
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
         if on_gpu and comm.capturable and self._group.capturable:

@@ -1,45 +1,26 @@
-"""Copies of pages between the KV pool and host memory."""
+"""Copies of pages between the KV pool and host memory, with torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from star_attention.engines.base import AttentionStep, PagesUnderCopy, runs_of
+from star_attention.engines.base import runs_of
+from star_attention.engines.page_copies import PageCopies
 
 
-class PageCopies:
-    """On a GPU copies have a stream of their own. They follow what was computed when they were
-    asked for, and only what concerns their pages follows them."""
+class TorchPageCopies(PageCopies):
+    """See `PageCopies`. On the CPU they are done at once."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._under_way = PagesUnderCopy()
-        self._pinned: set[int] = set()  # addresses
         if self._on_gpu:
             self._stream = torch.cuda.Stream(device)
             self._last = torch.cuda.Event()  # behind the last copy
-
-    def read(self, pool: torch.Tensor, pages: Sequence[int], out: np.ndarray) -> None:
-        """Pages of a layer's pool [num_pages, ...] into uint8 [len(pages), page bytes]."""
-        self._copy(pool, pages, out, to_pool=False)
-
-    def write(self, pool: torch.Tensor, pages: Sequence[int], data: np.ndarray) -> None:
-        """The reverse of `read`."""
-        self._copy(pool, pages, data, to_pool=True)
-
-    def before_step(self, step: AttentionStep, tokens_per_block: int) -> None:
-        """The current stream waits for the copies that concern the step."""
-        if self._are_under_way() and self._under_way.concern_step(step, tokens_per_block):
-            self._wait()
-
-    def before(self, reads: Collection[int], writes: Collection[int]) -> None:
-        """The current stream waits for the copies that concern these pages."""
-        if self._are_under_way() and self._under_way.concern(reads, writes):
-            self._wait()
 
     def finish(self) -> None:
         if self._on_gpu:
@@ -84,11 +65,8 @@ class PageCopies:
             target.copy_(source, non_blocking=True)
             start += count
 
-    def _are_under_way(self) -> bool:
-        if self._under_way and self._last.query():
-            self._under_way.clear()
-        return bool(self._under_way)
+    def _are_over(self) -> bool:
+        return self._last.query()
 
-    def _wait(self) -> None:
+    def _steps_wait(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._last)
-        self._under_way.clear()  # what the stream gets from here on is behind them
