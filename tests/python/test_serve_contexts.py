@@ -37,6 +37,16 @@ def slow_server(step=0.02, **options):
     return serving(tokenizer, FakeEngine(tokenizer, step=step), **options)
 
 
+def when_at_work(running, action, *arguments):
+    """Does it in a thread, once the engine does something."""
+
+    def wait():
+        running.wait_until(lambda: running.engine.open)
+        action(*arguments)
+
+    threading.Thread(target=wait).start()
+
+
 def tokens(*turns):
     return TOKENIZER.chat([Message(role, parts) for role, *parts in turns]).token_ids
 
@@ -239,7 +249,7 @@ def test_a_context_that_no_longer_fits_has_failed(server, http):
 
 def test_the_engine_is_lost_while_a_context_is_read():
     with slow_server(0.1) as running, httpx.Client(base_url=running.url, timeout=20) as http:
-        threading.Timer(0.3, running.call, [running.engine.lose]).start()
+        when_at_work(running, running.call, running.engine.lose)
         response = http.post("/v1/contexts", json={"name": "a", "text": TEXT})
         assert response.status_code == 503
         assert http.get("/v1/contexts").json()["data"] == []
@@ -263,7 +273,7 @@ def test_a_client_leaves_while_a_context_is_read(stream):
 
 def test_deleted_while_it_is_read():
     with slow_server(0.1) as running, httpx.Client(base_url=running.url, timeout=20) as http:
-        threading.Timer(0.3, httpx.delete, [f"{running.url}/v1/contexts/a"]).start()
+        when_at_work(running, httpx.delete, f"{running.url}/v1/contexts/a")
         response = http.post("/v1/contexts", json={"name": "a", "text": TEXT})
         assert response.json()["error"]["code"] == "context_deleted"
         running.wait_until_idle()
@@ -272,7 +282,7 @@ def test_deleted_while_it_is_read():
 def test_deleted_while_it_is_asked():
     with slow_server() as running, httpx.Client(base_url=running.url, timeout=20) as http:
         http.post("/v1/contexts", json={"name": "a", "text": TEXT})
-        threading.Timer(0.2, httpx.delete, [f"{running.url}/v1/contexts/a"]).start()
+        when_at_work(running, httpx.delete, f"{running.url}/v1/contexts/a")
         assert text_of(ask(http, "a", "?")) == spelled(tokens(("user", TEXT, "?")), 1)
         assert http.get("/v1/contexts").json()["data"] == []
 
