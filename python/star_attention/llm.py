@@ -121,7 +121,8 @@ class LLM:
         template: `chat`, `none` (base models), `auto`: `chat` where the model has a template, or
             `written`: the texts contain the template.
         load_format: `dummy`: random weights for the model's config, to try speed and memory.
-        kv_cache_gib: memory of the KV cache on a GPU; by default 0.8 of what the weights leave.
+        kv_cache_gib: memory of the KV cache; by default 0.8 of what the weights leave of a GPU, and
+            on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share one model (tensor parallelism); a rank is that many of them.
         strict: refuse text beyond the model's maximum position, instead of a warning.

@@ -108,7 +108,7 @@ def engine_options(command: Callable) -> Callable:
         click.option(
             "--kv-cache-gib",
             type=float,
-            help="Memory of a rank's KV cache on a GPU.  [default: 0.8 of what the weights leave]",
+            help="Memory of a rank's KV cache.  [default: 0.8 of what the weights leave of a GPU]",
         ),
         click.option(
             "--merge",

@@ -24,7 +24,8 @@ class EngineOptions:
         device: `cpu` or `cuda`; on `cuda`, ranks of a machine take its GPUs in turn.
         dtype: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         load_format: `dummy`: random weights for the model's config, to try speed and memory.
-        kv_cache_gib: memory of the KV cache on a GPU; None: 0.8 of what the weights leave free.
+        kv_cache_gib: memory of the KV cache; None: 0.8 of what the weights leave free of a GPU, and
+            on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share a rank's model (tensor parallelism), neighbours in the job.
     """
@@ -74,3 +75,10 @@ class EngineOptions:
                 f"{_KV_CACHE_SHARE * free / 2**30:.1f}"
             )
         return int(self.kv_cache_gib * 2**30)
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that programs may still take."""
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+    return int(lines["MemAvailable"].split()[0]) * 1024

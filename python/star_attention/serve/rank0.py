@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.config import StarConfig
-from star_attention.engines.base import Limits, ModelEngine
+from star_attention.engines.base import ModelEngine
 from star_attention.engines.loader import division_of
-from star_attention.engines.options import EngineOptions
+from star_attention.engines.options import EngineOptions, free_memory
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, is_engine_folder
 from star_attention.models.fingerprint import fingerprint
@@ -64,9 +64,10 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     path = find_model(options.model, options.engine.load_format != "dummy")
     config = division_of(path, options.config, options.engine)
     end_tokens = Tokenizer(path, options.template).eos_token_ids
-    number, worker, limits = job.load(path, config.tokens_per_block, options.engine)
+    on_gpu = options.engine.device == "cuda" or is_engine_folder(path)
+    engine_options = options.engine if on_gpu else _with_pages(options.engine, job.comm.size)
+    number, worker, limits = job.load(path, config.tokens_per_block, engine_options)
     engine, num_ranks = worker.engine, worker.comm.size
-    limits = _with_pages(limits, engine, options.engine, job.comm.size)
     longest = engine.config.max_position
     execute = functools.partial(job.execute, number)
     page_bytes = engine.page_bytes * engine.config.num_layers
@@ -80,7 +81,6 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
         store=store,
         pace=Pace(options.max_gap, options.gap_factor),
     )
-    on_gpu = options.engine.device == "cuda" or is_engine_folder(path)
     if on_gpu:
         warm_up(leader, division_for(1, config, num_ranks))
     ready = Ready(
@@ -130,22 +130,9 @@ def _open_store(
     return store
 
 
-def _with_pages(
-    limits: Limits, engine: ModelEngine, options: EngineOptions, processes: int
-) -> Limits:
-    """A server bounds its pages on the CPU too, where they would take what memory there is."""
-    if limits.pages is not None:
-        return limits
-    room = int(options.kv_cache_gib * 2**30) if options.kv_cache_gib else None
-    if room is None:
-        room = min(int(_CPU_SHARE * _free_memory()), _CPU_MOST) // processes
-    pages = room // (engine.page_bytes * engine.config.num_layers)
-    if pages < 1:
-        raise UserError(f"--kv-cache-gib {room / 2**30:g} holds no page: use more")
-    return replace(limits, pages=pages)
-
-
-def _free_memory() -> int:
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":") for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024
+def _with_pages(options: EngineOptions, processes: int) -> EngineOptions:
+    """A server's pages are bounded on the CPU too, where they would take what memory there is."""
+    if options.kv_cache_gib is not None:
+        return options
+    room = min(int(_CPU_SHARE * free_memory()), _CPU_MOST)
+    return replace(options, kv_cache_gib=room / processes / 2**30)

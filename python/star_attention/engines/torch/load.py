@@ -11,7 +11,7 @@ from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.distributed.topology import local_device, share_cores
 from star_attention.engines.base import Limits
-from star_attention.engines.options import DTYPES, EngineOptions
+from star_attention.engines.options import DTYPES, EngineOptions, free_memory
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.memory import pass_limits
 from star_attention.errors import UserError
@@ -54,11 +54,14 @@ def load_torch_engine(
             raise UserError(f"the weights do not fit into the GPU's memory: {error}") from None
 
     def pages() -> int | None:
-        if not on_gpu:
+        if not on_gpu and options.kv_cache_gib is None:
             return None
-        free = torch.cuda.mem_get_info()[0] // ranks_here
+        free = torch.cuda.mem_get_info()[0] // ranks_here if on_gpu else free_memory()
         page_bytes = config.shard(options.tp).kv_bytes(tokens_per_block, dtype.itemsize)
-        return options.kv_cache_bytes(free) // page_bytes
+        found = options.kv_cache_bytes(free) // page_bytes
+        if not found:
+            raise UserError(f"--kv-cache-gib {options.kv_cache_gib:g} holds no page: use more")
+        return found
 
     def limits() -> Limits:
         free = torch.cuda.mem_get_info()[0] // ranks_here
@@ -67,7 +70,7 @@ def load_torch_engine(
 
     weights = agree(world, load)
     every = world.gather_objects(agree(world, pages))
-    max_pages = min(every) if on_gpu else None
+    max_pages = min((each for each in every if each is not None), default=None)
     engine = TorchEngine(config, weights, comm, tokens_per_block, max_pages, group)
     if on_gpu:
         world.gather_objects(None)  # ranks that share a GPU have their pools
