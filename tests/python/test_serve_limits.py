@@ -331,3 +331,13 @@ def test_wrong_types_everywhere(http, path, data):
 @settings(max_examples=50)
 def test_any_bytes(http, body):
     check_error(http.post(CHAT, content=body, headers=JSON), 400)
+
+
+def test_a_full_queue_refuses_before_the_body_comes():
+    with serving(max_queue=1) as running:
+        running.app.front.admission.count = 1
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as client:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+            assert client.recv(4096).startswith(b"HTTP/1.1 429 ")
+        running.app.front.admission.count = 0

@@ -27,6 +27,7 @@ def chat_routes(front: Front, contexts: Contexts) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=request_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation."""
+        front.admission.check()  # before a body is read for nothing
         body = await read_json(request, front)
         refuse_unsupported(body, CHAT_UNSUPPORTED)
         asked = await front.in_thread(validate, ChatRequest, body)

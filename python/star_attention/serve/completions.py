@@ -29,6 +29,7 @@ def completion_routes(front: Front, contexts: Contexts) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=request_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continues texts."""
+        front.admission.check()  # before a body is read for nothing
         body = await read_json(request, front)
         refuse_unsupported(body, COMPLETION_UNSUPPORTED)
         asked = await front.in_thread(validate, CompletionRequest, body)

@@ -15,6 +15,17 @@ class Admission:
         self._limit = limit
         self.count = 0
 
+    def check(self, answers: int = 1) -> None:
+        """Raises ApiError 429 if so many more are too many now."""
+        if self.count + answers > self._limit:
+            raise ApiError(
+                429,
+                f"{self.count} answers are waited for, the server takes {self._limit}: "
+                "try again later",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_QUEUE)},
+            )
+
     @contextlib.contextmanager
     def enter(self, answers: int = 1) -> Iterator[None]:
         """Raises ApiError 429, or 400 if it would never fit."""
@@ -26,14 +37,7 @@ class Admission:
                 "n",
                 "too_many_answers",
             )
-        if self.count + answers > self._limit:
-            raise ApiError(
-                429,
-                f"{self.count} answers are waited for, the server takes {self._limit}: "
-                "try again later",
-                code="queue_full",
-                headers={"Retry-After": str(RETRY_QUEUE)},
-            )
+        self.check(answers)
         self.count += answers
         try:
             yield
