@@ -415,8 +415,8 @@ class Scheduler:
         )
 
     def _leaves_room(self, context: Context, division: Division) -> bool:
-        """Whether all that wait still fit beside a context that is kept, if it is held so. They were
-        promised that for when it is held evenly."""
+        """Whether all that wait still fit beside a context that is kept, if it is held so. That was
+        promised to them for when it is held evenly."""
         others = [each for each in self._unopened if each is not context]
         if not context.is_kept or context.is_released or not others:
             return True
