@@ -18,8 +18,10 @@ from star_attention.distributed import Traffic
 from star_attention.engines.base import Limits, PagedStep
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
+from star_attention.runtime.blocks import BlockTable
+from star_attention.runtime.copies import Copies
 from star_attention.runtime.leader import Leader
-from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Report, Saved
+from star_attention.runtime.orders import Ask, Chunk, Decode, Forget, Load, Report, Save, Saved
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.store import Store
@@ -449,3 +451,61 @@ def test_what_an_engine_cannot_do_is_refused():
     with pytest.raises(UserError, match="do not fit beside the KV cache"):
         tight.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
     scheduler.add_context(tokens, StarConfig(16, 0, tokens_per_block=PAGE))
+
+
+def test_a_kept_context_takes_no_room_that_others_were_promised():
+    """Both of its blocks are on one rank already, where another context then would never fit."""
+    ranks, leader = make(2, Limits(pages=4), shares_blocks=True)
+    config = StarConfig(PAGE, 0, tokens_per_block=PAGE)
+    before = add_context(ranks, leader, 4 * PAGE, config, keep=False)
+    while leader.step() is not None:
+        pass
+    leader.release(before)
+    kept = add_context(ranks, leader, 2 * PAGE, config)
+    other = add_context(ranks, leader, 6 * PAGE, config, range(6 * PAGE), keep=False)
+    while leader.step() is not None:
+        pass
+    assert kept.is_ready
+    assert other.is_ready
+
+
+def copies_of(budgets, num_ranks, keys):
+    """Copies of blocks of two pages on rank 0 that were read, and the store."""
+    store, table = Store(budgets, 1, 1, page_bytes=1), BlockTable(num_ranks)
+    copies = Copies(store, table, num_ranks)
+    for key in keys:
+        block = table.new(key, 0, 2 * PAGE, 2)
+        block.is_ready = True
+        copies.add_save(block)
+    return copies, store
+
+
+def test_saves_under_way_count_in_a_tiers_size():
+    copies, _ = copies_of({"host": 5}, 4, [b"a", b"b", b"c", b"d"])
+    there, ends = [], []
+    while True:
+        order = copies.save()
+        if isinstance(order, Forget):
+            there = [key for key in there if key not in order.keys]
+        elif isinstance(order, Save):
+            there.append(order.key)
+            ends.append(SaveEnd(order.key, "host", True))
+        elif ends:
+            assert copies.saved([ends]) == []
+            ends = []
+        else:
+            break
+        assert 2 * len(there) <= 5
+    assert there == [b"c", b"d"]
+
+
+def test_what_is_being_saved_is_not_forgotten():
+    """It was in one of the tiers before, and was least recently used there."""
+    copies, store = copies_of({"host": 4, "disk": 8}, 1, [b"a", b"b"])
+    store.add("host", b"a", 0, 2)
+    orders = []
+    while order := copies.save():
+        orders.append(order)
+    assert [type(order) for order in orders] == [Save, Save]
+    copies.saved([[SaveEnd(key, tier, True) for key in (b"a", b"b") for tier in ("host", "disk")]])
+    assert not copies.awaits_saves

@@ -4,6 +4,8 @@ import asyncio
 import json
 import threading
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
@@ -14,6 +16,8 @@ from fake_tokenizer import ByteTokenizer
 from helpers import train_tokenizer
 from serving import serving
 from star_attention.models.tokenizer import Message, Tokenizer
+from star_attention.serve.api import ContextPatch
+from star_attention.serve.contexts import Contexts
 
 TOKENIZER = ByteTokenizer()
 TEXT = "A long text.\n" * 20
@@ -444,3 +448,37 @@ def test_real_tokenizers(real_tokenizer):
 def spelled_behind_border(engine, tokenizer):
     token_ids, border, _ = engine.asked[-1]
     return b"".join(map(tokenizer.token_bytes, token_ids[border:])).decode()
+
+
+def test_a_context_that_is_deleted_is_not_pinned(server, http):
+    """The body that pins it takes its time."""
+    http.post("/v1/contexts", json={"name": "book", "text": TEXT})
+    deleted = []
+
+    def slowly():
+        yield b'{"pinned": '
+        with httpx.Client(base_url=server.url) as other:
+            deleted.append(other.delete("/v1/contexts/book").status_code)
+        yield b"true}"
+
+    headers = {"Content-Type": "application/json"}
+    assert http.patch("/v1/contexts/book", content=slowly(), headers=headers).status_code == 404
+    assert deleted == [200]
+    assert server.engine.held == []
+
+
+def test_a_context_that_is_deleted_while_it_is_pinned():
+    async def pin_and_delete():
+        options = SimpleNamespace(context_dir=None, max_contexts=4)
+        metrics = SimpleNamespace(readings={}, context_read=Mock())
+        engine = FakeEngine(TOKENIZER)
+        contexts = Contexts(SimpleNamespace(options=options, metrics=metrics, engine=engine))
+        book = contexts.add("book", np.arange(9, dtype=np.int32), 9, [], False, None)
+        await book.task
+        pinning = contexts.change(book, ContextPatch(pinned=True))
+        error, _ = await asyncio.gather(pinning, contexts.remove(book), return_exceptions=True)
+        return error, book.task
+
+    error, task = asyncio.run(pin_and_delete())
+    assert error.code == "context_deleted"
+    assert task is None

@@ -71,8 +71,12 @@ class Copies:
                 if not self._is_to_be_saved(block, size):
                     self._saving.popleft()
                     continue
+                # What is under way will be there too.
+                room = size + sum(n for rank, n in self._saves.values() if rank == block.rank)
+                if room > size and room > min(self._store.budgets.values()):
+                    return None
                 for tier in self._store.budgets:
-                    if gone := self._store.make_room(tier, block.rank, size):
+                    if gone := self._store.make_room(tier, block.rank, room):
                         return Forget(tier, block.rank, tuple(gone))
                 self._begin_save(block, size)
             first, block.copied = block.copied, self._until(block)
@@ -136,6 +140,7 @@ class Copies:
         self._saves[block.key] = block.rank, size
         for tier in self._store.budgets:
             self._ends[block.key, tier] = []
+            self._store.forget(tier, block.key)  # or making room would forget what is under way
 
     def _until(self, block: Block) -> int:
         """Layers of it that are there after the next copy."""

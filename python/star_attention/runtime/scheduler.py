@@ -20,6 +20,7 @@ import bisect
 import contextlib
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
@@ -380,7 +381,7 @@ class Scheduler:
         plan, config = self._room.plan(len(context.token_ids), context.config), context.config
         for known in (self._known(context), [None] * len(context.keys)):
             division = divide(plan, config, known, self._model)
-            if self._fits(context, division):
+            if self._fits(context, division) and self._leaves_room(context, division):
                 break
         else:
             return None
@@ -412,6 +413,28 @@ class Scheduler:
             and fits(live + self._scratch + division.scratch + others)
             and fits(live + np.max([others, *own], axis=0))
         )
+
+    def _leaves_room(self, context: Context, division: Division) -> bool:
+        """Whether all that wait still fit beside a context that is kept, if it is held so. That was
+        promised to them for when it is held evenly."""
+        others = [each for each in self._unopened if each is not context]
+        if not context.is_kept or context.is_released or not others:
+            return True
+        kept, even = self._kept_blocks(besides=context), context.division
+        shared = kept.intersection(each for each in division.known if isinstance(each, Block))
+        try:
+            self._check_division(context, even, self._pages_of(kept), [])
+        except UserError:
+            return True  # it only fits around others
+        context.division = replace(division, pages=division.pages - self._pages_of(shared))
+        try:
+            for other in others:
+                self._check(other, [_lengths(each) for each in self._waiting_for(other)])
+        except UserError:
+            return False
+        finally:
+            context.division = even
+        return True
 
     def _hold(self, context: Context, division: Division) -> None:
         """Takes pages for what is not there."""

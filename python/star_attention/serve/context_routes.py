@@ -85,10 +85,12 @@ def context_routes(front: Front, contexts: Contexts) -> APIRouter:
         return JSONResponse(contexts.get(name).as_json())
 
     @router.patch("/{name}", openapi_extra=request_schema(ContextPatch))
-    async def patch(name: str, request: Request) -> Response:
+    async def change(name: str, request: Request) -> Response:
         """Pins or unpins it, and sets its time to live, which begins anew."""
-        context = contexts.get(name)
-        await contexts.change(context, await read_model(request, front, ContextPatch))
+        contexts.get(name)
+        patch = await read_model(request, front, ContextPatch)
+        context = contexts.get(name)  # it may be gone, as the body took its time
+        await contexts.change(context, patch)
         return JSONResponse(context.as_json())
 
     @router.delete("/{name}")

@@ -199,10 +199,7 @@ class Contexts:
             while context.status == "reading":
                 changed = context.changed
                 yield context
-                if self._by_name.get(context.name) is not context:
-                    raise ApiError(
-                        409, f"the context {context.name!r} was deleted", code="context_deleted"
-                    )
+                self._check_there(context)
                 if context.status == "reading":
                     await changed.wait()
             if context.failure is not None:
@@ -214,7 +211,7 @@ class Contexts:
         await self.save(context)
 
     async def change(self, context: Context, patch: ContextPatch) -> None:
-        """Pins or unpins, and sets the time to live, which begins anew."""
+        """Pins or unpins, and sets the time to live, which begins anew. Raises ApiError."""
         pinned = patch.pinned
         if "ttl_seconds" in patch.model_fields_set:
             context.ttl_seconds = patch.ttl_seconds
@@ -223,6 +220,7 @@ class Contexts:
             context.pinned = pinned
             if context.status != "reading":  # else its reading ends as it is to be then
                 await self._end_task(context)
+                self._check_there(context)
                 context.status, context.failure = "reading" if pinned else "ready", None
                 if pinned:
                     context.task = asyncio.create_task(self._run(context, is_new=False))
@@ -282,6 +280,11 @@ class Contexts:
                 write, tokens_too = self._saved.write, not context.has_saved_tokens
                 if await self._front.in_thread(write, said, context.token_ids, tokens_too):
                     context.has_saved_tokens = True
+
+    def _check_there(self, context: Context) -> None:
+        """Raises ApiError if it was deleted meanwhile."""
+        if self._by_name.get(context.name) is not context:
+            raise ApiError(409, f"the context {context.name!r} was deleted", code="context_deleted")
 
     async def _end_task(self, context: Context) -> None:
         task, context.task = context.task, None
