@@ -119,6 +119,12 @@ class BlockTable:
             del self._by_key[block.key]
         return True
 
+    def forget(self, block: Block) -> None:
+        """Gives up an idle block."""
+        del self._idle[block]
+        self.idle[block.rank] -= block.pages
+        del self._by_key[block.key]
+
     def evict(self, missing: np.ndarray, besides: Collection[Block | None]) -> list[Block]:
         """Gives up idle blocks, least recently used first, until the ranks have so many more pages,
         int64 [ranks], or no others are idle there."""
@@ -128,8 +134,6 @@ class BlockTable:
                 break
             if missing[block.rank] > 0 and block not in besides:
                 missing[block.rank] -= block.pages
-                del self._idle[block]
-                self.idle[block.rank] -= block.pages
-                del self._by_key[block.key]
+                self.forget(block)
                 gone.append(block)
         return gone

@@ -379,13 +379,21 @@ class Scheduler:
             return None
         context = self._unopened[0]
         plan, config = self._room.plan(len(context.token_ids), context.config), context.config
-        for known in (self._known(context), [None] * len(context.keys)):
+        found, kept = self._known(context), self._kept_blocks(besides=context)
+        around = [block if block in kept else None for block in found]
+        for known in (found, around, [None] * len(found)):
             division = divide(plan, config, known, self._model)
             if self._fits(context, division) and self._leaves_room(context, division):
                 break
         else:
             return None
+        for block in found:  # what is read anew replaces it
+            if isinstance(block, Block) and not block.holders and block not in division.known:
+                self._blocks.forget(block)
+                self._drop(block)
         taken = division.new + division.scratch
+        if any(self._over):
+            return None
         if not self._room.fits(self._used + taken):
             self._evict(taken, besides=division.known)
             return None
@@ -415,25 +423,28 @@ class Scheduler:
         )
 
     def _leaves_room(self, context: Context, division: Division) -> bool:
-        """Whether all that wait still fit beside a context that is kept, if it is held so. That was
-        promised to them for when it is held evenly."""
-        others = [each for each in self._unopened if each is not context]
-        if not context.is_kept or context.is_released or not others:
+        """Whether all that wait, and would fit beside a kept context if it were held evenly, as was
+        promised to them, still do if it is held so."""
+        if not context.is_kept or context.is_released or not any(division.known):
             return True
-        kept, even = self._kept_blocks(besides=context), context.division
+        even, kept = context.division, self._kept_blocks(besides=context)
         shared = kept.intersection(each for each in division.known if isinstance(each, Block))
+        uneven = replace(division, pages=division.pages - self._pages_of(shared))
+        others = [each for each in self._unopened if each is not context]
+        return all(
+            self._fits_beside(other, context, uneven) or not self._fits_beside(other, context, even)
+            for other in others
+        )
+
+    def _fits_beside(self, other: Context, context: Context, division: Division) -> bool:
+        """Whether `other` would be accepted beside a context that is held so."""
+        usual, context.division = context.division, division
         try:
-            self._check_division(context, even, self._pages_of(kept), [])
-        except UserError:
-            return True  # it only fits around others
-        context.division = replace(division, pages=division.pages - self._pages_of(shared))
-        try:
-            for other in others:
-                self._check(other, [_lengths(each) for each in self._waiting_for(other)])
+            self._check(other, [_lengths(each) for each in self._waiting_for(other)])
         except UserError:
             return False
         finally:
-            context.division = even
+            context.division = usual
         return True
 
     def _hold(self, context: Context, division: Division) -> None:
@@ -498,6 +509,9 @@ class Scheduler:
             ]
         for context in again:
             self._close(context)
+            if context.is_released and not context.questions:
+                self._contexts.remove(context)
+        again = [each for each in again if each in self._contexts]
         self._unopened = deque(sorted([*again, *self._unopened], key=_number))
 
     def _drop(self, block: Block) -> None:
