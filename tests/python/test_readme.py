@@ -27,4 +27,8 @@ def test_python_example(tmp_path):
 
 def test_pictures_and_pages_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (HERE.parent.parent / target).exists(), target
+        path, _, section = target.partition("#")
+        assert (HERE.parent.parent / path).exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", (HERE.parent.parent / path).read_text(), re.MULTILINE)
+            assert section in (title.lower().replace(" ", "-") for title in titles), target

@@ -124,7 +124,7 @@ def test_the_readme(server, tmp_path, monkeypatch, capsys):
     for shown, here in (("http://localhost:8000", server.url), ('"smollm2"', '"tiny"')):
         assert code.count(shown) == 1
         code = code.replace(shown, here)
-    (tmp_path / "report.txt").write_text(DOCUMENT[:2000])
+    (tmp_path / "report.txt").write_text(f"A report of its own.\n{DOCUMENT[:2000]}")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     first, second = capsys.readouterr().out.rstrip().rsplit("\n", 1)
