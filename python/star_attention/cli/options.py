@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,13 @@ class _Tokens(click.ParamType):
 TOKENS = _Tokens()
 
 
+def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
+    """The command with these options, in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def division_options(command: Callable) -> Callable:
     """The options that make a `StarConfig`."""
     options = [
@@ -78,9 +85,7 @@ def division_options(command: Callable) -> Callable:
             help="Tokens a page of the KV cache holds; block and anchor are multiples of it.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def engine_options(command: Callable) -> Callable:
@@ -125,9 +130,7 @@ def engine_options(command: Callable) -> Callable:
             help="Processes (GPUs) that share a rank's model: tensor parallelism.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def model_options(command: Callable) -> Callable:
@@ -140,9 +143,7 @@ def model_options(command: Callable) -> Callable:
         ),
         click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def run_options(command: Callable) -> Callable:
@@ -178,9 +179,7 @@ def run_options(command: Callable) -> Callable:
             help="The model's chat template; none for base models.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def take_model(options: dict[str, Any]) -> None:
