@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from star_attention.config import StarConfig
 from star_attention.errors import UserError
+from star_attention.runtime import requests
 from star_attention.runtime.blocks import Block
 from star_attention.runtime.leader import Leader
 from star_attention.runtime.orders import Chunk
@@ -91,8 +92,8 @@ class ServerLoop:
                 self._receive(wait=is_idle)
                 new = self._leader.step(self._on_chunk)
                 is_idle = new is None
-                for token in new or ():
-                    self._take(token)
+                if new:
+                    self._take(new)
                 self._look_at_contexts()
                 self._tell_statistics(is_idle)
                 self._send()
@@ -143,15 +144,17 @@ class ServerLoop:
             token_ids, self._division(len(token_ids)), questions, keep=keep
         )
 
-    def _take(self, new: object) -> None:
-        job = self._asked[new.question]
-        token = NewToken(job.number, new.token, new.finish_reason, new.logprobs)
-        if self._events and isinstance(self._events[-1], Tokens):
-            self._events[-1] = Tokens((*self._events[-1].tokens, token))
-        else:
-            self._events.append(Tokens((token,)))
-        if new.finish_reason:
-            self._end(job)
+    def _take(self, new: Sequence[requests.NewToken]) -> None:
+        """What one pass gave."""
+        jobs = [self._asked[each.question] for each in new]
+        tokens = (
+            NewToken(job.number, each.token, each.finish_reason, each.logprobs)
+            for job, each in zip(jobs, new, strict=True)
+        )
+        self._events.append(Tokens(tuple(tokens)))
+        for job, each in zip(jobs, new, strict=True):
+            if each.finish_reason:
+                self._end(job)
 
     def _end(self, job: _Job) -> None:
         del self._jobs[job.number]
