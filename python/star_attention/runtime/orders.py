@@ -107,8 +107,9 @@ class OpenStore:
 
 
 @dataclass(frozen=True)
-class Save:
-    """The rank that holds a block copies layers [first, last) of it into its lower tiers."""
+class Copy:
+    """The rank that has pages for a block copies layers [first, last) of it, to or from its lower
+    tiers."""
 
     block: int
     key: bytes
@@ -118,14 +119,13 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Load:
-    """The rank that has pages for a block copies layers [first, last) of it out of its tiers."""
+class Save(Copy):
+    """Into the tiers."""
 
-    block: int
-    key: bytes
-    rank: int
-    first: int
-    last: int
+
+@dataclass(frozen=True)
+class Load(Copy):
+    """Out of them."""
 
 
 @dataclass(frozen=True)
@@ -154,5 +154,4 @@ class Report:
     reset: bool = False
 
 
-Copy = Save | Load
 Order = Open | Chunk | Ask | Decode | Release | OpenStore | Copy | Forget | Saved | Wait | Report
