@@ -45,7 +45,7 @@ class Context:
     Attributes:
         keys: of its blocks, None for those that are nobody else's.
         is_kept: it stays until it is released, whoever else waits for room.
-        division: the final one once it is open.
+        division: until it is open, as if it were read anew; then how it is held.
         blocks: once it is open, and which of them its phase 1 reads.
         questions: that are being answered over it; with them it stays, also when it is released.
     """

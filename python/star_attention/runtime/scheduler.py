@@ -29,6 +29,7 @@ from star_attention.config import StarConfig
 from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
+from star_attention.plan import Plan
 from star_attention.runtime.blocks import Block, BlockTable, block_keys
 from star_attention.runtime.copies import Copies
 from star_attention.runtime.orders import (
@@ -139,7 +140,7 @@ class Scheduler:
             config,
             keys,
             keep,
-            divide(plan, config, [None] * len(keys), self._model),
+            self._even(plan, config),
             Phase1(plan, config),
         )
         self._check(context, questions)
@@ -333,6 +334,10 @@ class Scheduler:
         division = divide(context.plan, context.config, around, self._model)
         return self._check_division(context, division, pages, questions)
 
+    def _even(self, plan: Plan, config: StarConfig) -> Division:
+        """How a context is held that is read anew."""
+        return divide(plan, config, [None] * len(plan.blocks), self._model)
+
     def _check_division(
         self,
         context: Context,
@@ -378,11 +383,12 @@ class Scheduler:
         if not self._unopened:
             return None
         context = self._unopened[0]
-        plan, config = self._room.plan(len(context.token_ids), context.config), context.config
-        found, kept = self._known(context), self._kept_blocks(besides=context)
-        around = [block if block in kept else None for block in found]
-        for known in (found, around, [None] * len(found)):
-            division = divide(plan, config, known, self._model)
+        config, kept = context.config, self._kept_blocks(besides=context)
+        found = tuple(self._known(context))
+        around = tuple(block if block in kept else None for block in found)
+        # Usually they are the same.
+        for known in dict.fromkeys((found, around, (None,) * len(found))):
+            division = divide(context.plan, config, known, self._model)
             if self._fits(context, division) and self._leaves_room(context, division):
                 break
         else:
@@ -509,6 +515,8 @@ class Scheduler:
             ]
         for context in again:
             self._close(context)
+            plan = self._room.plan(len(context.token_ids), context.config)
+            context.division = self._even(plan, context.config)
             if context.is_released and not context.questions:
                 self._contexts.remove(context)
         again = [each for each in again if each in self._contexts]
