@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from star_attention.serve.answers import Answers, Piece, Reading
-from star_attention.serve.api import ChatRequest, CompletionRequest
+from star_attention.serve.api import ChatRequest, CompletionRequest, refuse_unsupported
+from star_attention.serve.body import read_json, validate
 from star_attention.serve.exchange import KEEP_ALIVE, Pulse
 from star_attention.serve.front import Front
 from star_attention.serve.prompts import Prompt
+
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+
+
+async def read_asked(
+    request: Request, front: Front, kind: type[Asked], unsupported: Mapping[str, tuple[Any, ...]]
+) -> Asked:
+    """A request's body.
+
+    Raises:
+        ApiError: it is not right, asks for another model, or too many wait already.
+    """
+    front.admission.check()  # before a body is read for nothing
+    body = await read_json(request, front)
+    refuse_unsupported(body, unsupported)
+    asked = await front.in_thread(validate, kind, body)
+    front.check_model(asked.model)
+    return asked
 
 
 @asynccontextmanager

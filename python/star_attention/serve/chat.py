@@ -11,9 +11,8 @@ from starlette.responses import Response
 
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.serve.answers import AnswerToken, Piece, Reading, finite
-from star_attention.serve.api import CHAT_UNSUPPORTED, ChatRequest, refuse_unsupported
-from star_attention.serve.asking import ChunkMaker, ReadingChunks, answering
-from star_attention.serve.body import read_json, validate
+from star_attention.serve.api import CHAT_UNSUPPORTED, ChatRequest
+from star_attention.serve.asking import ChunkMaker, ReadingChunks, answering, read_asked
 from star_attention.serve.contexts import Contexts
 from star_attention.serve.documents import request_schema
 from star_attention.serve.exchange import Answered, EventStream
@@ -27,11 +26,7 @@ def chat_routes(front: Front, contexts: Contexts) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=request_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation."""
-        front.admission.check()  # before a body is read for nothing
-        body = await read_json(request, front)
-        refuse_unsupported(body, CHAT_UNSUPPORTED)
-        asked = await front.in_thread(validate, ChatRequest, body)
-        front.check_model(asked.model)
+        asked = await read_asked(request, front, ChatRequest, CHAT_UNSUPPORTED)
         log = request.scope["log"]
         if asked.stream:
             return EventStream(front, lambda: _stream(front, contexts, asked, log))

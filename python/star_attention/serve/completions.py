@@ -12,9 +12,8 @@ from starlette.responses import Response
 
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.serve.answers import AnswerToken, Piece, Reading, finite
-from star_attention.serve.api import COMPLETION_UNSUPPORTED, CompletionRequest, refuse_unsupported
-from star_attention.serve.asking import ChunkMaker, ReadingChunks, answering
-from star_attention.serve.body import read_json, validate
+from star_attention.serve.api import COMPLETION_UNSUPPORTED, CompletionRequest
+from star_attention.serve.asking import ChunkMaker, ReadingChunks, answering, read_asked
 from star_attention.serve.contexts import Contexts
 from star_attention.serve.documents import request_schema
 from star_attention.serve.errors import ApiError
@@ -29,11 +28,7 @@ def completion_routes(front: Front, contexts: Contexts) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=request_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continues texts."""
-        front.admission.check()  # before a body is read for nothing
-        body = await read_json(request, front)
-        refuse_unsupported(body, COMPLETION_UNSUPPORTED)
-        asked = await front.in_thread(validate, CompletionRequest, body)
-        front.check_model(asked.model)
+        asked = await read_asked(request, front, CompletionRequest, COMPLETION_UNSUPPORTED)
         if asked.context is not None and front.tokenizer.uses_chat:
             raise ApiError(
                 400,
