@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -55,16 +55,18 @@ class Communicator(Protocol):
     def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
         """Overwrites `buffer` on every rank with the root's."""
 
-    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> Request:
-        """Starts a `broadcast`."""
-
     def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         """Fills `gathered` [size, *buffer.shape] with every rank's `buffer`, in rank order."""
 
     def exchange(
-        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
+        self,
+        sends: Sequence[tuple[Buffer, int]],
+        receives: Sequence[tuple[Buffer, int]],
+        stream: int = 0,
     ) -> Request:
-        """Starts sending `send` to one rank while `receive` is filled by another."""
+        """Starts sending each of `sends` to a rank while each of `receives` is filled by a rank, at
+        most one each way for a pair of ranks. Until the request was waited for the buffers belong
+        to the transfer. Every rank calls it, with nothing to send or receive if need be."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The root's `value`, on every rank. Not counted as traffic."""

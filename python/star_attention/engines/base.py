@@ -32,22 +32,67 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Pages:
+    """Pages of this rank, int32 [P], in the order in which they go to another rank, or come from
+    it."""
+
+    rank: int
+    pages: np.ndarray
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Pages that ranks send one another in each layer, straight into the others' pages.
+
+    All ranks have the same number of exchanges in a step, in the same order; what one sends, the
+    other receives, as many pages in the same order.
+
+    Attributes:
+        rows: the first rows of this rank's that are to be stored before it takes part.
+        sends, receives: at most one for each other rank, in ascending order.
+    """
+
+    rows: int
+    sends: tuple[Pages, ...]
+    receives: tuple[Pages, ...]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Pages of another rank that pass by in each layer, and which of them the rows see, all of
+    them whole. They are kept in no page.
+
+    Attributes:
+        sends: what another rank sees meanwhile.
+        source: the rank whose pages arrive.
+        num_pages: of them, which have the numbers from 0 on in `page_table`.
+        kv_lens, page_table: as in `PagedStep`.
+    """
+
+    sends: Pages
+    source: int
+    num_pages: int
+    kv_lens: np.ndarray
+    page_table: np.ndarray
+
+
+@dataclass(frozen=True)
 class PagedStep:
-    """Attention of one forward pass over pages of this rank, for S sequences of T tokens in all.
+    """Attention of one forward pass over pages, for S sequences of T tokens in all.
 
     Attributes:
         slot_mapping: int32 [T], where each token's KV goes: page * tokens_per_block + offset;
             -1: it is not kept here.
         cu_seqlens_q: int32 [S + 1], prefix sums of the tokens per sequence.
-        kv_lens: int32 [S], tokens that each sequence has in its pages once this pass's are stored.
+        kv_lens: int32 [S], tokens that each sequence has in its pages once this pass's are stored
+            and have arrived.
         page_table: int32 [S, P], the pages of each sequence.
         causal: rows are bottom-right aligned with the pages' tokens; otherwise they see them all.
-        shared_pages: int32 [P']; in each layer rank 0's copy of these pages, as soon as it is
-            written, overwrites every rank's (the anchor of mode `broadcast`; each rank names its
-            own page numbers).
-        shared_rows: how many of rank 0's first rows write them.
         merge: the ranks hold shards of the same sequences: outputs are merged over all of them.
         prefix: lists of pages before those of `page_table`, each read once for all its sequences.
+        exchanges: bring pages of `page_table` from other ranks, in every layer.
+        hops: further pages that the rows see, those of one rank after the other's; every rank has
+            as many.
     """
 
     slot_mapping: np.ndarray
@@ -55,50 +100,16 @@ class PagedStep:
     kv_lens: np.ndarray
     page_table: np.ndarray
     causal: bool = True
-    shared_pages: np.ndarray | None = None
-    shared_rows: int = 0
     merge: bool = False
     prefix: Prefix | None = None
+    exchanges: tuple[Exchange, ...] = ()
+    hops: tuple[Hop, ...] = ()
 
 
-@dataclass(frozen=True)
-class RingHop:
-    """What this rank's rows see of the pages that reach it in one hop of the ring.
-
-    Attributes:
-        num_pages: pages that arrive, numbered from 0 in page_table.
-        page_table, kv_lens, causal: as in `PagedStep`.
-    """
-
-    num_pages: int
-    page_table: np.ndarray
-    kv_lens: np.ndarray
-    causal: bool
-
-
-@dataclass(frozen=True)
-class RingStep:
-    """Attention of one forward pass over every rank's pages, which travel round the ring.
-
-    Attributes:
-        slot_mapping, cu_seqlens_q: as in `PagedStep`.
-        pages: int32 [P], this rank's own, which it sends to the next rank.
-        hops: one for each rank's pages: this rank's own first, then the previous rank's, and so on.
-    """
-
-    slot_mapping: np.ndarray
-    cu_seqlens_q: np.ndarray
-    pages: np.ndarray
-    hops: tuple[RingHop, ...]
-
-
-AttentionStep = PagedStep | RingStep
-
-
-def is_decode_step(attention: AttentionStep, logit_rows: np.ndarray) -> bool:
+def is_decode_step(attention: PagedStep, logit_rows: np.ndarray) -> bool:
     """One token for each sequence, with the logits of all; a pass without tokens is none."""
     count = len(attention.slot_mapping)
-    one_token_each = isinstance(attention, PagedStep) and len(attention.kv_lens) == count > 0
+    one_token_each = len(attention.kv_lens) == count > 0
     return one_token_each and np.array_equal(logit_rows, np.arange(count))
 
 
@@ -156,9 +167,7 @@ class ModelEngine(Protocol):
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
-        has_ring: whether a step's attention can be a `RingStep`.
-        shares_pages: whether a step can have `shared_pages`.
-        has_prefix: whether a step can have a `prefix`.
+        has_exchanges, has_hops, has_prefix: whether a step can have them.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
@@ -168,8 +177,8 @@ class ModelEngine(Protocol):
     tokens_per_block: int
     dtype: str
     limits: Limits
-    has_ring: bool
-    shares_pages: bool
+    has_exchanges: bool
+    has_hops: bool
     has_prefix: bool
     wait_seconds: float
     graph_steps: int
@@ -219,14 +228,14 @@ class ModelEngine(Protocol):
         self,
         token_ids: np.ndarray,
         positions: np.ndarray,
-        attention: AttentionStep,
+        attention: PagedStep,
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> Logits:
         """One forward pass; it is done when this returns.
 
-        Every rank of the job takes part, with no tokens if need be, when the step shares pages,
-        merges, or goes round the ring.
+        Every rank of the job takes part, with no tokens if need be, when the step has exchanges or
+        hops, or merges.
 
         Args:
             token_ids: int32 [T].
