@@ -202,10 +202,10 @@ class LLM:
 
         def on_chunk(chunk: Chunk, share: float) -> None:
             if chunk.context == context.number and not failures:
-                total = context.phase1.total[0]
-                done = context.phase1.done[0] - (1 - share) * chunk.tokens[0]
+                passed = sum(span.tokens for span in chunk.spans)
+                done = context.phase1.done - (1 - share) * passed
                 try:
-                    on_progress(done / total)
+                    on_progress(done / context.phase1.total)
                 except BaseException as failure:
                     failures.append(failure)
 

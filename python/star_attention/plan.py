@@ -1,51 +1,54 @@
-"""Context -> blocks -> ranks: who encodes what in phase 1, and what it costs."""
+"""Context -> blocks -> ranks: who computes what in phase 1, who keeps it, and what it costs."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import accumulate, pairwise
+from functools import cached_property
+from heapq import heapify, heapreplace
+from itertools import accumulate, cycle, pairwise
 
-from star_attention.config import AnchorMode, StarConfig
+from star_attention.config import AnchorMode, AttentionMethod, StarConfig
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
+from star_attention.spans import Cost, Passes, Range, Reading, Span, causal_pairs
 
 MAX_BLOCKS = 1 << 20
 MAX_RANKS = 1 << 16
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of phase 1: tokens through the projections and (query, key) pairs of attention."""
-
-    tokens: int = 0
-    pairs: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.tokens + other.tokens, self.pairs + other.pairs)
-
-    def flops(self, model: ModelConfig) -> int:
-        """FLOPs of this work in `model` (a multiplication and an addition are two)."""
-        return (
-            self.tokens * model.gemm_flops_per_token + self.pairs * model.attention_flops_per_pair
-        )
+# Blocks that all ranks compute together have at least so many pages for each, but for the first.
+_PAGES_EACH = 2
+# Pages of a part at least.
+_PART_PAGES = 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """Context tokens [start, end), the rank that encodes and keeps them, and its work for them.
+    """Context tokens [start, end) that see one another, besides the first `prefix` tokens of the
+    context: the anchor (none for the first block, which contains it).
 
-    Besides their own block its tokens see the first `prefix` tokens of the context: the anchor
-    (none for the first block, which contains it), or all that is before it in an exact method.
+    Attributes:
+        rank: computes its tokens; None: all ranks do, together.
     """
 
     start: int
     end: int
     prefix: int
+    rank: int | None
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens [start, end) of a block, by its index, whose KV a rank keeps."""
+
+    start: int
+    end: int
+    block: int
     rank: int
-    cost: Cost
 
     @property
     def tokens(self) -> int:
@@ -57,8 +60,9 @@ class Plan:
     """The division of one context.
 
     Attributes:
-        blocks: in context order; ranks own contiguous runs of them.
-        rank_costs: phase 1 work of each rank, the anchor's included where it pays for it.
+        blocks, parts: in context order. Where parts start depends on the block size and the number
+            of ranks alone.
+        cached: where parts start that are there already, and are not computed.
         notes: what was rounded or left unused, one line each.
     """
 
@@ -67,36 +71,113 @@ class Plan:
     anchor_size: int
     tokens_per_block: int
     num_ranks: int
+    attention: AttentionMethod
     anchor_mode: AnchorMode
+    model: ModelConfig
     blocks: tuple[Block, ...]
-    rank_costs: tuple[Cost, ...]
+    parts: tuple[Part, ...]
+    cached: frozenset[int]
     notes: tuple[str, ...]
 
-    def blocks_of(self, rank: int) -> tuple[Block, ...]:
-        """A rank's blocks in context order."""
-        return self._blocks_by_rank.get(rank, ())
+    def parts_of(self, rank: int) -> tuple[Part, ...]:
+        """What a rank keeps, in context order."""
+        return self._parts_by_rank.get(rank, ())
 
     @cached_property
-    def _blocks_by_rank(self) -> dict[int, tuple[Block, ...]]:
-        found: dict[int, list[Block]] = {}
-        for block in self.blocks:
-            found.setdefault(block.rank, []).append(block)
-        return {rank: tuple(blocks) for rank, blocks in found.items()}
+    def _parts_by_rank(self) -> dict[int, tuple[Part, ...]]:
+        found: dict[int, list[Part]] = {}
+        for part in self.parts:
+            found.setdefault(part.rank, []).append(part)
+        return {rank: tuple(parts) for rank, parts in found.items()}
 
-    def on_ranks(self, ranks: Sequence[int]) -> Plan:
-        """The same blocks, each on the rank given for it. Their costs are not summed up anew."""
-        pairs = zip(self.blocks, ranks, strict=True)
-        return replace(self, blocks=tuple(replace(block, rank=rank) for block, rank in pairs))
+    @property
+    def exchanges(self) -> bool:
+        """Whether ranks send one another pages that stay, other than those that pass by."""
+        return self.num_ranks > 1 and self.anchor_mode == "broadcast" and self.attention != "ring"
+
+    def passes(self) -> Passes:
+        """Phase 1, from the beginning."""
+        together, alone = self._readings
+        return Passes(together, alone, self.anchor_size, self.tokens_per_block, self.model)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Phase 1 in as few passes as there are."""
+        passes, spans = self.passes(), []
+        while not passes.finished:
+            spans += passes.next()
+        return tuple(spans)
+
+    @cached_property
+    def rank_costs(self) -> tuple[Cost, ...]:
+        """Phase 1 work of each rank."""
+        tokens, pairs = [0] * self.num_ranks, [0] * self.num_ranks
+        for span in self.spans:
+            cost = span.cost
+            tokens[span.rank] += cost.tokens
+            pairs[span.rank] += cost.pairs
+        return tuple(map(Cost, tokens, pairs))
 
     @property
     def dense_cost(self) -> Cost:
         """Work of phase 1 of dense attention, for comparison with the rank costs."""
         return Cost(self.context_len, causal_pairs(self.context_len))
 
+    def beside(self, where: Sequence[int | None]) -> Plan:
+        """The same blocks around parts that are there already.
 
-def causal_pairs(tokens: int, before: int = 0) -> int:
-    """Pairs of `tokens` causal queries that also see `before` earlier tokens."""
-    return tokens * before + tokens * (tokens + 1) // 2
+        Args:
+            where: of each part the rank that has it; None: it is to be computed.
+        """
+        cached = frozenset(
+            part.start for part, rank in zip(self.parts, where, strict=True) if rank is not None
+        )
+        fresh = replace(self, cached=cached)
+        if self.attention == "ring":
+            return fresh
+        return _assigned(fresh, where) if self.num_ranks > 1 else fresh
+
+    @cached_property
+    def _rows(self) -> list[tuple[Range, ...]]:
+        """Of each block, what is to be computed."""
+        rows: list[list[Range]] = [[] for _ in self.blocks]
+        for part in self.parts:
+            if part.start in self.cached:
+                continue
+            own = rows[part.block]
+            if own and own[-1].end == part.start:
+                own[-1] = Range(own[-1].start, part.end)
+            else:
+                own.append(Range(part.start, part.end))
+        return [tuple(each) for each in rows]
+
+    @cached_property
+    def _readings(self) -> tuple[list[Reading], list[list[Reading]]]:
+        """What all ranks compute together, and each on its own."""
+        if self.attention == "ring":
+            # Every rank's rows see all before them, which passes by.
+            rows = [(part.rank, Range(part.start, part.end)) for part in self.parts]
+            chunks = [Reading(0, rank, 0, (each,)) for rank, each in rows]
+            return chunks, [[] for _ in range(self.num_ranks)]
+        together: list[Reading] = []
+        alone: list[list[Reading]] = [[] for _ in range(self.num_ranks)]
+        anchor = (Range(0, self.anchor_size),)
+        has_anchor = {self.parts[0].rank} if self.parts else set()
+        again = self.anchor_mode == "recompute"
+        for index, (block, rows) in enumerate(zip(self.blocks, self._rows, strict=True)):
+            if not rows:
+                continue
+            sees = (Range(0, block.prefix),) if block.prefix else ()
+            reading = Reading(index, block.rank, block.start, rows, sees, alone=again)
+            if block.rank is None:
+                together.append(reading)
+                continue
+            own = alone[block.rank]
+            if sees and (again or (self.anchor_mode == "local" and block.rank not in has_anchor)):
+                own.append(Reading(index if again else 0, block.rank, 0, anchor, again=True))
+                has_anchor.add(block.rank)
+            own.append(reading)
+        return together, alone
 
 
 def make_plan(
@@ -105,23 +186,25 @@ def make_plan(
     num_ranks: int = 1,
     model: ModelConfig = LLAMA_3_1_8B,
 ) -> Plan:
-    """Cuts a context into blocks and gives them to ranks so that the busiest rank does least.
+    """Cuts a context into blocks and gives them to ranks so that all are equally busy.
 
-    `dense` is one block; `ring` is two blocks a rank, one from each end of the context, which see
-    all that is before them.
+    With anchor mode `broadcast` each rank computes the same number of whole blocks; the first one
+    and those that are left all ranks compute together. Otherwise ranks compute contiguous runs of
+    blocks, so that the busiest does least. `dense` is one block; so is `ring`, of which a rank has
+    two chunks, one from each end.
 
     Args:
         context_len: tokens of the context, 0 or more.
         config: the method, block, anchor and page sizes in tokens, and the anchor mode.
-        num_ranks: ranks to spread over, at most 65,536; more ranks than blocks leave the last ones
-            without any.
+        num_ranks: ranks to spread over, at most 65,536; some may be left without any.
         model: its shape weighs projections against attention.
 
     Raises:
         UserError: a number is out of range, the anchor does not fit into the default block, or
             there would be more than 1,048,576 blocks.
 
-    Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1).
+    Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1); zig-zag ring attention, as in
+    ring-flash-attention; Ring Attention, arXiv 2310.01889.
     """
     config = config or StarConfig()
     if context_len < 0:
@@ -131,88 +214,146 @@ def make_plan(
     if num_ranks > MAX_RANKS:
         raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
-    if config.attention == "dense":
-        if num_ranks > 1:
-            raise UserError(f"dense attention runs on one rank, not {num_ranks}: use --ranks 1")
+    if config.attention != "star":
         config = replace(config, block_size=None, anchor_size=0)
-    if config.attention == "ring":
-        return _ring_plan(context_len, config, num_ranks)
+        if num_ranks > 1:  # only with exchanges can ranks share their one block
+            config = replace(config, anchor_mode="broadcast")
     notes: list[str] = []
     block_size, anchor_size = _sizes(context_len, config, num_ranks, notes)
-
-    mode = config.anchor_mode
-    anchor_cost = Cost(anchor_size, causal_pairs(anchor_size))
-
-    @cache
-    def cost_of(tokens: int, prefix: int) -> tuple[Cost, int]:
-        cost = Cost(tokens, causal_pairs(tokens, prefix))
-        if prefix and mode == "recompute":
-            cost += anchor_cost
-        return cost, cost.flops(model)
-
-    spans, flops = [], []
-    for start in range(0, context_len, block_size):
-        end, prefix = min(start + block_size, context_len), anchor_size if start else 0
-        cost, work = cost_of(end - start, prefix)
-        spans.append((start, end, prefix, cost))
-        flops.append(work)
-
-    joining = anchor_cost if mode == "local" else Cost()
-    edges = _assign(flops, num_ranks, joining.flops(model))
     blocks = tuple(
-        Block(start, end, prefix, rank, cost)
-        for rank, (first, last) in enumerate(pairwise(edges))
-        for start, end, prefix, cost in spans[first:last]
+        Block(start, min(start + block_size, context_len), anchor_size if start else 0, 0)
+        for start in range(0, context_len, block_size)
     )
-    if blocks and len(blocks) < num_ranks:
-        notes.append(f"{num_ranks - len(blocks)} of {num_ranks} ranks have no block")
-    return Plan(
+    if config.attention == "ring":
+        part_size = max(1, -(-context_len // (2 * num_ranks * page))) * page
+    else:
+        part_size = _part_size(block_size, page, num_ranks, config.anchor_mode)
+    parts = tuple(
+        Part(start, min(start + part_size, block.end), index, 0)
+        for index, block in enumerate(blocks)
+        for start in range(block.start, block.end, part_size)
+    )
+    plan = Plan(
         context_len,
         block_size,
         anchor_size,
         page,
         num_ranks,
-        mode,
+        config.attention,
+        config.anchor_mode,
+        model,
         blocks,
-        _rank_costs(blocks, num_ranks, joining),
+        parts,
+        frozenset(),
         tuple(notes),
     )
+    if num_ranks == 1:
+        return plan
+    if config.attention == "ring":
+        ranks = [min(index, 2 * num_ranks - 1 - index) for index in range(len(parts))]
+        shared = tuple(replace(block, rank=None) for block in blocks)
+        return replace(plan, blocks=shared, parts=_on_ranks(parts, ranks))
+    return _assigned(plan, [None] * len(parts))
 
 
-def _ring_plan(context_len: int, config: StarConfig, num_ranks: int) -> Plan:
-    """Zig-zag: chunk r and chunk 2R - 1 - r to rank r of R, so that causal work is equal.
+def _part_size(block_size: int, page: int, num_ranks: int, mode: AnchorMode) -> int:
+    """Tokens of a part: as many parts as ranks, unless these would be small."""
+    if mode != "broadcast":  # who computes a block keeps it
+        return block_size
+    pages = -(-block_size // page)
+    return -(-pages // max(1, min(num_ranks, pages // _PART_PAGES))) * page
 
-    Source: zig-zag ring attention, as in ring-flash-attention; Ring Attention, arXiv 2310.01889.
-    """
-    page = config.tokens_per_block
-    chunk = max(1, -(-context_len // (2 * num_ranks * page))) * page
-    blocks = []
-    for index in range(2 * num_ranks):
-        start, end = (min(edge * chunk, context_len) for edge in (index, index + 1))
-        cost = Cost(end - start, causal_pairs(end - start, start))
-        blocks.append(Block(start, end, start, min(index, 2 * num_ranks - 1 - index), cost))
-    return Plan(
-        context_len,
-        chunk,
-        0,
-        page,
-        num_ranks,
-        config.anchor_mode,
-        tuple(blocks),
-        _rank_costs(blocks, num_ranks, Cost()),
-        (),
+
+def _on_ranks(parts: Sequence[Part], ranks: Sequence[int]) -> tuple[Part, ...]:
+    return tuple(Part(p.start, p.end, p.block, rank) for p, rank in zip(parts, ranks, strict=True))
+
+
+def _assigned(plan: Plan, where: Sequence[int | None]) -> Plan:
+    """Ranks for blocks and parts, around parts that are on a rank already."""
+    if plan.anchor_mode == "broadcast":
+        owners = _owners(plan)
+    else:
+        owners = _runs(plan) if not plan.cached else _owners_beside(plan, where)
+    blocks = tuple(
+        Block(b.start, b.end, b.prefix, owner) for b, owner in zip(plan.blocks, owners, strict=True)
     )
+    kept = [0] * plan.num_ranks
+    ranks = list(where)
+    for index, part in enumerate(plan.parts):
+        if ranks[index] is None:
+            ranks[index] = owners[part.block]
+        if ranks[index] is not None:
+            kept[ranks[index]] += part.tokens
+    least = [(tokens, rank) for rank, tokens in enumerate(kept)]
+    heapify(least)
+    for index, part in enumerate(plan.parts):
+        if ranks[index] is None:
+            tokens, rank = least[0]
+            ranks[index] = rank
+            heapreplace(least, (tokens + part.tokens, rank))
+    return replace(plan, blocks=blocks, parts=_on_ranks(plan.parts, ranks))
 
 
-def _rank_costs(blocks: Sequence[Block], num_ranks: int, joining: Cost) -> tuple[Cost, ...]:
-    tokens, pairs = [0] * num_ranks, [0] * num_ranks
-    for block in blocks:
-        rank = block.rank
-        if block.prefix and not tokens[rank]:  # its first block, which needs the anchor
-            tokens[rank], pairs[rank] = joining.tokens, joining.pairs
-        tokens[rank] += block.cost.tokens
-        pairs[rank] += block.cost.pairs
-    return tuple(map(Cost, tokens, pairs))
+def _owners(plan: Plan) -> list[int | None]:
+    """The rank that computes each block; None: all do. As many whole blocks for each rank as
+    possible; the first block, which the others need, and what is left is for all, unless it is too
+    small for that."""
+    num_ranks = plan.num_ranks
+    owners: list[int | None] = [None] * len(plan.blocks)
+    rows = plan._rows
+    whole = [
+        index
+        for index, block in enumerate(plan.blocks)
+        if (block.start or not plan.anchor_size)
+        and block.tokens == plan.block_size
+        and rows[index] == (Range(block.start, block.end),)
+    ]
+    each = len(whole) // num_ranks
+    for place, index in enumerate(whole[: each * num_ranks]):
+        owners[index] = place // each
+    least = _PAGES_EACH * num_ranks * plan.tokens_per_block
+    small = cycle(range(num_ranks))
+    for index in range(1 if plan.anchor_size else 0, len(owners)):
+        if owners[index] is None and sum(each.tokens for each in rows[index]) < least:
+            owners[index] = next(small)
+    return owners
+
+
+def _runs(plan: Plan) -> list[int]:
+    """Contiguous runs of blocks, so that the busiest rank does least."""
+    anchor = Cost(plan.anchor_size, causal_pairs(plan.anchor_size))
+    again = anchor if plan.anchor_mode == "recompute" else Cost()
+    joining = anchor if plan.anchor_mode == "local" else Cost()
+    flops: dict[tuple[int, int], int] = {}
+    costs = []
+    for block in plan.blocks:
+        shape = block.tokens, block.prefix
+        if shape not in flops:
+            cost = Cost(block.tokens, causal_pairs(*shape))
+            flops[shape] = (cost + again if block.prefix else cost).flops(plan.model)
+        costs.append(flops[shape])
+    edges = _assign(costs, plan.num_ranks, joining.flops(plan.model))
+    return [rank for rank, (first, last) in enumerate(pairwise(edges)) for _ in range(first, last)]
+
+
+def _owners_beside(plan: Plan, where: Sequence[int | None]) -> list[int]:
+    """A rank for each block, some of which ranks have already: each of the others goes to the rank
+    that has least to compute by then, and, of these, keeps least; the first one to rank 0."""
+    work, tokens = [0] * plan.num_ranks, [0] * plan.num_ranks
+    for block, rank in zip(plan.blocks, where, strict=True):
+        if rank is not None:
+            tokens[rank] += block.tokens
+    owners = []
+    for block, rank in zip(plan.blocks, where, strict=True):
+        if rank is None:
+            rank = 0
+            if block.start:
+                rank = min(range(plan.num_ranks), key=lambda r: (work[r], tokens[r]))
+            cost = Cost(block.tokens, causal_pairs(block.tokens, block.prefix))
+            work[rank] += cost.flops(plan.model)
+            tokens[rank] += block.tokens
+        owners.append(rank)
+    return owners
 
 
 def _sizes(
@@ -222,7 +363,7 @@ def _sizes(
     page = config.tokens_per_block
     block_size = config.block_size
     if block_size is None:
-        parts = 1 if config.attention == "dense" else max(4, num_ranks)
+        parts = 1 if config.attention != "star" else max(4, num_ranks)
         exact = max(1, -(-context_len // parts))
         block_size = -(-exact // page) * page
         if block_size != exact and context_len:

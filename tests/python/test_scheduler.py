@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from star_attention.config import StarConfig
 from star_attention.distributed import Traffic
-from star_attention.engines.base import Limits, PagedStep
+from star_attention.engines.base import Limits
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.runtime.blocks import BlockTable
@@ -27,6 +27,7 @@ from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.store import Store
 from star_attention.runtime.tiers import SaveEnd
 from star_attention.runtime.worker import Worker
+from star_attention.spans import most_tokens
 
 PAGE = 4
 LAYERS = 2
@@ -36,7 +37,7 @@ class NotingEngine:
     """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
 
     config, tokens_per_block = LLAMA_3_1_8B, PAGE
-    has_ring = shares_pages = has_prefix = True
+    has_exchanges = has_hops = has_prefix = True
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
     def __init__(self, limits):
@@ -93,16 +94,13 @@ class Ranks:
 
     def check_chunk(self, context):
         plan, names = context.plan, self.names(context)
-        for engine in self.engines:
-            if engine.last:
-                positions, step = engine.last
-                self.store(engine, step, [names[p] for p in positions])
-        if isinstance(self.engines[0].last, tuple):
-            first = self.engines[0].last[1]
-            shared = getattr(first, "shared_pages", None)
-            for engine in self.engines[1:]:
-                if shared is not None:
-                    engine.slots[engine.last[1].shared_pages] = self.engines[0].slots[shared]
+        lasts = [engine.last for engine in self.engines]
+        for index in range(max(len(last[1].exchanges) for last in lasts if last)):
+            for engine in filter(lambda each: each.last, self.engines):
+                self.store(engine, names, engine.last[1].exchanges[index].rows)
+            self.exchange([last and last[1].exchanges[index] for last in lasts])
+        for engine in filter(lambda each: each.last, self.engines):
+            self.store(engine, names)
         for rank, engine in enumerate(self.engines):
             if engine.last is None:
                 continue
@@ -122,7 +120,11 @@ class Ranks:
             positions, step = engine.last
             counts = np.diff(step.cu_seqlens_q)
             keys = np.repeat([question for question, _ in pairs], counts)
-            self.store(engine, step, list(zip(keys.tolist(), positions.tolist(), strict=True)))
+            for slot, *key in zip(
+                step.slot_mapping.tolist(), keys.tolist(), positions.tolist(), strict=True
+            ):
+                if slot >= 0:
+                    engine.slots[slot // PAGE, slot % PAGE] = tuple(key)
         seen = [self.seen(rank, engine.last[1]) for rank, engine in enumerate(self.engines)]
         positions, step = self.engines[0].last
         row = 0
@@ -141,23 +143,38 @@ class Ranks:
     def names(self, context):
         """Of the context's tokens: contexts may share those of blocks of the same contents."""
         number, plan = context.number, context.plan
-        pairs = zip(plan.blocks, context.keys, strict=True)
-        return [(key or number, i) for b, key in pairs for i in range(b.start, b.end)]
+        pairs = zip(plan.parts, context.keys, strict=True)
+        return [(key or number, i) for part, key in pairs for i in range(part.start, part.end)]
 
-    def store(self, engine, step, keys):
-        for slot, key in zip(step.slot_mapping.tolist(), keys, strict=True):
-            if slot >= 0:
-                engine.slots[slot // PAGE, slot % PAGE] = key
+    def store(self, engine, names, rows=None):
+        """The first rows of an engine's last step."""
+        positions, step = engine.last
+        for slot, position in zip(step.slot_mapping[:rows].tolist(), positions[:rows], strict=True):
+            engine.slots[slot // PAGE, slot % PAGE] = names[position]
+
+    def exchange(self, exchanges):
+        """One of each rank's, or None: what is sent is received."""
+        sent = {
+            (rank, to.rank): to.pages
+            for rank, each in enumerate(exchanges)
+            if each
+            for to in each.sends
+        }
+        for rank, each in enumerate(exchanges):
+            for source in each.receives if each else ():
+                pages = sent.pop((source.rank, rank))
+                self.engines[rank].slots[source.pages] = self.engines[source.rank].slots[pages]
+        assert not sent
 
     def seen(self, rank, step):
         """The keys that each row of a rank's step sees."""
         counts = np.diff(step.cu_seqlens_q)
         sources = [(self.engines[rank], step, None)]
-        if not isinstance(step, PagedStep):
-            sources = []
-            for hop, arriving in enumerate(step.hops):
-                source = self.engines[(rank - hop) % len(self.engines)]
-                sources.append((source, arriving, source.last[1].pages))
+        for index, hop in enumerate(step.hops):
+            source = self.engines[hop.source]
+            sends = source.last[1].hops[index].sends
+            assert (sends.rank, len(sends.pages)) == (rank, hop.num_pages)
+            sources.append((source, hop, sends.pages))
         rows = [set() for _ in range(counts.sum())]
         for engine, tables, pages in sources:
             row = 0
@@ -165,7 +182,9 @@ class Ranks:
                 table = tables.page_table[index]
                 cached = engine.slots[table if pages is None else pages[table]].reshape(-1)
                 for i in range(count):
-                    length = int(tables.kv_lens[index]) - (count - 1 - i) * tables.causal
+                    length = int(tables.kv_lens[index]) - (count - 1 - i) * (
+                        pages is None and tables.causal
+                    )
                     rows[row] |= set(cached[:length])
                     row += 1
         if getattr(step, "prefix", None):
@@ -374,7 +393,7 @@ def test_passes_of_contexts_and_decode_steps_alternate():
     kinds = [type(order) for order in ranks.orders if isinstance(order, Chunk | Decode)]
     assert all(a != b for a, b in itertools.pairwise(kinds))
     chunks = [order for order in ranks.orders if isinstance(order, Chunk)]
-    assert max(max(chunk.tokens) for chunk in chunks) <= 8
+    assert max(most_tokens(chunk.spans) for chunk in chunks) <= 8 + PAGE
     assert {chunk.context for chunk in chunks[:2]} == {second.number, third.number}
 
 
@@ -440,7 +459,7 @@ def test_report_counts_every_phase():
 
 
 def test_what_an_engine_cannot_do_is_refused():
-    scheduler = Scheduler(LLAMA_3_1_8B, Limits(), 2, PAGE, has_ring=False, shares_pages=False)
+    scheduler = Scheduler(LLAMA_3_1_8B, Limits(), 2, PAGE, has_exchanges=False, has_hops=False)
     tokens = np.zeros(40, np.int32)
     with pytest.raises(UserError, match=r"broadcast needs a GPU for each rank .*: use local"):
         scheduler.add_context(tokens, StarConfig(16, tokens_per_block=PAGE))

@@ -1,8 +1,9 @@
 """Blocks of KV as rank 0 knows them: what is in them, which rank holds them, and for whom.
 
-A block's KV depends on its tokens, where they stand, and the anchor in front of them: two contexts
-that agree in these share the block, whatever else they say. Blocks that no context holds stay as
-long as nobody needs their room.
+What a rank keeps of a context are parts of the plan's blocks; here each is a block of its own. Its
+KV depends on its tokens, those before it in the plan's block, where they stand, and the anchor in
+front of them: two contexts that agree in these share it, whatever else they say. Blocks that no
+context holds stay as long as nobody needs their room.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from star_attention.config import StarConfig
 from star_attention.plan import Plan
 from star_attention.runtime.tiers import Tier
 
@@ -41,26 +41,28 @@ class Block:
     copied: int = 0
 
 
-def block_keys(token_ids: np.ndarray, plan: Plan, config: StarConfig) -> list[bytes | None]:
-    """A key for each block of a plan; equal ones have equal KV, for one model and dtype. In a ring,
-    where a block depends on all before it, they have none.
+def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
+    """A key for each part of a plan; equal ones have equal KV, for one model and dtype. In a ring,
+    where nothing stays as it is when a text grows, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
     """
-    if config.attention == "ring":
-        return [None] * len(plan.blocks)
+    if plan.attention == "ring":
+        return [None] * len(plan.parts)
     tokens = np.ascontiguousarray(token_ids, np.int32)
-    anchor = _digest(tokens[: plan.anchor_size])
-    return [
-        _digest(tokens[b.start : b.end], b.start, anchor if b.prefix else b"") for b in plan.blocks
-    ]
-
-
-def _digest(tokens: np.ndarray, *more: object) -> bytes:
-    digest = hashlib.blake2b(repr(more).encode(), digest_size=32)
-    digest.update(tokens.tobytes())
-    return digest.digest()
+    anchor = hashlib.blake2b(tokens[: plan.anchor_size], digest_size=32).digest()
+    keys: list[bytes | None] = []
+    for part in plan.parts:
+        block = plan.blocks[part.block]
+        if part.start == block.start:
+            before = block.start, anchor if block.prefix else b""
+            digest = hashlib.blake2b(repr(before).encode(), digest_size=32)
+        digest.update(tokens[part.start : part.end])
+        own = digest.copy()
+        own.update(part.start.to_bytes(8, "little"))
+        keys.append(own.digest())
+    return keys
 
 
 class BlockTable:

@@ -12,12 +12,13 @@ import numpy as np
 
 from star_attention.config import StarConfig
 from star_attention.runtime.tiers import Tier
+from star_attention.spans import Span
 
 
 @dataclass(frozen=True)
 class BlockPart:
-    """A block of a context: the rank that holds its KV, under this number, and whether that is
-    there already or, `read`, comes with the context's phase 1."""
+    """A part of a context: the rank that holds its KV, as a block of this number, and whether that
+    is there already or, `read`, comes with the context's phase 1."""
 
     number: int
     rank: int
@@ -37,10 +38,10 @@ class Open:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next pass of a context's phase 1: rank r computes the next tokens[r] of its part."""
+    """The next pass of a context's phase 1."""
 
     context: int
-    tokens: tuple[int, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)

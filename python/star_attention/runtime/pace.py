@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Order, Save
+from star_attention.spans import most_tokens
 
 _LEAST = 16  # tokens of a pass, or pages of a copy
 _MARGIN = 0.8  # of the time that there is, as passes vary
@@ -81,9 +82,9 @@ class Pace:
         match order:
             case Decode():
                 self._steps.append(seconds)
-            case Chunk(tokens=tokens) if any(tokens):
+            case Chunk(spans=spans):
                 cut = self._chunk if self._answers else self._idle
-                cut.took(max(tokens), seconds, given, fixed)
+                cut.took(most_tokens(spans), seconds, given, fixed)
             case Ask(parts=parts) if self._answers:
                 tokens = sum(len(part.token_ids) for part in parts)
                 self._ask.took(tokens, seconds, given, fixed)

@@ -115,8 +115,6 @@ def paged_step(
     tokens_per_block: int,
     *,
     causal: bool = True,
-    shared_pages: Sequence[int] | None = None,
-    shared_rows: int = 0,
     merge: bool = False,
 ) -> PagedStep:
     """The step in which each sequence's rows follow those of the one before."""
@@ -128,7 +126,5 @@ def paged_step(
         kv_lens=np.array([rows.kv_len for rows in sequences], np.int32),
         page_table=page_table([rows.pages for rows in sequences]),
         causal=causal,
-        shared_pages=None if shared_pages is None else np.asarray(shared_pages, np.int32),
-        shared_rows=shared_rows,
         merge=merge,
     )

@@ -1,17 +1,15 @@
-"""Which rank keeps the KV of what is asked and answered, and of blocks beside those that are there.
+"""Which rank keeps the KV of what is asked and answered.
 
 Source: Star Attention, arXiv 2411.17116, section 2.2 (`tail`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from star_attention.config import KvPlacement
-from star_attention.models.config import ModelConfig
-from star_attention.plan import Plan
 
 
 def keeper(placement: KvPlacement, index: int, num_ranks: int, tokens_per_block: int) -> int:
@@ -47,25 +45,3 @@ def runs_of(
     for begin in range(0, count, max(step, 1)):
         rank = keeper(placement, begin, num_ranks, tokens_per_block)
         yield rank, begin, min(begin + step, count)
-
-
-def ranks_beside(plan: Plan, where: Sequence[int | None], model: ModelConfig) -> list[int]:
-    """A rank for each block of a plan, some of which ranks hold already.
-
-    Each of the others goes to the rank that has least to read by then, and, of these, least of the
-    context; the first one to rank 0, which shares the anchor.
-    """
-    work, tokens = [0] * plan.num_ranks, [0] * plan.num_ranks
-    for block, rank in zip(plan.blocks, where, strict=True):
-        if rank is not None:
-            tokens[rank] += block.tokens
-    ranks = []
-    for block, rank in zip(plan.blocks, where, strict=True):
-        if rank is None:
-            rank = 0
-            if block.start:
-                rank = min(range(plan.num_ranks), key=lambda r: (work[r], tokens[r]))
-            work[rank] += block.cost.flops(model)
-            tokens[rank] += block.tokens
-        ranks.append(rank)
-    return ranks

@@ -12,9 +12,9 @@ import numpy as np
 from star_attention.config import StarConfig
 from star_attention.plan import Plan
 from star_attention.runtime.blocks import Block
-from star_attention.runtime.phase1 import Phase1
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 from star_attention.runtime.store import Stored
+from star_attention.spans import Passes
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,7 +24,7 @@ class Division:
     """How ranks hold a context: some of its blocks are there already.
 
     Attributes:
-        known: of each block of the plan the one that is there, or which tier has it, or None.
+        known: of each part of the plan the block that is there, or which tier has it, or None.
         pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
         new: of the pages, those of blocks that are not in pages yet.
         tokens: that each rank caches of it.
@@ -43,10 +43,11 @@ class Context:
     """A context as rank 0 knows it.
 
     Attributes:
-        keys: of its blocks, None for those that are nobody else's.
+        keys: of its parts, None for those that are nobody else's.
         is_kept: it stays until it is released, whoever else waits for room.
         division: until it is open, as if it were read anew; then how it is held.
-        blocks: once it is open, and which of them its phase 1 reads.
+        blocks: once it is open, those of its parts; which of them its phase 1 reads, and which it
+            awaits, because what it reads sees them.
         questions: that are being answered over it; with them it stays, also when it is released.
     """
 
@@ -56,9 +57,10 @@ class Context:
     keys: Sequence[bytes | None]
     is_kept: bool
     division: Division
-    phase1: Phase1
+    phase1: Passes
     blocks: list[Block] = field(default_factory=list)
     reads: set[Block] = field(default_factory=set)
+    awaits: list[Block] = field(default_factory=list)
     is_open: bool = False
     is_released: bool = False
     questions: int = 0

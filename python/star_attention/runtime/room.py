@@ -14,8 +14,8 @@ from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.blocks import Block
 from star_attention.runtime.pages import page_count, question_pages
-from star_attention.runtime.phase1 import scratch_pages, shares_anchor
-from star_attention.runtime.placement import kept_tokens, ranks_beside
+from star_attention.runtime.phase1 import scratch_pages
+from star_attention.runtime.placement import kept_tokens
 from star_attention.runtime.requests import Division
 from star_attention.runtime.store import Stored
 
@@ -30,7 +30,7 @@ class Room:
     Args:
         model: weighs work, so that plans are the workers'.
         limits: what every rank's engine allows.
-        has_ring, shares_pages: what the engines have, as in `ModelEngine`.
+        has_exchanges, has_hops: what the engines' steps can have, as in `ModelEngine`.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Room:
         limits: Limits,
         num_ranks: int,
         tokens_per_block: int,
-        has_ring: bool,
-        shares_pages: bool,
+        has_exchanges: bool,
+        has_hops: bool,
     ) -> None:
         self.limits = limits
         self._model = model
         self._num_ranks, self._page = num_ranks, tokens_per_block
-        self._has_ring, self._shares_pages = has_ring, shares_pages
+        self._has_exchanges, self._has_hops = has_exchanges, has_hops
 
     def plan(self, tokens: int, config: StarConfig) -> Plan:
         """The plan of a context. Raises UserError if the engines cannot run it."""
-        if config.attention == "ring" and not self._has_ring:
+        if config.attention == "ring" and not self._has_hops:
             raise UserError(
                 "TensorRT engines have no ring attention: use --attention star or dense"
             )
@@ -60,7 +60,7 @@ class Room:
             )
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)
-        if shares_anchor(plan, config) and not self._shares_pages:
+        if plan.exchanges and not self._has_exchanges:
             raise UserError(
                 "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
             )
@@ -85,7 +85,7 @@ class Room:
         plan = division.plan
         advice = "use a smaller block size"
         if config.attention == "dense":
-            exact = "ring or " if self._has_ring else ""
+            exact = "ring or " if self._has_hops else ""
             advice = f"use {exact}star over several ranks"
         elif ranks := self._ranks_that_fit(plan, config):
             advice = f"use {ranks} ranks or more"
@@ -103,8 +103,7 @@ class Room:
                 larger = make_plan(plan.context_len, config, ranks, self._model)
             except UserError:
                 return None
-            none = tuple(None for _ in larger.blocks)
-            division = divide(larger, config, none, self._model)
+            division = divide(larger, [None] * len(larger.parts))
             return self.fits(division.new + division.scratch)
 
         numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
@@ -156,26 +155,18 @@ class Room:
             )
 
 
-def divide(
-    plan: Plan,
-    config: StarConfig,
-    known: Sequence[Block | Stored | None],
-    model: ModelConfig,
-) -> Division:
-    """Holds a context around the blocks that are `known`, wherever these are."""
-    if any(known):
-        where = [block.rank if block else None for block in known]
-        plan = plan.on_ranks(ranks_beside(plan, where, model))
-    cached = {each.start for each, block in zip(plan.blocks, known, strict=True) if block}
+def divide(plan: Plan, known: Sequence[Block | Stored | None]) -> Division:
+    """Holds a context around the blocks that are `known` of its parts, wherever these are."""
+    plan = plan.beside([block.rank if block else None for block in known])
     pages, new, scratch = (np.zeros(plan.num_ranks, np.int64) for _ in range(3))
     tokens = [0] * plan.num_ranks
-    for each, block in zip(plan.blocks, known, strict=True):
+    for each, block in zip(plan.parts, known, strict=True):
         count = page_count(each.tokens, plan.tokens_per_block)
         pages[each.rank] += count
         new[each.rank] += 0 if isinstance(block, Block) else count
         tokens[each.rank] += each.tokens
     for rank in range(plan.num_ranks):
-        scratch[rank] = scratch_pages(plan, config, rank, cached)
+        scratch[rank] = scratch_pages(plan, rank)
     return Division(plan, tuple(known), pages, new, scratch, tokens)
 
 

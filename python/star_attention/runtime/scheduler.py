@@ -44,7 +44,6 @@ from star_attention.runtime.orders import (
     Release,
 )
 from star_attention.runtime.pages import page_count, question_pages
-from star_attention.runtime.phase1 import Phase1
 from star_attention.runtime.placement import keeper, runs_of
 from star_attention.runtime.requests import Context, Division, FinishReason, NewToken, Question
 from star_attention.runtime.room import Room, divide, pages_of_question
@@ -60,7 +59,7 @@ class Scheduler:
     """See the module.
 
     Args:
-        model, limits, has_ring, shares_pages: as in `Room`.
+        model, limits, has_exchanges, has_hops: as in `Room`.
         has_prefix: the engines' steps can have one.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
@@ -80,8 +79,8 @@ class Scheduler:
         limits: Limits,
         num_ranks: int,
         tokens_per_block: int,
-        has_ring: bool = True,
-        shares_pages: bool = True,
+        has_exchanges: bool = True,
+        has_hops: bool = True,
         has_prefix: bool = True,
         shares_blocks: bool = False,
         store: Store | None = None,
@@ -90,8 +89,7 @@ class Scheduler:
         self.question_tokens: int | None = None
         self.least_shared = _LEAST_SHARED * num_ranks
         self._has_prefix = has_prefix
-        self._model = model
-        self._room = Room(model, limits, num_ranks, tokens_per_block, has_ring, shares_pages)
+        self._room = Room(model, limits, num_ranks, tokens_per_block, has_exchanges, has_hops)
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._shares_blocks = shares_blocks
         self._numbers = 0
@@ -130,9 +128,9 @@ class Scheduler:
             UserError: the plan is not possible, or does not fit beside the contexts that are kept.
         """
         plan = self._room.plan(len(token_ids), config)
-        keys: list[bytes | None] = [None] * len(plan.blocks)
+        keys: list[bytes | None] = [None] * len(plan.parts)
         if self._shares_blocks:
-            keys[:] = block_keys(token_ids, plan, config)
+            keys[:] = block_keys(token_ids, plan)
         self._numbers += 1
         context = Context(
             self._numbers,
@@ -140,8 +138,8 @@ class Scheduler:
             config,
             keys,
             keep,
-            self._even(plan, config),
-            Phase1(plan, config),
+            _even(plan),
+            plan.passes(),
         )
         self._check(context, questions)
         self._contexts.append(context)
@@ -331,12 +329,8 @@ class Scheduler:
         around = [block if block in kept else None for block in self._known(context)]
         with contextlib.suppress(UserError):
             return self._check_division(context, context.division, pages, questions)
-        division = divide(context.plan, context.config, around, self._model)
+        division = divide(context.plan, around)
         return self._check_division(context, division, pages, questions)
-
-    def _even(self, plan: Plan, config: StarConfig) -> Division:
-        """How a context is held that is read anew."""
-        return divide(plan, config, [None] * len(plan.blocks), self._model)
 
     def _check_division(
         self,
@@ -388,7 +382,7 @@ class Scheduler:
         around = tuple(block if block in kept else None for block in found)
         # Usually they are the same.
         for known in dict.fromkeys((found, around, (None,) * len(found))):
-            division = divide(context.plan, config, known, self._model)
+            division = divide(context.plan, known)
             if self._fits(context, division) and self._leaves_room(context, division):
                 break
         else:
@@ -457,11 +451,8 @@ class Scheduler:
         """Takes pages for what is not there."""
         self._used += division.new + division.scratch
         self._scratch += division.scratch
-        cached = set()
-        blocks = zip(division.plan.blocks, division.known, context.keys, strict=True)
-        for each, known, key in blocks:
-            if known is not None:
-                cached.add(each.start)
+        plan = division.plan
+        for each, known, key in zip(plan.parts, division.known, context.keys, strict=True):
             if isinstance(known, Block):
                 self._blocks.hold(known)
                 context.blocks.append(known)
@@ -475,7 +466,15 @@ class Scheduler:
                 block.source = known.tier
                 self.copies.add_load(block)
         context.division = division
-        context.phase1 = Phase1(division.plan, context.config, cached)
+        context.phase1 = plan.passes()
+        parts = list(zip(plan.parts, context.blocks, strict=True))
+        read = {each.block for each, block in parts if block in context.reads}
+        in_front = plan.anchor_size if read else 0
+        context.awaits = [
+            block
+            for each, block in parts
+            if (each.start < in_front or each.block in read) and block not in context.reads
+        ]
         context.is_open = True
         for question in self._waiting_for(context):
             question.most_pages = self._question_pages(division, question)
@@ -496,7 +495,8 @@ class Scheduler:
             if self._blocks.give_back(block):
                 self._drop(block)
         self._over[0].append(context.number)
-        context.blocks, context.reads, context.is_open = [], set(), False
+        context.blocks, context.reads, context.awaits = [], set(), []
+        context.is_open = False
 
     def _give_scratch_back(self, context: Context) -> None:
         self._used -= context.division.scratch
@@ -516,7 +516,7 @@ class Scheduler:
         for context in again:
             self._close(context)
             plan = self._room.plan(len(context.token_ids), context.config)
-            context.division = self._even(plan, context.config)
+            context.division = _even(plan)
             if context.is_released and not context.questions:
                 self._contexts.remove(context)
         again = [each for each in again if each in self._contexts]
@@ -543,16 +543,20 @@ class Scheduler:
         return np.max(pages, axis=0) if pages else np.zeros_like(self._used)
 
     def _chunk(self) -> Chunk | None:
-        """The next pass of the context that has waited longest; one that needs an anchor which
-        another context reads waits for that."""
+        """The next pass of the context that has waited longest; one that sees what another context
+        reads, or what is loaded, waits for that."""
+        limits = self._room.limits
         for _ in range(len(self._reading)):
             context = self._reading.popleft()
-            if context.blocks[0].is_ready or context.blocks[0] in context.reads:
-                tokens = context.phase1.next(self._room.limits, self.chunk_tokens)
+            if all(block.is_ready for block in context.awaits):
+                is_ring = context.plan.attention == "ring"
+                bounds = limits.ring_tokens if is_ring else limits.pass_tokens, self.chunk_tokens
+                most = min((bound for bound in bounds if bound is not None), default=None)
+                spans = context.phase1.next(most, limits.pass_sequences)
                 self._reading.append(context)
                 if context.phase1.finished:
                     self._end_reading(context)
-                return Chunk(context.number, tokens)
+                return Chunk(context.number, spans)
             self._reading.append(context)
         return None
 
@@ -698,6 +702,11 @@ class Scheduler:
         """The rank that keeps the last token of a running question's answer."""
         placement, index = question.context.config.kv_placement, len(question.answer) - 1
         return keeper(placement, index, self._num_ranks, self._page)
+
+
+def _even(plan: Plan) -> Division:
+    """How a context is held that is read anew."""
+    return divide(plan, [None] * len(plan.parts))
 
 
 def _lengths(question: Question) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import Logits, ModelEngine
 from star_attention.errors import UserError
-from star_attention.plan import Block, make_plan
+from star_attention.plan import Part, make_plan
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import (
     Ask,
@@ -134,22 +134,22 @@ class Worker:
     def _open(self, order: Open) -> None:
         rank = self.comm.rank
         plan = make_plan(len(order.token_ids), order.config, self.comm.size, self.engine.config)
-        plan = plan.on_ranks([part.rank for part in order.blocks])
+        plan = plan.beside([None if part.read else part.rank for part in order.blocks])
         self.engine.reserve_positions(plan.context_len)
-        parts = list(zip(plan.blocks, order.blocks, strict=True))
-        cached = {block.start for block, part in parts if not part.read}
+        parts = list(zip(plan.parts, order.blocks, strict=True))
         self._allocate_blocks([each for each in parts if each[0].rank == rank])
         pages = [page for _, part in parts for page in self._blocks.get(part.number, ())]
         self.pool.share(pages)
-        kv_len = sum(block.tokens for block in plan.blocks_of(rank))
+        kv_len = sum(part.tokens for part in plan.parts_of(rank))
         self._contexts[order.context] = CachedContext(plan, pages, kv_len)
-        scratch = self.pool.allocate(scratch_pages(plan, order.config, rank, cached))
-        part = ContextPart(plan, order.config, rank, pages, scratch, cached)
+        scratch = self.pool.allocate(scratch_pages(plan, rank))
+        part = ContextPart(plan, rank, pages, scratch)
         if not part.finished:
             self._reading[order.context] = _Reading(order.token_ids, part, scratch)
-        self.stats["context"].tokens += sum(b.tokens for b in plan.blocks if b.start not in cached)
+        read = (part for part in plan.parts if part.start not in plan.cached)
+        self.stats["context"].tokens += sum(part.tokens for part in read)
 
-    def _allocate_blocks(self, parts: Sequence[tuple[Block, BlockPart]]) -> None:
+    def _allocate_blocks(self, parts: Sequence[tuple[Part, BlockPart]]) -> None:
         """Pages for blocks that are new here, together, so that they are consecutive."""
         page = self.engine.tokens_per_block
         new = [
@@ -162,11 +162,9 @@ class Worker:
             self._blocks[number], pages = pages[:count], pages[count:]
 
     def _chunk(self, order: Chunk, on_layer: Callable[[float], None] | None) -> None:
-        reading = self._reading.get(order.context)
-        if reading is None:  # this rank's part is done
-            return
+        reading = self._reading[order.context]
         with self._timed("context"):
-            context_pass = reading.part.take(order.tokens)
+            context_pass = reading.part.take(order.spans)
             if context_pass is not None:
                 positions = context_pass.positions
                 with interrupts.allowed():

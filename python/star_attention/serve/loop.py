@@ -202,12 +202,12 @@ class ServerLoop:
         """The share of each block that is there."""
         readers = {block: job.context for job in self._reading for block in job.context.reads}
         shares = []
-        for block in context.blocks:
-            if block.is_ready:
-                shares.append(1.0)
-                continue
-            reader = readers.get(block)
-            shares.append(_share(reader, block) if reader else 0.0)
+        for block, part in zip(context.blocks, context.plan.parts, strict=True):
+            share = float(block.is_ready)
+            if not share and (reader := readers.get(block)):
+                reached = reader.phase1.reached.get(part.block, 0)
+                share = min(max((reached - part.start) / part.tokens, 0.0), 1.0)
+            shares.append(share)
         return tuple(shares)
 
     def _tell_statistics(self, is_idle: bool) -> None:
@@ -240,29 +240,14 @@ class ServerLoop:
 
 def places_of(context: Context) -> tuple[BlockPlace, ...]:
     """The blocks of an open context."""
-    pairs = zip(context.plan.blocks, context.blocks, strict=True)
+    pairs = zip(context.plan.parts, context.blocks, strict=True)
     return tuple(
         BlockPlace(
             each.start,
             each.end,
             each.rank,
             "new" if block in context.reads else block.source or "gpu",
-            each.prefix if context.config.attention == "star" else 0,
+            context.plan.blocks[each.block].prefix,
         )
         for each, block in pairs
     )
-
-
-def _share(reader: Context, block: object) -> float:
-    """How much of a block its reader has computed: a rank computes its blocks in their order."""
-    rank = block.rank
-    before = 0
-    for each in reader.blocks:
-        if each is block:
-            break
-        if each.rank == rank and each in reader.reads:
-            before += each.tokens
-    own = sum(each.tokens for each in reader.reads if each.rank == rank)
-    # What is computed besides is the anchor, again.
-    done = reader.phase1.done[rank] * own / max(reader.phase1.total[rank], 1)
-    return min(max((done - before) / block.tokens, 0.0), 1.0)
