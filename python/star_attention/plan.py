@@ -16,8 +16,6 @@ from star_attention.spans import Cost, Passes, Range, Reading, Span, causal_pair
 
 MAX_BLOCKS = 1 << 20
 MAX_RANKS = 1 << 16
-# Blocks that all ranks compute together have at least so many pages for each, but for the first.
-_PAGES_EACH = 2
 # Pages of a part at least.
 _PART_PAGES = 4
 
@@ -296,8 +294,8 @@ def _assigned(plan: Plan, where: Sequence[int | None]) -> Plan:
 
 def _owners(plan: Plan) -> list[int | None]:
     """The rank that computes each block; None: all do. As many whole blocks for each rank as
-    possible; the first block, which the others need, and what is left is for all, unless it is too
-    small for that."""
+    possible; the first block, which the others need, and what is left is for all, unless that has
+    less than a page for each."""
     num_ranks = plan.num_ranks
     owners: list[int | None] = [None] * len(plan.blocks)
     rows = plan._rows
@@ -311,7 +309,7 @@ def _owners(plan: Plan) -> list[int | None]:
     each = len(whole) // num_ranks
     for place, index in enumerate(whole[: each * num_ranks]):
         owners[index] = place // each
-    least = _PAGES_EACH * num_ranks * plan.tokens_per_block
+    least = num_ranks * plan.tokens_per_block
     small = cycle(range(num_ranks))
     for index in range(1 if plan.anchor_size else 0, len(owners)):
         if owners[index] is None and sum(each.tokens for each in rows[index]) < least:

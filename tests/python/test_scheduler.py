@@ -266,8 +266,8 @@ configs = st.builds(
         PAGE,
         method,
     ),
-    st.integers(1, 4),
-    st.integers(0, 4),
+    st.sampled_from([1, 2, 3, 4, 9]),
+    st.integers(0, 9),
     st.sampled_from(["recompute", "local", "broadcast"]),
     st.sampled_from(["tail", "round_robin"]),
     st.sampled_from(["star", "star", "star", "ring"]),
@@ -469,7 +469,6 @@ def test_what_an_engine_cannot_do_is_refused():
     tight = Scheduler(LLAMA_3_1_8B, Limits(ring_tokens=0), 2, PAGE)
     with pytest.raises(UserError, match="do not fit beside the KV cache"):
         tight.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
-    scheduler.add_context(tokens, StarConfig(16, 0, tokens_per_block=PAGE))
 
 
 def test_a_kept_context_takes_no_room_that_others_were_promised():
