@@ -208,15 +208,6 @@ void bind_nccl(py::module_& m) {
            }),
            arg("unique_id"), arg("rank"), arg("size"), arg("device"))
       .def(
-          "broadcast",
-          [](Comm& comm, py::object buffer_, int root, uintptr_t stream) {
-            const TensorView buffer("buffer", buffer_);
-            require_device(buffer_of(buffer), "buffer", comm.device());
-            const py::gil_scoped_release release;
-            comm.broadcast(buffer.data(), buffer.bytes(), root, to_stream(stream));
-          },
-          arg("buffer"), arg("root"), arg("stream"))
-      .def(
           "all_gather",
           [](Comm& comm, py::object buffer_, py::object gathered_, uintptr_t stream) {
             const TensorView buffer("buffer", buffer_), gathered("gathered", gathered_);
@@ -229,17 +220,23 @@ void bind_nccl(py::module_& m) {
           },
           arg("buffer"), arg("gathered"), arg("stream"))
       .def(
-          "exchange",
-          [](Comm& comm, py::object send_, int dest, py::object receive_, int source,
-             uintptr_t stream) {
-            const TensorView send("send", send_), receive("receive", receive_);
-            require_device(buffer_of(send), "send", comm.device());
-            require_device(buffer_of(receive), "receive", comm.device());
+          "send",
+          [](Comm& comm, py::object buffer_, int dest, uintptr_t stream) {
+            const TensorView buffer("buffer", buffer_);
+            require_device(buffer_of(buffer), "buffer", comm.device());
             const py::gil_scoped_release release;
-            comm.exchange(send.data(), send.bytes(), dest, receive.data(), receive.bytes(), source,
-                          to_stream(stream));
+            comm.send(buffer.data(), buffer.bytes(), dest, to_stream(stream));
           },
-          arg("send"), arg("dest"), arg("receive"), arg("source"), arg("stream"))
+          arg("buffer"), arg("dest"), arg("stream"))
+      .def(
+          "receive",
+          [](Comm& comm, py::object buffer_, int source, uintptr_t stream) {
+            const TensorView buffer("buffer", buffer_);
+            require_device(buffer_of(buffer), "buffer", comm.device());
+            const py::gil_scoped_release release;
+            comm.receive(buffer.data(), buffer.bytes(), source, to_stream(stream));
+          },
+          arg("buffer"), arg("source"), arg("stream"))
       .def(
           "all_reduce",
           [](Comm& comm, py::object buffer_, uintptr_t stream) {

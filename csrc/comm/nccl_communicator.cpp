@@ -139,18 +139,16 @@ void NcclCommunicator::all_gather(const void* buffer, void* gathered, size_t byt
              comm());
 }
 
-void NcclCommunicator::exchange(const void* send, size_t send_bytes, int dest, void* receive,
-                                size_t receive_bytes, int source, cudaStream_t stream) {
+void NcclCommunicator::send(const void* buffer, size_t bytes, int dest, cudaStream_t stream) {
   require(dest >= 0 && dest < size_, "dest", dest, "0 to " + std::to_string(size_ - 1));
+  const DeviceGuard guard(device_);
+  check_nccl(nccl().Send(buffer, bytes, ncclInt8, dest, comm(), stream), "send", comm());
+}
+
+void NcclCommunicator::receive(void* buffer, size_t bytes, int source, cudaStream_t stream) {
   require(source >= 0 && source < size_, "source", source, "0 to " + std::to_string(size_ - 1));
   const DeviceGuard guard(device_);
-  const ncclComm_t comm = this->comm();
-  group_start();
-  const ncclResult_t sent = nccl().Send(send, send_bytes, ncclInt8, dest, comm, stream);
-  const ncclResult_t received = nccl().Recv(receive, receive_bytes, ncclInt8, source, comm, stream);
-  group_end();
-  check_nccl(sent, "send", comm);
-  check_nccl(received, "receive", comm);
+  check_nccl(nccl().Recv(buffer, bytes, ncclInt8, source, comm(), stream), "receive", comm());
 }
 
 void NcclCommunicator::all_reduce(void* buffer, size_t count, DType dtype, cudaStream_t stream) {

@@ -1,4 +1,5 @@
-"""One rank of a communication test: CASE, under mpirun. `bench` prints the merge's latency.
+"""One rank of a communication test: CASE, under mpirun. `bench` prints the merge's latency,
+`bench_exchange` the rate of exchanges and what GEMMs lose to them.
 
 Ranks take the GPUs in turn. A case that needs more GPUs than there are prints "skip: " and why.
 """
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from star_attention import _C
-from star_attention.distributed import default_communicator
+from star_attention.distributed import Traffic, default_communicator
 from star_attention.distributed.gpu import GpuCommunicator
 from star_attention.distributed.topology import local_device
 from star_attention.errors import RankError, UserError
@@ -170,7 +171,9 @@ def arguments(host, device):
     expect(ValueError, "an address aligned to 8 bytes", merge, misplaced, lse, o)
     check_merge(host, comm, (3, 4, 64), torch.float16, torch.float16)
     if host.size > 1 and not comm.shares_gpu:
-        expect(ValueError, "root: got 9", comm.start_broadcast, o, 9, stream())
+        expect(ValueError, "dest: got 9", comm.exchange, [(o, 9)], [], stream())
+        expect(ValueError, "source: got 9", comm.exchange, [], [(o, 9)], stream())
+        expect(ValueError, "buffer.dtype: got int64", comm.exchange, [(o.long(), 0)], [], stream())
         expect(ValueError, "gathered.nbytes", comm.all_gather, o, o, stream())
         expect(ValueError, "buffer.dtype: got int32", comm.all_reduce, o.int(), stream())
 
@@ -254,29 +257,14 @@ def transfers(host, device):
     for dtype in (*DTYPES, torch.int32, torch.uint8):
         for count in (1, 1000, 4 << 20):
             mine = torch.arange(count, device="cuda").remainder(50).add(rank).to(dtype)
-            for root in range(size):
-                buffer = torch.empty_like(mine)
-                torch.cuda._sleep(5_000_000)  # `buffer` is written long after the call below
-                buffer.copy_(mine)
-                request = comm.start_broadcast(buffer, root, stream())
-                request.wait(stream())
-                assert torch.equal(buffer + rank, mine + root)
-                moved += mine.nbytes * (size - 1 if rank == root else 1)
-            arrived = torch.empty_like(mine)
-            to, source = (rank + 1) % size, (rank - 1) % size
-            comm.exchange(mine, to, arrived, source, stream()).wait(stream())
-            assert torch.equal(arrived + rank, mine + source)
             gathered = mine.new_empty(size, count)
             comm.all_gather(mine, gathered, stream())
             for other in range(size):
                 assert torch.equal(gathered[other] + rank, mine + other)
-            moved += mine.nbytes * 2 + mine.nbytes * 2 * (size - 1)
+            moved += mine.nbytes * (size - 1)
     traffic = comm.traffic - before
-    assert size == 1 or traffic.sent + traffic.received == moved, (traffic, moved)
+    assert (traffic.sent, traffic.received) == (moved, moved), (traffic, moved)
 
-    on_host = torch.full((5,), rank)
-    comm.broadcast(on_host, size - 1)
-    assert (on_host == size - 1).all()
     for dtype in DTYPES:
         buffer = torch.arange(1000, device="cuda").remainder(50).add(rank).to(dtype)
         expected = size * (buffer - rank) + sum(range(size))
@@ -286,6 +274,78 @@ def transfers(host, device):
             comm.all_reduce(buffer, stream())
             assert torch.equal(buffer, expected)
             check_same_bits(host, buffer)
+
+
+def exchange(host, device):
+    """Bits that ranks send one another, of other sizes each way, from pages of a pool into others'.
+    They are read once they are written, however late, and may be overwritten behind `wait`; two
+    exchanges are under way at a time, beside merges."""
+    comm = GpuCommunicator(host, device, timeout=60)
+    rank, size = host.rank, host.size
+    others = [other for other in range(size) if other != rank]
+
+    def content(source, dest, call):
+        count = (3 * source + dest + call) % 4 * (7 if call % 2 else 1 << 20)  # or nothing
+        generator = torch.Generator().manual_seed(97 * call + 10 * source + dest)
+        bits = torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator)
+        return bits.to(torch.int16).view(torch.bfloat16)  # NaNs too
+
+    before, sent, received = comm.traffic.copy(), 0, 0
+    side = torch.cuda.Stream()
+    for turn in range(20):
+        with torch.cuda.stream(side if turn % 4 == 3 else torch.cuda.current_stream()):
+            pool = torch.zeros(2, 2 * size, 4 << 20, dtype=torch.bfloat16, device="cuda")
+            requests = []
+            for call in (2 * turn, 2 * turn + 1):
+                sends, receives, expected = [], [], []
+                for other in others:
+                    leaves, arrives = content(rank, other, call), content(other, rank, call)
+                    buffer = pool[call % 2, other, : len(leaves)]
+                    room = pool[call % 2, size + other, : len(arrives)]
+                    source = leaves.cuda()
+                    torch.cuda._sleep(2_000_000)  # written long after the call below
+                    buffer.copy_(source)
+                    if len(leaves):
+                        sends.append((buffer, other))
+                    if len(arrives):
+                        receives.append((room, other))
+                        expected.append(arrives)
+                    sent, received = sent + leaves.nbytes, received + arrives.nbytes
+                requests.append((comm.exchange(sends, receives, stream()), receives, expected))
+            if turn % 2:  # it waits for the GPU
+                check_merge(host, comm, (3, 8, 128), torch.float32, torch.float32, turn)
+            arrived = []
+            for request, receives, _ in requests:
+                request.wait(stream())
+                arrived.append([room.clone() for room, _ in receives])
+            pool.fill_(1)
+            for (_, _, expected), rooms in zip(requests, arrived, strict=True):
+                for room, bits in zip(rooms, expected, strict=True):
+                    assert torch.equal(room.cpu().view(torch.int16), bits.view(torch.int16)), turn
+    comm.check()
+    traffic = comm.traffic - before
+    merged = 10 * 3 * 8 * (128 * 4 + 4) * (size - 1)
+    assert traffic == Traffic(sent + merged, received + merged), (traffic, sent, received)
+    comm.exchange([], [], stream()).wait(stream())
+    if not comm.shares_gpu and size > 1:
+        check_beside(host, comm)
+
+
+def check_beside(host, comm):
+    """What its stream does behind the call does not hold an exchange up."""
+    buffers = [torch.zeros(1 << 20, device="cuda") for _ in range(2)]
+    after, before = (host.rank + 1) % host.size, (host.rank - 1) % host.size
+    other = torch.cuda.Stream()
+    for _ in range(3):
+        host.gather_objects(None)
+        request = comm.exchange([(buffers[0], after)], [(buffers[1], before)], stream())
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        busy = torch.cuda.Event()
+        busy.record()
+        request.wait(other.cuda_stream)
+        other.synchronize()
+        assert not busy.query()
+        torch.cuda.synchronize()
 
 
 def host_merge(host, device):
@@ -334,12 +394,65 @@ def bench(host, device, merges=50, replays=40):
                     print(f"{path:5} {name:9} {tokens:4} tokens {micros:8.2f} us", flush=True)
 
 
+def bench_exchange(host, device, repeats=20):
+    """Every rank's pages to every other, alone and beside GEMMs: what either takes of the other."""
+    comm = GpuCommunicator(host, device)
+    rank, size = host.rank, host.size
+    others = [other for other in range(size) if other != rank]
+    x = torch.randn(16384, 4096, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(6144, 4096, dtype=torch.bfloat16, device="cuda")
+    out = x.new_empty(16384, 6144)
+
+    def project():
+        torch.mm(x, weight.t(), out=out)
+
+    def timed(begin, gemms):
+        """Milliseconds until the GEMMs are done, and until all is."""
+        times = []
+        for _ in range(repeats + 3):
+            host.gather_objects(None)
+            torch.cuda.synchronize()
+            start, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            start.record()
+            request = begin()
+            for _ in range(gemms):
+                project()
+            computed.record()
+            if request:
+                request.wait(stream())
+            end.record()
+            torch.cuda.synchronize()
+            times.append((start.elapsed_time(computed), start.elapsed_time(end)))
+        times = sorted(times[3:], key=lambda each: each[1])
+        return times[len(times) // 2]
+
+    for megabytes in (1, 4, 16, 64):
+        pages = torch.zeros(size, megabytes << 20, dtype=torch.uint8, device="cuda")
+
+        def begin(pages=pages):
+            sends = [(pages[rank], other) for other in others]
+            return comm.exchange(sends, [(pages[other], other) for other in others], stream())
+
+        (_, alone), (gemm, _) = timed(begin, 0), timed(lambda: None, 4)
+        computed, both = timed(begin, 4)
+        rate = (size - 1) * pages[0].nbytes / alone / 1e6
+        if rank == 0:
+            print(
+                f"{megabytes:3} MiB a rank: {alone:.3f} ms, {rate:.0f} GB/s each way; 4 GEMMs "
+                f"{gemm:.3f} ms; beside one another {computed:.3f} ms GEMMs, {both:.3f} ms all",
+                flush=True,
+            )
+
+
 def _shares_gpu(host, device):
     return len(set(host.gather_objects(_C.device_id(device)))) < host.size
 
 
-NEED_OWN_GPUS = (nccl_merge,)
-CASES = (merge, nccl_merge, host_merge, capacity, arguments, replay, lost, transfers, bench)
+NEED_OWN_GPUS = (nccl_merge, bench_exchange)
+CASES = (
+    *(merge, nccl_merge, host_merge, capacity, arguments, replay, lost, transfers, exchange),
+    *(bench, bench_exchange),
+)
 
 
 def main():

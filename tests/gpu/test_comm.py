@@ -1,5 +1,5 @@
 """Ranks on GPUs, as many as there are; ranks share them if need be. The cases are in comm_job.py,
-which also measures: mpirun -n 2 python tests/gpu/comm_job.py bench."""
+which also measures: mpirun -n 2 python tests/gpu/comm_job.py bench (or bench_exchange)."""
 
 from pathlib import Path
 
@@ -22,13 +22,16 @@ def run(ranks, case):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     "case",
-    ["merge", "nccl_merge", "host_merge", "capacity", "arguments", "replay", "lost", "transfers"],
+    [
+        *("merge", "nccl_merge", "host_merge", "capacity", "arguments", "replay", "lost"),
+        *("transfers", "exchange"),
+    ],
 )
 def test_ranks(case, ranks):
     run(ranks, case)
 
 
-@pytest.mark.parametrize("case", ["merge", "capacity", "arguments", "transfers"])
+@pytest.mark.parametrize("case", ["merge", "capacity", "arguments", "transfers", "exchange"])
 def test_one_rank(case):
     run(1, case)
 

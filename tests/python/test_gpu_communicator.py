@@ -10,6 +10,7 @@ import pytest
 import star_attention
 from star_attention.distributed import SingleProcess, Traffic, topology
 from star_attention.errors import UserError
+from thread_ranks import ThreadRanks
 
 gpu = pytest.importorskip("star_attention.distributed.gpu", exc_type=ImportError)
 
@@ -185,6 +186,73 @@ def test_copy_arguments():
 
 def test_host_buffers_stay_on_the_host():
     assert not gpu._on_device(np.zeros(3))
+
+
+def test_an_exchange_is_one_group_beside_the_stream(monkeypatch):
+    """Behind what the stream holds, in one call to NCCL; another stream waits for its end."""
+    (comm, _), calls = connect(monkeypatch, 2, "auto"), []
+
+    class Nccl:
+        def __enter__(self):
+            calls.append("group")
+
+        def __exit__(self, *_):
+            calls.append("end")
+
+        def send(self, buffer, rank, stream):
+            calls.append((buffer.tolist(), "to", rank, stream))
+
+        def receive(self, buffer, rank, stream):
+            calls.append((buffer.tolist(), "from", rank, stream))
+
+    class Event:
+        def __init__(self, name):
+            self.name = name
+
+        def record(self, stream):
+            calls.append(f"{self.name} behind {stream}")
+
+        def block(self, stream):
+            calls.append(f"{stream} behind {self.name}")
+
+    monkeypatch.setattr(gpu, "_on_device", lambda _buffer: True)
+    monkeypatch.setattr(gpu._C, "Event", lambda _device: Event("done"))
+    comm.nccl, comm._ready = Nccl(), Event("ready")
+    comm._side_stream = SimpleNamespace(handle="side")
+    first, second = np.arange(2), np.arange(3)
+    request = comm.exchange([(first, 1)], [(second, 1)], "main")
+    assert calls == [
+        *("ready behind main", "side behind ready"),
+        *("group", ([0, 1], "to", 1, "side"), ([0, 1, 2], "from", 1, "side"), "end"),
+        "done behind side",
+    ]
+    assert comm.traffic == Traffic(first.nbytes, second.nbytes)
+    request.wait("other")
+    assert calls[-1] == "other behind done"
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_an_exchange_by_way_of_the_host(monkeypatch, num_gpus):
+    """Where ranks share a GPU, and of host memory."""
+    comms = connect(monkeypatch, 2, "auto", num_gpus=num_gpus)
+    ranks = ThreadRanks(2)
+    if num_gpus == 1:
+        monkeypatch.setattr(gpu, "_on_device", lambda _buffer: True)
+
+        def copy(source, target, *_):
+            target.view(np.uint8)[:] = source.view(np.uint8)
+
+        monkeypatch.setattr(gpu._C, "copy", copy, raising=False)
+
+    def work(host):
+        comm, other = comms[host.rank], 1 - host.rank
+        comm._host = host
+        mine, theirs = np.full(4 + host.rank, host.rank), np.empty(4 + other, int)
+        comm.exchange([(mine, other)], [(theirs, other)]).wait()
+        assert theirs.tolist() == [other] * len(theirs)
+        return host.traffic
+
+    assert ranks.run(work) == [Traffic(32, 40), Traffic(40, 32)]
 
 
 def test_a_broken_connection_ends_the_job(monkeypatch, capsys):

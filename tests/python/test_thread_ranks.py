@@ -1,50 +1,40 @@
 """The communicator of other tests does what MPI does, and tells what MPI would hang at."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import exchange_job
+from exchange_job import check_exchanges
+from helpers import run_job
 from star_attention.errors import RankError
 from thread_ranks import ThreadRanks
 
 
 def test_collectives():
     def work(comm):
-        buffer = np.full(3, comm.rank, np.float32)
-        comm.broadcast(buffer, root=2)
         gathered = torch.empty(3, 2, dtype=torch.bfloat16)
         comm.all_gather(torch.full((2,), comm.rank, dtype=torch.bfloat16), gathered)
         total = torch.full((2,), 1.0 + comm.rank)
         comm.all_reduce(total)
-        arrived = np.empty(1, np.int32)
-        mine = np.array([comm.rank], np.int32)
-        comm.exchange(mine, (comm.rank + 1) % 3, arrived, (comm.rank - 1) % 3).wait()
         objects = comm.gather_objects({"rank": comm.rank}), comm.broadcast_object(comm.rank, 1)
-        return buffer.tolist(), gathered.tolist(), total.tolist(), arrived.tolist(), *objects
+        return gathered.tolist(), total.tolist(), *objects
 
-    for rank, result in enumerate(ThreadRanks(3).run(work)):
+    for result in ThreadRanks(3).run(work):
         assert result == (
-            [2.0] * 3,
             [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]],
             [6.0, 6.0],
-            [(rank - 1) % 3],
             [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             1,
         )
 
 
-def test_transfers_under_way():
-    """Broadcasts may overlap, and another call may come before they are waited for."""
-
-    def work(comm):
-        buffers = [np.full(2, 10 * comm.rank + index) for index in range(2)]
-        requests = [comm.start_broadcast(buffer) for buffer in buffers]
-        assert comm.gather_objects(comm.rank) == [0, 1]
-        for request in reversed(requests):
-            request.wait()
-        return np.concatenate(buffers).tolist()
-
-    assert ThreadRanks(2).run(work) == [[0, 0, 1, 1]] * 2
+@pytest.mark.parametrize("size", [2, 3])
+def test_exchanges(size):
+    ThreadRanks(size).run(check_exchanges)
+    run_job(size, Path(exchange_job.__file__))
 
 
 def test_split():
@@ -64,7 +54,8 @@ def test_split():
 
 def test_traffic():
     def work(comm):
-        comm.broadcast(np.zeros(5, np.uint8))
+        sends, receives = [(np.zeros(5, np.uint8), 1)], [(np.zeros(5, np.uint8), 0)]
+        comm.exchange(*([], receives) if comm.rank else (sends, [])).wait()
         comm.all_gather(np.zeros(3, np.uint8), np.zeros((2, 3), np.uint8))
         comm.gather_objects("is not counted")
         return comm.traffic.sent, comm.traffic.received
@@ -102,13 +93,20 @@ def test_what_would_hang():
 
     def missing(comm):
         if comm.rank:
-            comm.broadcast(np.zeros(1))
+            comm.exchange([], [(np.zeros(1), 0)]).wait()
 
     with pytest.raises(RankError, match=r"waiting for rank 0 took more than 0\.1 s"):
         ThreadRanks(2, timeout=0.1).run(missing)
 
     def sizes(comm):
-        comm.broadcast(np.zeros(1 + comm.rank))
+        other = 1 - comm.rank
+        comm.exchange([(np.zeros(1), other)], [(np.zeros(1 + comm.rank), other)]).wait()
 
     with pytest.raises(AssertionError, match="8 bytes arrive, 16 are expected"):
         ThreadRanks(2).run(sizes)
+
+    def nobody_sends(comm):
+        comm.exchange([], [(np.zeros(1), 0)] if comm.rank else []).wait()
+
+    with pytest.raises(AssertionError, match=r"rank . (sends|expects) otherwise"):
+        ThreadRanks(2).run(nobody_sends)

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_steps import step_of
+from engine_steps import NONE, step_of
 from star_attention.distributed import SingleProcess
-from star_attention.engines.base import RingStep, runs_of
+from star_attention.engines.base import Exchange, Hop, Pages, runs_of
 from star_attention.engines.page_copies import PagesUnderCopy
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
@@ -602,13 +602,20 @@ def test_pages_under_copy():
         (step_of(([1, 2], 14, 2)), True),
         (step_of(([4, 5], 0, 2)), True),  # may look at 5
         (step_of(([4, 5], 9, 1), stored=False), True),
-        (step_of(([3], 0, 1), shared_pages=np.array([2], np.int32)), True),
     ]
+    for pages, sends, receives in (
+        ([1, 3], False, True),
+        ([3, 5], True, True),
+        ([6], False, False),
+    ):
+        each = Pages(1, np.array(pages, np.int32))
+        steps += [
+            (step_of(exchanges=(Exchange(0, (each,), ()),)), sends),
+            (step_of(exchanges=(Exchange(0, (), (each,)),)), receives),
+            (step_of(([3], 0, 1), hops=(Hop(each, 1, 0, NONE, NONE),)), sends),
+        ]
     for step, expected in steps:
         assert copies.concern_step(step, PAGE) == expected, step
-    slots = np.array([-1, 24], np.int32)
-    for pages, expected in (([1, 3], False), ([3, 5], True)):
-        assert copies.concern_step(RingStep(slots, slots, np.array(pages), ()), PAGE) == expected
     assert copies.concern([], [2])
     copies.clear()
     assert not copies

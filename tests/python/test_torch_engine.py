@@ -1,5 +1,7 @@
 """The torch engine step by step, without the runtime: several ranks are threads."""
 
+import itertools
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from engine_steps import NONE, ints, slots_of, step_of
+from engine_steps import NONE, ints, step_of
 from helpers import run_job
-from star_attention.distributed import SingleProcess
-from star_attention.engines.base import Limits, RingHop, RingStep, is_decode_step, padded_count
+from star_attention.distributed import SingleProcess, Traffic
+from star_attention.engines.base import (
+    Exchange,
+    Hop,
+    Limits,
+    Pages,
+    Prefix,
+    is_decode_step,
+    padded_count,
+)
 from star_attention.engines.torch import attention as torch_attention
-from star_attention.engines.torch import graphs
-from star_attention.engines.torch.attention import PagedAttention
+from star_attention.engines.torch import graphs, operators
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
@@ -55,8 +64,12 @@ def one_rank(block, blocks, anchor, question):
     return run(engine, [(end, end + question)], step, range(question))
 
 
+def pages_of(rank, *pages):
+    return Pages(rank, ints(*pages))
+
+
 @pytest.mark.parametrize("cuts", [[5, 21], [3, 11, 16], [9], []], ids=str)
-def test_an_anchor_that_is_shared_piece_by_piece(cuts):
+def test_an_anchor_that_arrives_piece_by_piece(cuts):
     """Rank 0's block is cut anywhere, also inside a page, and its pages are scattered; the others
     receive the anchor with each cut and compute their blocks with the last."""
     block, anchor, question, size = 24, 16, 5, 3
@@ -68,10 +81,13 @@ def test_an_anchor_that_is_shared_piece_by_piece(cuts):
             rows = min(end, anchor) - begin  # of the anchor
             touched = range(begin // PAGE, -(-min(end, anchor) // PAGE))
             options = {}
-            if rows > 0:
-                pages = own if comm.rank == 0 else scratch
-                options["shared_pages"] = ints(*(pages[page] for page in touched))
-                options["shared_rows"] = rows
+            if rows > 0 and comm.rank == 0:
+                sent = [own[page] for page in touched]
+                sends = tuple(pages_of(rank, *sent) for rank in range(1, size))
+                options["exchanges"] = (Exchange(rows, sends, ()),)
+            elif rows > 0:
+                arrives = pages_of(0, *(scratch[page] for page in touched))
+                options["exchanges"] = (Exchange(0, (), (arrives,)),)
             if comm.rank == 0:
                 run(engine, [(begin, end)], step_of((own, begin, end - begin), **options))
             elif end < anchor:
@@ -90,52 +106,146 @@ def test_an_anchor_that_is_shared_piece_by_piece(cuts):
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_rank_0_shares_what_it_has_not_computed():
-    def work(comm):
-        step = step_of(([0], 0, 4), shared_pages=ints(0), shared_rows=5)
-        if comm.rank:
-            step = step_of(shared_pages=ints(0), shared_rows=5)
-        run(make_engine(comm), [] if comm.rank else [(0, 4)], step)
+# Pages that each rank computes of a text, from its early and from its late part.
+SHARES = {
+    "2": ([2, 1], [3, 4]),
+    "3": ([1, 2, 1], [3, 1, 2]),
+    "3, one without rows": ([2, 0, 3], [1, 0, 2]),
+    "3, two without late rows": ([2, 1, 3], [0, 2, 0]),
+}
+PLACES = {"consecutive": range(10), "scattered": [6, 2, 9, 4, 0, 11, 3, 8, 1, 13]}
 
-    with pytest.raises(ValueError, match="rank 0 shares 5 rows of 4"):
-        ThreadRanks(2, timeout=5).run(work)
+
+@pytest.mark.parametrize("chunk", [5, 512])
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_ranks_compute_a_text_together(monkeypatch, shares, places, chunk):
+    """Each an early and a late part; all have all pages then, in all layers, and count what they
+    sent. The rows are the text's, whatever was in the pages before."""
+    monkeypatch.setitem(operators.CHUNK_ROWS, "cpu", chunk)
+    early, late = shares
+    size, total = len(early), PAGE * sum(early + late)
+    ends = np.cumsum([0, *early, *late]).tolist()
+    parts = [range(a, b) for a, b in itertools.pairwise(ends)]  # in pages of the text
+
+    def work(comm, rows):
+        engine, rank = make_engine(comm), comm.rank
+        engine._pool.data.fill_(torch.nan)
+        order = np.roll(places, rank)  # every rank has its own numbers
+        mine = [parts[rank], parts[size + rank]]
+
+        def both_ways(phase):
+            """As many pages as a rank has; without pages also to those that expect none."""
+            others = [other for other in range(size) if other != rank]
+            sends = (pages_of(other, *order[list(mine[phase])]) for other in others)
+            receives = (
+                pages_of(other, *order[list(parts[phase * size + other])]) for other in others
+            )
+            return tuple(sends), tuple(receives)
+
+        counts = [PAGE * len(part) for part in mine]
+        exchanges = (
+            Exchange(counts[0], *both_ways(0)),
+            Exchange(sum(counts), *both_ways(1)),
+        )
+        sequences = [
+            (list(order[: part.stop]), PAGE * part.start, PAGE * len(part)) for part in mine if part
+        ]
+        spans = [(PAGE * part.start, PAGE * part.stop) for part in mine if part]
+        logits = run(
+            engine,
+            spans,
+            step_of(*sequences, exchanges=exchanges),
+            range(sum(counts)) if rows else NONE,
+        )
+        page_bytes = CONFIG.num_layers * engine.page_bytes
+        sent = page_bytes * sum(map(len, mine)) * (size - 1)
+        received = page_bytes * (sum(map(len, parts)) - sum(map(len, mine)))
+        assert comm.traffic == Traffic(sent, received)
+        return logits, spans, engine._pool.data[:, order[: total // PAGE]]
+
+    engine = make_engine()
+    step = step_of((list(range(total // PAGE)), 0, total))
+    expected = run(engine, [(0, total)], step, range(total))
+    for rows in (True, False):
+        for logits, spans, kept in ThreadRanks(size).run(lambda comm, rows=rows: work(comm, rows)):
+            if rows:
+                seen = [expected[slice(*span)] for span in spans]
+                np.testing.assert_allclose(logits, np.concatenate([logits[:0], *seen]), atol=1e-5)
+            torch.testing.assert_close(
+                kept, engine._pool.data[:, : total // PAGE], atol=1e-5, rtol=0
+            )
 
 
-def test_rank_0_is_at_most_two_layers_ahead():
-    """On a GPU it waits for no transfer before that; each may hold a copy of the anchor."""
-    under_way, most = [], 0
+def test_an_exchange_begins_once_its_rows_are_stored(monkeypatch):
+    """And those before it have begun, beside the projection of the rows behind."""
+    events = []
 
     class Request:
-        def __init__(self, buffer):
-            under_way.append(self)
-            self.buffer = buffer
+        def __init__(self, name):
+            self.name = name
 
         def wait(self, stream):
-            assert under_way.pop(0) is self
+            events.append(f"{self.name} arrived")
 
-    comm = SimpleNamespace(
-        rank=0, size=2, start_broadcast=lambda buffer, root, stream: Request(buffer)
+    def exchange(sends, receives, stream):
+        (name,) = [rank for _, rank in (*sends, *receives)]
+        events.append(f"{name} begins")
+        return Request(name)
+
+    original = operators.ops.rope_append
+
+    def append(qkv, *arguments):
+        events.append(len(qkv))
+        original(qkv, *arguments)
+
+    monkeypatch.setattr(operators.ops, "rope_append", append)
+    monkeypatch.setitem(operators.CHUNK_ROWS, "cpu", 8)
+    comm = SimpleNamespace(rank=0, size=9, exchange=exchange, capturable=False)
+    exchanges = (
+        Exchange(0, (), (pages_of(1, 5),)),
+        Exchange(11, (pages_of(2, 0, 1),), ()),
+        Exchange(4, (), (pages_of(3, 9, 7),)),
+        Exchange(20, (pages_of(4, 2),), ()),
     )
-    tables = SimpleNamespace(kv_lens=torch.zeros(1), attend=lambda *_: (None, None))
-    attention = PagedAttention(tables, comm, 1.0, shared_pages=ints(3, 1), shared_rows=5)
-    for layer in range(6):
-        pool = torch.full((4, 2, 1, PAGE, 8), float(layer))
-        attention.begin(pool)
-        attention.stored(pool, 4)
-        before = len(under_way)
-        attention.stored(pool, 8)
-        most = max(most, before, len(under_way))
-        assert under_way[-1].buffer.eq(layer).all()
-        attention(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), pool)
-    assert most == 2
-    attention.end()
-    assert not under_way
+    run(make_engine(comm), [(0, 20)], step_of(([0, 1, 2], 0, 20), exchanges=exchanges))
+    layer = ["1 begins", 4, 7, "2 begins", "3 begins", 8, 1, "4 begins"]
+    assert events == CONFIG.num_layers * [*layer, *(f"{name} arrived" for name in (1, 2, 3, 4))]
+    with pytest.raises(ValueError, match="an exchange follows 20 rows of 19"):
+        run(make_engine(comm), [(0, 19)], step_of(([0, 1, 2], 0, 19), exchanges=exchanges))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_ring_keeps_two_partials(monkeypatch, size):
-    """Every rank's pages reach every rank; partial results are merged hop by hop."""
-    part, kept = 16, []
+def test_scattered_pages_are_packed_once():
+    """However many ranks they go to; consecutive ones are sent and received in the pool."""
+    sent, received = {}, {}
+
+    def exchange(sends, receives, stream):
+        sent.update((rank, buffer.data_ptr()) for buffer, rank in sends)
+        received.update((rank, buffer.data_ptr()) for buffer, rank in receives)
+        return SimpleNamespace(wait=lambda stream: None)
+
+    comm = SimpleNamespace(rank=0, size=9, exchange=exchange, capturable=False)
+    engine = make_engine(comm)
+    sends = (pages_of(1, 2, 0), pages_of(2, 3, 4), pages_of(3, 2, 0))
+    receives = (pages_of(1, 6, 7), pages_of(2, 9, 8), pages_of(3))
+    run(engine, [], step_of(exchanges=(Exchange(0, sends, receives),)))
+    last = engine._pool.data[-1]
+    assert sent[1] == sent[3] != last[2].data_ptr()
+    assert sent[2] == last[3].data_ptr()
+    assert received[1] == last[6].data_ptr()
+    inside = range(last.data_ptr(), last.data_ptr() + last.nbytes)
+    assert received[2] not in inside
+    assert set(received) == {1, 2}
+
+
+@pytest.mark.parametrize("rows_at_a_time", [8, 4096])
+@pytest.mark.parametrize("parts", [[16], [16, 16], [16, 8, 32, 24], [24, 0, 8]], ids=str)
+def test_hops_keep_two_partials(monkeypatch, parts, rows_at_a_time):
+    """Every rank's pages pass by every rank; partial results are merged hop by hop. Some ranks
+    have fewer pages, or none."""
+    monkeypatch.setattr(torch_attention, "_MERGE_ROWS", rows_at_a_time)
+    size, kept = len(parts), []
+    starts = np.cumsum([0, *parts]).tolist()
     merge = torch_attention.ops.merge_lse
 
     def counted(o, lse, **options):
@@ -145,21 +255,91 @@ def test_ring_keeps_two_partials(monkeypatch, size):
     monkeypatch.setattr(torch_attention.ops, "merge_lse", counted)
 
     def work(comm):
-        engine, own = make_engine(comm), [3, 1]
+        engine, rank = make_engine(comm), comm.rank
+        own = [3, 1, 6, 2][: parts[rank] // PAGE]
         hops = []
-        for hop in range(size):
-            source = (comm.rank - hop) % size
-            sees = part if source <= comm.rank else 0
-            hops.append(RingHop(2, ints([0, 1]), ints(sees), causal=not hop))
-        step = RingStep(slots_of(own, 0, part), ints(0, part), ints(*own), tuple(hops))
-        first = comm.rank * part
-        return run(engine, [(first, first + part)], step, range(part))
+        for hop in range(1, size):
+            source = (rank - hop) % size
+            count, sequences = parts[source] // PAGE, 1 if own else 0
+            table = np.arange(count, dtype=np.int32)[None].repeat(sequences, axis=0)
+            sees = np.full(sequences, parts[source] * (source < rank), np.int32)
+            hops.append(Hop(pages_of((rank + hop) % size, *own), source, count, sees, table))
+        step = step_of(*([(own, 0, parts[rank])] if own else []), hops=tuple(hops))
+        rows = range(parts[rank]) if all(parts) else NONE  # all ranks want some, or none does
+        logits = run(engine, [(starts[rank], starts[rank + 1])], step, rows)
+        return logits, engine._pool.data[:, own]
 
-    engine, total = make_engine(), size * part
-    expected = run(engine, [(0, total)], step_of((list(range(2 * size)), 0, total)), range(total))
-    logits = np.concatenate(ThreadRanks(size).run(work))
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    engine, total = make_engine(), sum(parts)
+    step = step_of((list(range(total // PAGE)), 0, total))
+    expected = run(engine, [(0, total)], step, range(total))
+    logits, kept_pages = zip(*ThreadRanks(size).run(work), strict=True)
+    if all(parts):
+        np.testing.assert_allclose(np.concatenate(logits), expected, atol=1e-5)
+    pages = engine._pool.data[:, : total // PAGE]
+    torch.testing.assert_close(torch.cat(kept_pages, dim=1), pages, atol=1e-5, rtol=0)
     assert set(kept) == ({2} if size > 1 else set())
+
+
+def test_two_hops_of_pages_at_a_time():
+    """Those attended to and those that arrive."""
+    alive, most, size = [], 0, 6
+
+    def exchange(sends, receives, stream):
+        nonlocal most
+        alive.extend(weakref.ref(buffer) for buffer, _ in receives)
+        most = max(most, sum(each() is not None for each in alive))
+        return SimpleNamespace(wait=lambda stream: None)
+
+    comm = SimpleNamespace(rank=0, size=size, exchange=exchange, capturable=False)
+    hops = tuple(
+        Hop(pages_of(hop, 0, 1), size - hop, 2, ints(16), ints(0, 1)[None])
+        for hop in range(1, size)
+    )
+    engine = make_engine(comm)
+    run(engine, [(0, 16)], step_of(([0, 1], 0, 16), hops=hops), range(16))
+    assert most == 2
+
+
+def test_prefix_exchange_and_hops():
+    """Rows see an anchor that arrives from rank 0 for all of a rank's sequences, pages of their
+    own, and those of the ranks before. In the last layer no hop passes if nobody attends."""
+    anchor, part, size = 16, 24, 3
+    own, front = [3, 1, 6], [9, 4]
+
+    def work(comm, rows=part):
+        engine, rank = make_engine(comm), comm.rank
+        if rank == 0:
+            run(engine, [(0, anchor)], step_of((front, 0, anchor)))
+        others = [other for other in range(size) if other != rank]
+        exchange = Exchange(0, (), (pages_of(0, *front),))
+        if rank == 0:
+            exchange = Exchange(0, tuple(pages_of(other, *front) for other in others), ())
+        hops = []
+        for hop in range(1, size):
+            source = (rank - hop) % size
+            sees = ints(part * (source < rank))
+            sends = pages_of((rank + hop) % size, *own)
+            hops.append(Hop(sends, source, 3, sees, ints(0, 1, 2)[None]))
+        prefix = Prefix(ints(0, part), ints(anchor), ints(*front)[None])
+        step = step_of((own, 0, part), prefix=prefix, exchanges=(exchange,), hops=tuple(hops))
+        first = anchor + rank * part
+        before = comm.traffic.copy()
+        logits = run(engine, [(first, first + part)], step, range(rows))
+        assert engine.wait_seconds > 0
+        return logits, comm.traffic - before, engine.page_bytes
+
+    engine, total = make_engine(), anchor + size * part
+    step = step_of((list(range(total // PAGE)), 0, total))
+    expected = run(engine, [(0, total)], step, range(total))[anchor:]
+    results = ThreadRanks(size).run(work)
+    np.testing.assert_allclose(np.concatenate([each[0] for each in results]), expected, atol=1e-5)
+    results += ThreadRanks(size).run(lambda comm: work(comm, rows=0))
+    for index, (_, traffic, page) in enumerate(results):
+        layers = CONFIG.num_layers - (index >= size)
+        passed = 2 * 3 * page * layers
+        anchors = 2 * page * CONFIG.num_layers
+        ways = (2, 0) if index % size == 0 else (0, 1)
+        assert traffic == Traffic(*(passed + way * anchors for way in ways))
 
 
 def test_a_pool_that_grows_copies_little():
@@ -222,7 +402,7 @@ def test_what_a_decode_step_is():
     assert not is_decode_step(one_each, np.arange(1))
     assert not is_decode_step(step_of(([0], 3, 2)), np.arange(2))
     # A rank without blocks still takes part in what the others send.
-    assert not is_decode_step(step_of(shared_pages=ints(0)), np.arange(0))
+    assert not is_decode_step(step_of(), np.arange(0))
 
 
 def test_padded_counts():
@@ -340,10 +520,15 @@ def test_tokens_that_fit():
     rows = room // each
     assert alone == Limits(pages, rows, ring_tokens=rows, question_tokens=rows)
     partial = 4 * 32 * 129
-    arriving = 2 * pages * 128 * 2 * 8 * 128 * 2
+    kv = 2 * 8 * 128 * 2
+    layer = pages * 128 * kv
     assert shared.question_tokens == room // (each + partial)
-    assert shared.pass_tokens == rows
-    assert shared.ring_tokens == (room - arriving) // (each + 2 * partial)
+    assert shared.ring_tokens == (room - 3 * layer) // (each + 2 * partial)
+    # What is exchanged is all ranks' rows, here, beyond what attention gives, or all of the pool.
+    assert limits(2).pass_tokens == rows
+    assert shared.pass_tokens == (room - layer) // each > room // (each + 4 * kv - 4096 * 2)
+    fewer = limits(4, 4 << 30)
+    assert fewer.pass_tokens == (room - (8 << 30) * 9 // 10) // (each + 4 * kv - 4096 * 2)
     assert limits(2, 1 << 30).ring_tokens == 0
     # Not a whole chunk fits: its rows are counted.
     few = limits(1, 100 << 20).pass_tokens

@@ -72,23 +72,6 @@ class ThreadCommunicator:
         self._group = group
         self._calls = itertools.count()
 
-    def broadcast(self, buffer, root=0, stream=0):
-        self.start_broadcast(buffer, root).wait()
-
-    def start_broadcast(self, buffer, root=0, stream=0):
-        if self.rank == root:
-            self.traffic.sent += buffer.nbytes * (self.size - 1)
-        else:
-            self.traffic.received += buffer.nbytes
-        call = self._call(f"broadcast from rank {root}", _bytes(buffer))
-
-        def finish():
-            if self.rank != root:
-                _copy(call.value_of(root), _bytes(buffer))
-            call.leave(wait=self.rank == root)
-
-        return _Request(finish)
-
     def all_gather(self, buffer, gathered, stream=0):
         moved = buffer.nbytes * (self.size - 1)
         self.traffic.add(Traffic(moved, moved))
@@ -108,14 +91,21 @@ class ThreadCommunicator:
         call.leave()
         summand.copy_(total)
 
-    def exchange(self, send, dest, receive, source, stream=0):
-        self.traffic.add(Traffic(send.nbytes, receive.nbytes))
-        call = self._call("exchange", (_bytes(send), dest))
+    def exchange(self, sends, receives, stream=0):
+        self.traffic.add(Traffic.of(sends, receives))
+        sent = {rank: _bytes(buffer) for buffer, rank in sends}
+        arriving = {rank: _bytes(buffer) for buffer, rank in receives}
+        assert len(sent) == len(sends), "one buffer for each rank"
+        assert len(arriving) == len(receives), "one buffer from each rank"
+        call = self._call("exchange", (sent, set(arriving)))
 
         def finish():
-            sent, addressee = call.value_of(source)
-            assert addressee == self.rank, f"rank {source} sends to {addressee}, not {self.rank}"
-            _copy(sent, _bytes(receive))
+            for rank in range(self.size):
+                theirs, expected = call.value_of(rank)
+                assert (self.rank in theirs) == (rank in arriving), f"rank {rank} sends otherwise"
+                assert (self.rank in expected) == (rank in sent), f"rank {rank} expects otherwise"
+                if rank in arriving:
+                    _copy(theirs[self.rank], arriving[rank])
             call.leave(wait=True)
 
         return _Request(finish)

@@ -12,6 +12,8 @@ from star_attention.errors import UserError
 # done with one on a GPU follows the work of a CUDA stream, given by its handle; for host memory
 # `stream` means nothing.
 Buffer = Any
+# Buffers, each with the rank that it goes to or comes from.
+Addressed = Sequence[tuple[Buffer, int]]
 
 
 @dataclass
@@ -20,6 +22,11 @@ class Traffic:
 
     sent: int = 0
     received: int = 0
+
+    @classmethod
+    def of(cls, sends: Addressed, receives: Addressed) -> Traffic:
+        """An exchange's."""
+        return cls(*(sum(buffer.nbytes for buffer, _ in each) for each in (sends, receives)))
 
     def __add__(self, later: Traffic) -> Traffic:
         return Traffic(self.sent + later.sent, self.received + later.received)
@@ -42,6 +49,13 @@ class Request(Protocol):
         """The host waits, or, for buffers on a GPU, the stream."""
 
 
+class Done:
+    """A request of nothing, or of what is over."""
+
+    def wait(self, stream: int = 0) -> None:
+        pass
+
+
 class Communicator(Protocol):
     """Collectives over the ranks of one job; every rank makes the same calls in the same order."""
 
@@ -52,18 +66,10 @@ class Communicator(Protocol):
     # What is done with buffers on a GPU can be captured in CUDA graphs; nothing is, with one rank.
     capturable: bool
 
-    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
-        """Overwrites `buffer` on every rank with the root's."""
-
     def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         """Fills `gathered` [size, *buffer.shape] with every rank's `buffer`, in rank order."""
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[Buffer, int]],
-        receives: Sequence[tuple[Buffer, int]],
-        stream: int = 0,
-    ) -> Request:
+    def exchange(self, sends: Addressed, receives: Addressed, stream: int = 0) -> Request:
         """Starts sending each of `sends` to a rank while each of `receives` is filled by a rank, at
         most one each way for a pair of ranks. Until the request was waited for the buffers belong
         to the transfer. Every rank calls it, with nothing to send or receive if need be."""

@@ -11,7 +11,15 @@ import numpy as np
 
 from star_attention import _C
 from star_attention.config import MERGE_PATHS, MergePath
-from star_attention.distributed.base import Buffer, Communicator, Request, agree
+from star_attention.distributed.base import (
+    Addressed,
+    Buffer,
+    Communicator,
+    Done,
+    Request,
+    Traffic,
+    agree,
+)
 from star_attention.distributed.topology import local_device, machine
 from star_attention.errors import RankError, UserError, say
 
@@ -111,50 +119,28 @@ class GpuCommunicator:
         self._side_stream = _C.Stream(self.device)
         self._ready = _C.Event(self.device)
 
-    def start_broadcast(self, buffer: DeviceBuffer, root: int = 0, stream: int = 0) -> Request:
-        """Starts overwriting `buffer` on every rank with the root's, beside what `stream` does
-        from here on. Until `wait(stream)` of the result, which makes a stream, not the host, wait
-        for it, the buffer belongs to the transfer."""
+    def exchange(self, sends: Addressed, receives: Addressed, stream: int = 0) -> Request:
+        """Starts sending each of `sends` to a rank while each of `receives` is filled by a rank,
+        all in host or all in device memory; for the latter beside what `stream` does from here on.
+        Until `wait(stream)` of the result, which makes a stream, not the host, wait for it, the
+        buffers belong to the transfer."""
+        buffers = [buffer for buffer, _ in (*sends, *receives)]
+        if not all(map(_on_device, buffers)):
+            return self._host.exchange(sends, receives)
         if self.nccl is None:
-            self._broadcast_staged(buffer, root, stream)
-            return _Done()
-        if self.rank == root:
-            self.traffic.sent += buffer.nbytes * (self.size - 1)
-        else:
-            self.traffic.received += buffer.nbytes
-        return self._start(stream, (buffer,), lambda side: self.nccl.broadcast(buffer, root, side))
-
-    def broadcast(self, buffer: Buffer | DeviceBuffer, root: int = 0, stream: int = 0) -> None:
-        """Overwrites `buffer` on every rank with the root's."""
-        if _on_device(buffer):
-            self.start_broadcast(buffer, root, stream).wait(stream)
-        else:
-            self._host.broadcast(buffer, root)
-
-    def exchange(
-        self,
-        send: Buffer | DeviceBuffer,
-        dest: int,
-        receive: Buffer | DeviceBuffer,
-        source: int,
-        stream: int = 0,
-    ) -> Request:
-        """Starts sending `send` to one rank while `receive` is filled by another, both in host or
-        both in device memory; for the latter as `start_broadcast`."""
-        if not _on_device(send):
-            return self._host.exchange(send, dest, receive, source)
-        if self.nccl is None:
-            arriving = np.empty(receive.nbytes, np.uint8)
-            self._host.exchange(self._to_host(send, stream), dest, arriving, source).wait()
-            _C.copy(arriving, receive, self.device, stream)
-            return _Done()
-        self.traffic.sent += send.nbytes
-        self.traffic.received += receive.nbytes
-        return self._start(
-            stream,
-            (send, receive),
-            lambda side: self.nccl.exchange(send, dest, receive, source, side),
-        )
+            return self._exchange_staged(sends, receives, stream)
+        self.traffic.add(Traffic.of(sends, receives))
+        side = self._side_stream.handle
+        self._ready.record(stream)
+        self._ready.block(side)
+        with self.nccl:
+            for buffer, rank in sends:
+                self.nccl.send(buffer, rank, side)
+            for buffer, rank in receives:
+                self.nccl.receive(buffer, rank, side)
+        done = _C.Event(self.device)
+        done.record(side)
+        return _Transfer(done, buffers)
 
     def all_gather(
         self, buffer: Buffer | DeviceBuffer, gathered: Buffer | DeviceBuffer, stream: int = 0
@@ -287,15 +273,6 @@ class GpuCommunicator:
             return _C.RankMerge(self._peer)
         return _C.RankMerge(self.nccl, self._workspace) if self.nccl else None
 
-    def _start(self, stream: int, buffers: tuple[DeviceBuffer, ...], transfer: Any) -> _Transfer:
-        side = self._side_stream.handle
-        self._ready.record(stream)
-        self._ready.block(side)
-        transfer(side)
-        done = _C.Event(self.device)
-        done.record(side)
-        return _Transfer(done, buffers)
-
     def _merge_staged(
         self, o: DeviceBuffer, lse: DeviceBuffer, out: DeviceBuffer, stream: int
     ) -> None:
@@ -314,14 +291,13 @@ class GpuCommunicator:
         self._host.all_gather(self._to_host(buffer, stream), arrived)
         _C.copy(arrived, gathered, self.device, stream)
 
-    def _broadcast_staged(self, buffer: DeviceBuffer, root: int, stream: int) -> None:
-        if self.rank == root:
-            staged = self._to_host(buffer, stream)
-        else:
-            staged = np.empty(buffer.nbytes, np.uint8)
-        self._host.broadcast(staged, root)
-        if self.rank != root:
-            _C.copy(staged, buffer, self.device, stream)
+    def _exchange_staged(self, sends: Addressed, receives: Addressed, stream: int) -> Request:
+        leaving = [(self._to_host(buffer, stream), rank) for buffer, rank in sends]
+        arriving = [(np.empty(buffer.nbytes, np.uint8), rank) for buffer, rank in receives]
+        self._host.exchange(leaving, arriving).wait()
+        for (arrived, _), (buffer, _) in zip(arriving, receives, strict=True):
+            _C.copy(arrived, buffer, self.device, stream)
+        return Done()
 
     def _to_host(self, buffer: DeviceBuffer, stream: int) -> np.ndarray:
         staged = np.empty(buffer.nbytes, np.uint8)
@@ -364,18 +340,13 @@ def _watch(nccl: Any, host: Communicator, is_over: threading.Event) -> None:
 
 
 class _Transfer:
-    def __init__(self, done: Any, buffers: tuple[DeviceBuffer, ...]) -> None:
+    def __init__(self, done: Any, buffers: list[DeviceBuffer]) -> None:
         self._done = done
         self._buffers = buffers  # the transfer needs them until a stream has waited
 
     def wait(self, stream: int = 0) -> None:
         self._done.block(stream)
-        self._buffers = ()
-
-
-class _Done:
-    def wait(self, stream: int = 0) -> None:
-        pass
+        self._buffers.clear()
 
 
 class _Bytes:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
-from star_attention.distributed.base import Buffer, Traffic
+from star_attention.distributed.base import Addressed, Buffer, Traffic
 
 # A rank that waits spins at first, longer for objects, which are few and start what all ranks do
 # together, then sleeps for a share of what it has waited so far.
@@ -49,16 +49,6 @@ class MpiCommunicator:
 
         sys.excepthook = abort_on_exception
 
-    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
-        self.start_broadcast(buffer, root).wait()
-
-    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> _Transfer:
-        if self.rank == root:
-            self.traffic.sent += buffer.nbytes * (self.size - 1)
-        else:
-            self.traffic.received += buffer.nbytes
-        return _Transfer([self._ranks.Ibcast(_bytes(buffer), root=root)], (buffer,))
-
     def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         # The receive count of an all-gather is what one rank contributes.
         receive = [gathered, buffer.nbytes, MPI.BYTE]
@@ -66,15 +56,11 @@ class MpiCommunicator:
         self.traffic.sent += buffer.nbytes * (self.size - 1)
         self.traffic.received += buffer.nbytes * (self.size - 1)
 
-    def exchange(
-        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
-    ) -> _Transfer:
-        self.traffic.sent += send.nbytes
-        self.traffic.received += receive.nbytes
-        return _Transfer(
-            [self._ranks.Irecv(_bytes(receive), source), self._ranks.Isend(_bytes(send), dest)],
-            (send, receive),
-        )
+    def exchange(self, sends: Addressed, receives: Addressed, stream: int = 0) -> _Transfer:
+        self.traffic.add(Traffic.of(sends, receives))
+        requests = [self._ranks.Irecv(_bytes(buffer), rank) for buffer, rank in receives]
+        requests += [self._ranks.Isend(_bytes(buffer), rank) for buffer, rank in sends]
+        return _Transfer(requests, [buffer for buffer, _ in (*sends, *receives)])
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         is_root, room = self.rank == root, _SMALL_BYTES - _HEADER.size
@@ -122,13 +108,14 @@ class MpiCommunicator:
 
 
 class _Transfer:
-    def __init__(self, requests: list[MPI.Request], buffers: tuple[Buffer, ...]) -> None:
+    def __init__(self, requests: list[MPI.Request], buffers: list[Buffer]) -> None:
         self._requests = requests
         self._buffers = buffers  # MPI needs them until the transfer is done
 
     def wait(self, stream: int = 0) -> None:
         for request in self._requests:
             _wait(request)
+        self._buffers.clear()
 
 
 def _bytes(buffer: Buffer) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-from star_attention.distributed.base import Buffer, Traffic
+from star_attention.distributed.base import Addressed, Buffer, Done, Request, Traffic
 
 
 class SingleProcess:
@@ -19,20 +19,11 @@ class SingleProcess:
         self.traffic = Traffic()
         self.world = self
 
-    def broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> None:
-        pass
-
-    def start_broadcast(self, buffer: Buffer, root: int = 0, stream: int = 0) -> _Done:
-        return _Done()
-
     def all_gather(self, buffer: Buffer, gathered: Buffer, stream: int = 0) -> None:
         gathered[0] = buffer
 
-    def exchange(
-        self, send: Buffer, dest: int, receive: Buffer, source: int, stream: int = 0
-    ) -> _Done:
-        receive[...] = send
-        return _Done()
+    def exchange(self, sends: Addressed, receives: Addressed, stream: int = 0) -> Request:
+        return Done()
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         return value
@@ -57,8 +48,3 @@ class SingleProcess:
 
     def abort(self, code: int = 1) -> NoReturn:
         sys.exit(code)
-
-
-class _Done:
-    def wait(self, stream: int = 0) -> None:
-        pass

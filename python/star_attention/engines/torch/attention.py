@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from star_attention import ops
 from star_attention.distributed import Communicator
-from star_attention.engines.base import AttentionStep, RingStep
+from star_attention.distributed.base import Addressed, Request
+from star_attention.engines.base import Exchange, Hop, PagedStep, Pages
 
 _MERGE_ROWS = 4096  # of partials that are merged at a time
+
+# Where pages are in a pool: consecutive ones are a view of it, others are copied.
+PageIndex: TypeAlias = "slice | torch.Tensor"
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,42 @@ class PagedTables:
 
 class Attention:
     """Attention of one pass, layer by layer: a layer's pool is announced by `begin`, then written,
-    `stored` being told how far, then attended to by a call. A layer that is only written is not
-    announced."""
+    `stored` being told how far, then attended to by a call, or only finished by `finish`.
 
-    def __init__(self, comm: Communicator, scale: float, device: torch.device) -> None:
+    What ranks exchange travels beside the projection of later rows, and a hop's pages arrive while
+    those before them are attended to. What the rows see of several lists of pages is merged list by
+    list: there are two partials at a time, and two hops' pages.
+
+    Args:
+        lists: of pages of this rank, which the rows see.
+        merge: outputs are merged over the ranks.
+        exchanges, hops: as in `PagedStep`.
+
+    Attributes:
+        cuts: rows at which `stored` is to be told, for exchanges to begin early.
+
+    Source: of hops, Ring Attention, arXiv 2310.01889, section 3.
+    """
+
+    def __init__(
+        self,
+        lists: Sequence[PagedTables],
+        comm: Communicator,
+        scale: float,
+        merge: bool = False,
+        exchanges: Sequence[_Exchange] = (),
+        hops: Sequence[_Hop] = (),
+    ) -> None:
+        self._lists, self._hops = lists, hops
         self._comm = comm
         self._scale = scale
-        self._clock = _Clock(device)
+        self._merge = merge and comm.size > 1
+        self._exchanges = exchanges
+        self.cuts = tuple(sorted({exchange.rows for exchange in exchanges}))
+        self._to_start: deque[_Exchange] = deque()
+        self._under_way: list[tuple[Request, list[tuple[PageIndex, torch.Tensor, int]]]] = []
+        self._device = lists[0].kv_lens.device
+        self._clock = _Clock(self._device)
 
     @property
     def wait_seconds(self) -> float:
@@ -84,153 +118,176 @@ class Attention:
 
     def begin(self, pool: torch.Tensor) -> None:
         """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""
+        self._to_start.extend(self._exchanges)
+        self.stored(pool, 0)
 
     def stored(self, pool: torch.Tensor, rows: int) -> None:
         """The first `rows` rows' KV is in the pool."""
+        while self._to_start and self._to_start[0].rows <= rows:
+            exchange = self._to_start.popleft()
+            arriving = [(index, _room(pool, index), rank) for index, rank in exchange.receives]
+            receives = [(room, rank) for _, room, rank in arriving]
+            self._under_way.append((self._start(pool, exchange.sends, receives), arriving))
 
-    def end(self) -> None:
-        """The last layer is done."""
+    def finish(self, pool: torch.Tensor) -> None:
+        """All that the layer's exchanges bring is in the pool."""
+        for request, arriving in self._under_way:
+            self._wait(request)
+            for index, room, _ in arriving:
+                if not isinstance(index, slice):
+                    pool[index] = room
+        self._under_way.clear()
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
-        raise NotImplementedError
-
-
-class PagedAttention(Attention):
-    """Attention over this rank's pages.
-
-    Pages that rank 0 shares travel while the others compute their own: they are received from
-    `begin` on and awaited before attention; rank 0 sends them as soon as they are written, and its
-    GPU runs ahead of the others by at most two layers, which bounds what is on its way.
-
-    Args:
-        shared_pages, shared_rows: as in `PagedStep`.
-        merge: outputs are merged over the ranks.
-        prefix: of the lists of pages that stand before those of `tables`.
-    """
-
-    def __init__(
-        self,
-        tables: PagedTables,
-        comm: Communicator,
-        scale: float,
-        shared_pages: np.ndarray | None = None,
-        shared_rows: int = 0,
-        merge: bool = False,
-        prefix: PagedTables | None = None,
-    ) -> None:
-        super().__init__(comm, scale, tables.kv_lens.device)
-        alone = comm.size == 1
-        self._tables, self._prefix = tables, prefix
-        self._merge = merge and not alone
-        self._shared = None if alone else shared_pages
-        self._shared_rows = shared_rows
-        self._to_send = False
-        self._transfers: deque[_Transfer] = deque()  # under way, oldest first
-
-    def begin(self, pool: torch.Tensor) -> None:
-        if self._shared is None:
-            return
-        self._to_send = self._comm.rank == 0
-        if self._to_send:
-            self.stored(pool, 0)
-        else:
-            self._transfers.append(_Transfer(self._comm, pool, self._shared))
-
-    def stored(self, pool: torch.Tensor, rows: int) -> None:
-        if self._to_send and rows >= self._shared_rows:
-            self._to_send = False
-            self._finish(all_but=1)
-            self._transfers.append(_Transfer(self._comm, pool, self._shared))
-
-    def end(self) -> None:
-        self._finish()  # the pages may be overwritten from here on
-
-    def _finish(self, all_but: int = 0) -> None:
-        while len(self._transfers) > all_but:
-            self._transfers.popleft().finish()
-
-    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        if self._to_send:
-            raise ValueError(f"rank 0 shares {self._shared_rows} rows of {len(q)}")
-        if self._transfers and not (self._comm.rank == 0 and q.is_cuda):
-            with self._clock:  # also where it is rank 0's: MPI sends while it is waited for
-                self._finish()
+        self.finish(pool)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
         if not q.is_cuda:
             return merge_over_ranks(self._comm, *self._attend(q, pool, q.dtype))
         merged = torch.empty_like(q)
-        self._comm.merge(*self._attend(q, pool, torch.float32), merged, stream_of(q.device))
+        self._comm.merge(*self._attend(q, pool, torch.float32), merged, stream_of(self._device))
         return merged
 
     def _attend(
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """o in `dtype`, and lse, over this rank's pages."""
-        if self._prefix is None:
+        """o in `dtype`, and lse, over what this rank sees."""
+        if len(self._lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
-            return self._tables.attend(q, pool, self._scale, out)
-        o, lse = _partials(q, 2)
-        for index, tables in enumerate((self._prefix, self._tables)):
-            tables.attend(q, pool, self._scale, (o[index], lse[index]))
-        return ops.merge_lse(o, lse, out_dtype=dtype)
+            return self._lists[0].attend(q, pool, self._scale, out)
+        seen = _Seen(q, self._scale)
+        lists, here = self._lists, pool
+        for hop in self._hops:
+            arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
+            receives = [(arriving, hop.source)] if hop.num_pages else []
+            request = self._start(pool, hop.sends, receives)
+            seen.add(lists, here)
+            self._wait(request)
+            lists, here = (hop.tables,) if hop.tables.max_kv_len else (), arriving
+        seen.add(lists, here)
+        return seen.merged(dtype)
 
+    def _start(self, pool: torch.Tensor, sends: _Sends, receives: Addressed) -> Request:
+        leaving = [(pool[index], ranks) for index, ranks in sends]  # one copy for all ranks
+        each = [(pages, rank) for pages, ranks in leaving for rank in ranks]
+        return self._comm.exchange(each, receives, stream_of(self._device))
 
-class RingAttention(Attention):
-    """Attention over every rank's pages. While this rank attends to one rank's, they travel on to
-    the next rank and the previous rank's arrive.
-
-    Source: Ring Attention, arXiv 2310.01889, section 3.
-    """
-
-    def __init__(
-        self, step: RingStep, comm: Communicator, scale: float, device: torch.device
-    ) -> None:
-        super().__init__(comm, scale, device)
-        self._pages = step.pages
-        self._hops = [
-            (
-                hop.num_pages,
-                PagedTables.on(device, hop.page_table, step.cu_seqlens_q, hop.kv_lens, hop.causal),
-            )
-            for hop in step.hops
-        ]
-
-    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        comm, stream = self._comm, stream_of(q.device)
-        here = select_pages(pool, self._pages)
-        o, lse = _partials(q, min(2, len(self._hops)))  # of the hops so far, and of this one
-        for hop, (_, tables) in enumerate(self._hops):
-            request = None
-            if hop + 1 < len(self._hops):
-                arriving = pool.new_empty(self._hops[hop + 1][0], *pool.shape[1:])
-                request = comm.exchange(
-                    here, (comm.rank + 1) % comm.size, arriving, (comm.rank - 1) % comm.size, stream
-                )
-            this = min(hop, 1)
-            tables.attend(q, here, self._scale, (o[this], lse[this]))
-            if this:
-                _merge_into_first(o, lse)
-            if request:
-                with self._clock:
-                    request.wait(stream)
-                here = arriving
-        return o[0].to(q.dtype)
+    def _wait(self, request: Request) -> None:
+        with self._clock:
+            request.wait(stream_of(self._device))
 
 
 def attention_on(
-    step: AttentionStep, comm: Communicator, scale: float, device: torch.device
+    step: PagedStep, comm: Communicator, scale: float, device: torch.device
 ) -> Attention:
     """The attention that `step` describes, ready on `device`."""
-    if isinstance(step, RingStep):
-        return RingAttention(step, comm, scale, device)
+    rows = len(step.slot_mapping)
+    for exchange in step.exchanges:
+        if exchange.rows > rows:
+            raise ValueError(f"an exchange follows {exchange.rows} rows of {rows}")
     tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
     prefix = step.prefix and PagedTables.on(
         device, step.prefix.page_table, step.prefix.cu_seqlens_q, step.prefix.kv_lens
     )
-    shared = step.shared_pages, step.shared_rows
-    return PagedAttention(tables, comm, scale, *shared, step.merge, prefix)
+    return Attention(
+        (prefix, tables) if prefix else (tables,),
+        comm,
+        scale,
+        step.merge,
+        [_Exchange.on(device, exchange) for exchange in step.exchanges],
+        [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
+    )
+
+
+class _Seen:
+    """What rows q [T, Hq, D] see of several lists of pages."""
+
+    def __init__(self, q: torch.Tensor, scale: float) -> None:
+        self._q, self._scale = q, scale
+        self._o, self._lse = _partials(q, 2)  # of the lists so far, and of the last one
+        self._lists = 0
+
+    def add(self, lists: Iterable[PagedTables], pool: torch.Tensor) -> None:
+        for tables in lists:
+            if self._lists > 1:
+                self._merge_into_first()
+            this = min(self._lists, 1)
+            tables.attend(self._q, pool, self._scale, (self._o[this], self._lse[this]))
+            self._lists += 1
+
+    def merged(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """o in `dtype`, and lse."""
+        if self._lists > 1:
+            if len(self._q) <= _MERGE_ROWS:
+                return ops.merge_lse(self._o, self._lse, out_dtype=dtype)
+            self._merge_into_first()
+        return self._o[0].to(dtype), self._lse[0]
+
+    def _merge_into_first(self) -> None:
+        o, lse = self._o, self._lse
+        for first in range(0, o.shape[1], _MERGE_ROWS):
+            rows = slice(first, first + _MERGE_ROWS)
+            o[0, rows], lse[0, rows] = ops.merge_lse(o[:, rows], lse[:, rows])
+
+
+# Pages and the ranks that they go to; pages that go to several are there once.
+_Sends: TypeAlias = "tuple[tuple[PageIndex, list[int]], ...]"
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """An `Exchange` on the device. No pages are no transfer."""
+
+    rows: int
+    sends: _Sends
+    receives: tuple[tuple[PageIndex, int], ...]
+
+    @classmethod
+    def on(cls, device: torch.device, exchange: Exchange) -> _Exchange:
+        receives = tuple(
+            (_index_on(device, each.pages), each.rank)
+            for each in exchange.receives
+            if len(each.pages)
+        )
+        return cls(exchange.rows, _sends_on(device, exchange.sends), receives)
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """A `Hop` on the device."""
+
+    sends: _Sends
+    source: int
+    num_pages: int
+    tables: PagedTables
+
+    @classmethod
+    def on(cls, device: torch.device, hop: Hop, cu_seqlens_q: np.ndarray) -> _Hop:
+        tables = PagedTables.on(device, hop.page_table, cu_seqlens_q, hop.kv_lens)
+        return cls(_sends_on(device, (hop.sends,)), hop.source, hop.num_pages, tables)
+
+
+def _sends_on(device: torch.device, sends: Iterable[Pages]) -> _Sends:
+    ranks_of: dict[tuple[int, ...], list[int]] = {}
+    for each in sends:
+        ranks_of.setdefault(tuple(each.pages.tolist()), []).append(each.rank)
+    return tuple(
+        (_index_on(device, np.array(pages)), ranks) for pages, ranks in ranks_of.items() if pages
+    )
+
+
+def _index_on(device: torch.device, pages: np.ndarray) -> PageIndex:
+    if (np.diff(pages) == 1).all():
+        return slice(int(pages[0]), int(pages[-1]) + 1)
+    return to_device(pages, device)
+
+
+def _room(pool: torch.Tensor, index: PageIndex) -> torch.Tensor:
+    """Where pages arrive: at once in the pool if they are consecutive there."""
+    if isinstance(index, slice):
+        return pool[index]
+    return pool.new_empty(len(index), *pool.shape[1:])
 
 
 def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -239,24 +296,6 @@ def merge_over_ranks(comm: Communicator, o: torch.Tensor, lse: torch.Tensor) -> 
     partials = partial.new_empty(comm.size, *partial.shape)
     comm.all_gather(partial, partials)
     return ops.merge_lse(partials[..., :-1], partials[..., -1])[0].to(o.dtype)
-
-
-def select_pages(pool: torch.Tensor, pages: np.ndarray) -> torch.Tensor:
-    """The pages in order, contiguous: a view where they are consecutive, otherwise a copy."""
-    if _consecutive(pages):
-        return pool[int(pages[0]) : int(pages[-1]) + 1]
-    return pool[to_device(pages, pool.device)]
-
-
-def _consecutive(pages: np.ndarray) -> bool:
-    return len(pages) > 0 and bool((np.diff(pages) == 1).all())
-
-
-def _merge_into_first(o: torch.Tensor, lse: torch.Tensor) -> None:
-    """Both partials' attention, o [2, T, Hq, D] and lse [2, T, Hq], in place of the first."""
-    for first in range(0, o.shape[1], _MERGE_ROWS):
-        rows = slice(first, first + _MERGE_ROWS)
-        o[0, rows], lse[0, rows] = ops.merge_lse(o[:, rows], lse[:, rows])
 
 
 def _partials(q: torch.Tensor, *shards: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,22 +314,6 @@ def stream_of(device: torch.device) -> int:
     """The handle of the current stream; 0 on the CPU."""
     # What torch.cuda.current_stream gives, without the object around it.
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
-class _Transfer:
-    """Rank 0's pages on their way to all other ranks."""
-
-    def __init__(self, comm: Communicator, pool: torch.Tensor, pages: np.ndarray) -> None:
-        self._pool, self._pages = pool, pages
-        self._stream = stream_of(pool.device)
-        self._buffer = select_pages(pool, pages)
-        self._unpacks = comm.rank > 0 and not _consecutive(pages)
-        self._request = comm.start_broadcast(self._buffer, 0, self._stream)
-
-    def finish(self) -> None:
-        self._request.wait(self._stream)
-        if self._unpacks:
-            self._pool[to_device(self._pages, self._pool.device)] = self._buffer
 
 
 class _Clock:

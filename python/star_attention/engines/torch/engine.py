@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from star_attention.distributed import Communicator, SingleProcess
-from star_attention.engines.base import AttentionStep, Limits, is_decode_step
+from star_attention.engines.base import Limits, PagedStep, is_decode_step
 from star_attention.engines.torch.attention import Attention, attention_on, to_device
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
@@ -39,7 +39,7 @@ class TorchEngine:
             parallelism); `comm` connects this rank with those that have the same part.
     """
 
-    has_ring = shares_pages = has_prefix = True
+    has_exchanges = has_hops = has_prefix = True
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class TorchEngine:
         self,
         token_ids: np.ndarray,
         positions: np.ndarray,
-        attention: AttentionStep,
+        attention: PagedStep,
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
@@ -172,7 +172,6 @@ class TorchEngine:
             self._part, inputs, self._pool.data, self._rotary, attention, self._group
         )
         logits = decode(operators, self._weights, on_layer)
-        attention.end()
         if logits is None:
             return torch.empty(0, self.config.vocab_size, device=self._device)
         return logits

@@ -10,7 +10,7 @@ import torch
 
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import PagedStep, padded_count
-from star_attention.engines.torch.attention import Attention, PagedAttention, PagedTables
+from star_attention.engines.torch.attention import Attention, PagedTables
 from star_attention.engines.torch.operators import PassInputs
 
 # A forward pass over inputs that stay where they are: logits.
@@ -79,11 +79,10 @@ class DecodeGraphs:
         inputs = _DecodeInputs(count, lists, self._width, self._device)
         max_kv_len = self._width * self._tokens_per_block
         starts = torch.arange(count + 1, dtype=torch.int32, device=self._device)
-        tables = PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)
-        prefix = None
+        tables = [PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)]
         if lists:
-            prefix = PagedTables(*inputs.prefix, False, count, max_kv_len)
-        attention = PagedAttention(tables, self._comm, self._scale, merge=merge, prefix=prefix)
+            tables.insert(0, PagedTables(*inputs.prefix, False, count, max_kv_len))
+        attention = Attention(tables, self._comm, self._scale, merge)
         return _DecodeGraph(
             inputs, lambda: self._forward(inputs.tokens, attention), self._comm.traffic
         )

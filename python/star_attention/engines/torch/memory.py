@@ -19,6 +19,12 @@ def pass_limits(
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
+    Pages that ranks exchange are copied where they are not consecutive, while the rows are
+    projected, before there is attention's output: those of a layer that leave this rank and those
+    that arrive, which are other ones. They are those that hold the rows of all ranks, and at most
+    the pool. In a ring, a rank's own pages, those that are attended to and those that arrive may
+    each be all that a rank has.
+
     Args:
         part: what the GPU computes of the model, in elements of `itemsize` bytes.
         pages, tokens_per_block: of the KV pool.
@@ -34,13 +40,13 @@ def pass_limits(
     # projection.
     chunk = (part.hidden_size + max(3 * part.intermediate_size, q + kv)) * itemsize
     usable = int(_USABLE * free)
-    # Over several ranks: a question's partials; in a ring two, and the pages of a layer that
-    # leave and arrive, which may be all that a rank has.
-    merged = partial if num_ranks > 1 else 0
-    in_a_ring = 2 * part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
-    context = _rows(usable, alone, chunk)
-    question = _rows(usable, alone + merged, chunk)
-    ring = _rows(usable - in_a_ring, alone + 2 * partial, chunk) if num_ranks > 1 else context
+    context = question = ring = _rows(usable, alone, chunk)
+    if num_ranks > 1:
+        layer = part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
+        exchanged = max(0, num_ranks * kv - q) * itemsize  # more than the output takes later
+        context = max(_rows(usable, alone + exchanged, chunk), _rows(usable - layer, alone, chunk))
+        question = _rows(usable, alone + partial, chunk)
+        ring = _rows(usable - 3 * layer, alone + 2 * partial, chunk)
     if min(context, question) < _LEAST_TOKENS:
         raise UserError(
             f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "

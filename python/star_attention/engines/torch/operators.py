@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,16 +73,17 @@ class TorchOperators:
         self, layer: int, x: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor | None:
         inputs, pool, attention = self._inputs, self._pool[layer], self._attention
-        ends_here = layer == self._part.num_layers - 1 and not self._wants_logits
-        if not ends_here:
-            attention.begin(pool)
-        for chunk in _chunks(x):
+        attention.begin(pool)
+        for chunk in _chunks(x, attention.cuts):
             qkv = project(x[chunk])
             positions, slots = inputs.positions[chunk], inputs.slots[chunk]
             ops.rope_append(qkv, positions, self._rotary, pool, slots, self._q[chunk])
             del qkv  # before the next chunk's is made
             attention.stored(pool, chunk.stop)
-        return None if ends_here else attention(self._q, pool).flatten(1)
+        if layer == self._part.num_layers - 1 and not self._wants_logits:
+            attention.finish(pool)
+            return None
+        return attention(self._q, pool).flatten(1)
 
     def by_rows(
         self,
@@ -126,10 +128,15 @@ class TorchOperators:
         return parts.transpose(0, 1).flatten(1).float()
 
 
-def _chunks(x: torch.Tensor) -> tuple[slice, ...]:
-    return _slices(len(x), CHUNK_ROWS[x.device.type])
+def _chunks(x: torch.Tensor, cuts: tuple[int, ...] = ()) -> tuple[slice, ...]:
+    """Rows of x in pieces, of which one ends at each of `cuts`."""
+    return _slices(len(x), CHUNK_ROWS[x.device.type], cuts)
 
 
 @functools.lru_cache
-def _slices(rows: int, size: int) -> tuple[slice, ...]:
-    return tuple(slice(first, min(first + size, rows)) for first in range(0, rows, size))
+def _slices(rows: int, size: int, cuts: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(
+        slice(first, min(first + size, end))
+        for begin, end in itertools.pairwise((0, *cuts, rows))
+        for first in range(begin, end, size)
+    )
