@@ -153,6 +153,18 @@ void NcclCommunicator::exchange(const void* send, size_t send_bytes, int dest, v
   check_nccl(received, "receive", comm);
 }
 
+void NcclCommunicator::send(const void* buffer, size_t bytes, int dest, cudaStream_t stream) {
+  require(dest >= 0 && dest < size_, "dest", dest, "0 to " + std::to_string(size_ - 1));
+  const DeviceGuard guard(device_);
+  check_nccl(nccl().Send(buffer, bytes, ncclInt8, dest, comm(), stream), "send", comm());
+}
+
+void NcclCommunicator::receive(void* buffer, size_t bytes, int source, cudaStream_t stream) {
+  require(source >= 0 && source < size_, "source", source, "0 to " + std::to_string(size_ - 1));
+  const DeviceGuard guard(device_);
+  check_nccl(nccl().Recv(buffer, bytes, ncclInt8, source, comm(), stream), "receive", comm());
+}
+
 void NcclCommunicator::all_reduce(void* buffer, size_t count, DType dtype, cudaStream_t stream) {
   const DeviceGuard guard(device_);
   check_nccl(nccl().AllReduce(buffer, buffer, count, type_of(dtype), ncclSum, comm(), stream),

@@ -38,6 +38,9 @@ class NcclCommunicator {
   // Sends to one rank while another one's data arrives.
   void exchange(const void* send, size_t send_bytes, int dest, void* receive, size_t receive_bytes,
                 int source, cudaStream_t stream);
+  // To one rank, which receives as much. What goes from one to another keeps its order.
+  void send(const void* buffer, size_t bytes, int dest, cudaStream_t stream);
+  void receive(void* buffer, size_t bytes, int source, cudaStream_t stream);
   // Overwrites `buffer` with the sum over ranks.
   void all_reduce(void* buffer, size_t count, DType dtype, cudaStream_t stream);
 
