@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_steps import step_of
+from engine_steps import ints, step_of
 from star_attention.distributed import SingleProcess
-from star_attention.engines.base import RingStep, runs_of
+from star_attention.engines.base import Exchange, Hop, Pages, runs_of
 from star_attention.engines.page_copies import PagesUnderCopy
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
@@ -591,6 +591,14 @@ def test_runs():
 
 
 def test_pages_under_copy():
+    def pages(*numbers):
+        return (Pages(1, ints(*numbers)),)
+
+    def hop_that_sends(*numbers):
+        return Hop(
+            *pages(*numbers), source=1, num_pages=0, kv_lens=ints(0), page_table=ints()[None]
+        )
+
     copies = PagesUnderCopy()
     assert not copies
     copies.add([1, 2], written=False)
@@ -602,13 +610,14 @@ def test_pages_under_copy():
         (step_of(([1, 2], 14, 2)), True),
         (step_of(([4, 5], 0, 2)), True),  # may look at 5
         (step_of(([4, 5], 9, 1), stored=False), True),
-        (step_of(([3], 0, 1), shared_pages=np.array([2], np.int32)), True),
+        (step_of(([3], 0, 1), exchanges=(Exchange(0, (), pages(2)),)), True),
+        (step_of(([3], 0, 1), exchanges=(Exchange(0, pages(2), ()),)), False),
+        (step_of(([3], 0, 1), exchanges=(Exchange(0, pages(2, 5), pages(4)),)), True),
+        (step_of(([3], 0, 1), hops=(hop_that_sends(1, 3),)), False),
+        (step_of(([3], 0, 1), hops=(hop_that_sends(3, 5),)), True),
     ]
     for step, expected in steps:
         assert copies.concern_step(step, PAGE) == expected, step
-    slots = np.array([-1, 24], np.int32)
-    for pages, expected in (([1, 3], False), ([3, 5], True)):
-        assert copies.concern_step(RingStep(slots, slots, np.array(pages), ()), PAGE) == expected
     assert copies.concern([], [2])
     copies.clear()
     assert not copies

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from star_attention.engines.base import AttentionStep, RingStep
+from star_attention.engines.base import PagedStep
 
 
 class PageCopies(ABC):
@@ -27,7 +27,7 @@ class PageCopies(ABC):
         """The reverse of `read`."""
         self._copy(pool, pages, data, to_pool=True)
 
-    def before_step(self, step: AttentionStep, tokens_per_block: int) -> None:
+    def before_step(self, step: PagedStep, tokens_per_block: int) -> None:
         """The steps' stream waits for the copies that concern the step."""
         if self._are_under_way() and self._under_way.concern_step(step, tokens_per_block):
             self._wait()
@@ -97,13 +97,17 @@ class PagesUnderCopy:
             and self._read.isdisjoint(writes)
         )
 
-    def concern_step(self, step: AttentionStep, tokens_per_block: int) -> bool:
+    def concern_step(self, step: PagedStep, tokens_per_block: int) -> bool:
         slots = step.slot_mapping[step.slot_mapping >= 0]
-        writes = np.unique(slots // tokens_per_block).tolist()
-        if isinstance(step, RingStep):
-            return self.concern(step.pages.tolist(), writes)
-        if step.shared_pages is not None:
-            writes += step.shared_pages.tolist()
+        sent = [each.pages for exchange in step.exchanges for each in exchange.sends]
+        received = [each.pages for exchange in step.exchanges for each in exchange.receives]
+        passed_on = [hop.sends.pages for hop in step.hops]
         tables = [step.page_table, *([step.prefix.page_table] if step.prefix else [])]
-        reads = {page for table in tables for page in np.unique(table).tolist()}
-        return self.concern(reads, writes)
+        return self.concern(
+            _pages_in(*tables, *sent, *passed_on),
+            _pages_in(slots // tokens_per_block, *received),
+        )
+
+
+def _pages_in(*arrays: np.ndarray) -> set[int]:
+    return {page for array in arrays for page in np.unique(array).tolist()}
