@@ -114,11 +114,11 @@ void run_attention(const AttentionLayer& layer, const StepTensors& tensors,
       static_cast<char*>(context.kv_pool) + layer.layer * context.num_pages * page_bytes;
 
   store_kv(layer, tensors, context, kv_pool, stream);
-  if (layer.layer >= context.attending_layers) return;
-  if (context.shared_pages) {
-    context.shared_pages->share(kv_pool, context.num_pages, page_bytes, stream);
-    if (layer.layer == context.attending_layers - 1) context.shared_pages->finish(stream);
+  if (context.exchange) {
+    context.exchange->exchange(kv_pool, context.num_pages, page_bytes, stream);
+    if (layer.layer == context.num_layers - 1) context.exchange->finish(stream);
   }
+  if (layer.layer >= context.attending_layers) return;
   attend(layer, tensors, context, kv_pool, stream);
 }
 

@@ -93,10 +93,10 @@ class PyStepContext {
     merge_ = std::move(merge);
   }
 
-  py::object shared_pages() const { return shared_pages_; }
-  void set_shared_pages(py::object pages) {
-    context.shared_pages = pages.is_none() ? nullptr : pages.cast<SharedPages*>();
-    shared_pages_ = std::move(pages);
+  py::object exchange() const { return exchange_; }
+  void set_exchange(py::object exchange) {
+    context.exchange = exchange.is_none() ? nullptr : exchange.cast<PageExchange*>();
+    exchange_ = std::move(exchange);
   }
 
   py::object workspace() const { return workspace_; }
@@ -114,7 +114,7 @@ class PyStepContext {
   }
 
  private:
-  py::object kv_pool_, merge_ = py::none(), shared_pages_ = py::none(), workspace_ = py::none();
+  py::object kv_pool_, merge_ = py::none(), exchange_ = py::none(), workspace_ = py::none();
 };
 
 // An Execution together with what is bound to it.
@@ -197,16 +197,22 @@ py::list io_of(const Session& session) {
   return io;
 }
 
+// Of each run: the other rank, the first page, how many.
+using PyRuns = std::vector<std::tuple<int, int64_t, int64_t>>;
+
+std::vector<PageExchange::Run> to_runs(const PyRuns& given) {
+  std::vector<PageExchange::Run> runs;
+  for (const auto& [peer, first, count] : given) runs.push_back({peer, first, count});
+  return runs;
+}
+
 void bind_step(py::module_& m) {
-  py::class_<SharedPages>(m, "SharedPages")
-      .def(py::init([](NcclCommunicator& nccl, int rank,
-                       const std::vector<std::pair<int64_t, int64_t>>& runs) {
-             std::vector<SharedPages::Run> converted;
-             for (const auto& [first, count] : runs) converted.push_back({first, count});
-             return std::make_unique<SharedPages>(nccl, rank, std::move(converted));
+  py::class_<PageExchange>(m, "PageExchange")
+      .def(py::init([](NcclCommunicator& nccl, const PyRuns& sends, const PyRuns& receives) {
+             return std::make_unique<PageExchange>(nccl, to_runs(sends), to_runs(receives));
            }),
-           arg("nccl"), arg("rank"), arg("runs"), py::keep_alive<1, 2>())
-      .def("wait_seconds", &SharedPages::wait_seconds);
+           arg("nccl"), arg("sends"), arg("receives"), py::keep_alive<1, 2>())
+      .def("wait_seconds", &PageExchange::wait_seconds);
 
   using Context = PyStepContext;
   const auto field = [](auto StepContext::* member) {
@@ -220,7 +226,7 @@ void bind_step(py::module_& m) {
   const auto [layers, set_layers] = field(&StepContext::attending_layers);
   py::class_<Context>(m, "StepContext")
       .def(py::init([](py::object kv_pool, bool causal, int max_q_len, int max_kv_len,
-                       int attending_layers, py::object merge, py::object shared_pages,
+                       int attending_layers, py::object merge, py::object exchange,
                        py::object workspace) {
              auto made = std::make_unique<Context>();
              made->set_kv_pool(std::move(kv_pool));
@@ -229,12 +235,12 @@ void bind_step(py::module_& m) {
              made->context.max_kv_len = max_kv_len;
              made->context.attending_layers = attending_layers;
              made->set_merge(std::move(merge));
-             made->set_shared_pages(std::move(shared_pages));
+             made->set_exchange(std::move(exchange));
              made->set_workspace(std::move(workspace));
              return made;
            }),
            py::kw_only(), arg("kv_pool"), arg("causal"), arg("max_q_len"), arg("max_kv_len"),
-           arg("attending_layers"), arg("merge") = py::none(), arg("shared_pages") = py::none(),
+           arg("attending_layers"), arg("merge") = py::none(), arg("exchange") = py::none(),
            arg("workspace") = py::none())
       // What the input runtime_context holds, for who runs an engine without Execution.
       .def_property_readonly(
@@ -245,7 +251,7 @@ void bind_step(py::module_& m) {
       .def_property("max_kv_len", max_kv_len, set_max_kv_len)
       .def_property("attending_layers", layers, set_layers)
       .def_property("merge", &Context::merge, &Context::set_merge)
-      .def_property("shared_pages", &Context::shared_pages, &Context::set_shared_pages)
+      .def_property("exchange", &Context::exchange, &Context::set_exchange)
       .def_property("workspace", &Context::workspace, &Context::set_workspace);
 
   m.def(

@@ -125,13 +125,6 @@ void NcclCommunicator::close() {
   if (ncclComm_t comm = comm_.exchange(nullptr)) nccl().CommDestroy(comm);
 }
 
-void NcclCommunicator::broadcast(void* buffer, size_t bytes, int root, cudaStream_t stream) {
-  require(root >= 0 && root < size_, "root", root, "0 to " + std::to_string(size_ - 1));
-  const DeviceGuard guard(device_);
-  check_nccl(nccl().Broadcast(buffer, buffer, bytes, ncclInt8, root, comm(), stream), "broadcast",
-             comm());
-}
-
 void NcclCommunicator::all_gather(const void* buffer, void* gathered, size_t bytes,
                                   cudaStream_t stream) {
   const DeviceGuard guard(device_);

@@ -193,6 +193,14 @@ class Direct {
     check_cuda(cudaDeviceSynchronize(), "direct calls");
   }
 
+  void copy_page(int from, int to) {
+    __half* const pages = kv_pool.data() + kLayer * kLayerElements;
+    constexpr size_t kPage = kLayerElements / kPages;
+    check_cuda(cudaMemcpy(pages + to * kPage, pages + from * kPage, kPage * sizeof(__half),
+                          cudaMemcpyDefault),
+               "copy");
+  }
+
   DeviceArray<float> rotary{random_rotary()};
   DeviceArray<__half> kv_pool{kLayers * kLayerElements};
   DeviceArray<__half> out{size_t{kMaxTokens} * kOutWidth};
@@ -497,6 +505,37 @@ void test_merge(Engine& engine) {
   expect_text(expect_failure([&] { engine.run(step); }), "workspace");
 }
 
+// A rank sends pages to itself: what is stored in this step is seen in this step.
+void test_exchange(Engine& engine) {
+  NcclCommunicator nccl(make_nccl_id(), /*rank=*/0, /*size=*/1, /*device=*/0);
+  PageExchange exchange(nccl, {{0, 0, 1}, {0, 2, 1}}, {{0, 4, 1}, {0, 7, 1}});
+  engine.context.exchange = &exchange;
+  Direct direct;
+  const Step step({150, 50}, {150, 114});  // the second sequence is in pages 4 and 5
+  const auto run = [&] {
+    direct.run(step);
+    direct.copy_page(0, 4);
+    direct.copy_page(2, 7);
+    direct.run(step);
+    engine.run(step);
+  };
+  run();
+  expect_equal(engine, direct);
+  expect(exchange.wait_seconds() > 0, "some time");
+
+  engine.context.attending_layers = kLayer;
+  for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
+    check_cuda(cudaMemset(pool->data(), 0, pool->bytes()), "cudaMemset");
+  }
+  run();
+  expect(engine.kv_pool.host() == direct.kv_pool.host(), "the library's KV");
+
+  PageExchange beyond(nccl, {{0, kPages - 1, 2}}, {{0, 0, 2}});
+  engine.context.exchange = &beyond;
+  expect_text(expect_failure([&] { engine.run(step); }), "sends: got 9");
+  expect_text(expect_failure([&] { PageExchange(nccl, {}, {{1, 0, 1}}); }), "receives: got 1");
+}
+
 void test_storing_layer(Engine& engine) {
   engine.context.attending_layers = kLayer;
   Direct direct;
@@ -608,6 +647,12 @@ int run(const std::string& folder) {
     with_engine("context and decode", test_context_and_decode);
     with_engine("CUDA graph", test_graph);
     with_engine("merge", test_merge);
+    try {
+      load_nccl("");
+      with_engine("exchange", test_exchange);
+    } catch (const std::exception& error) {
+      std::printf("exchange: skipped, %s\n", error.what());
+    }
     with_engine("layer that stores only", test_storing_layer);
     with_engine("wrong context", test_wrong_context);
     with_engine("limits", test_limits);

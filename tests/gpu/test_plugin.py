@@ -20,10 +20,12 @@ def built(name: str) -> str:
     return str(max(found, key=lambda file: file.stat().st_mtime))
 
 
-def run(*command: str) -> None:
+def run(*command: str, **environment: str) -> None:
     folder = os.environ.get("TENSORRT_LIB_DIR")
     command += (folder,) if folder else ()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, **environment}
+    )
     print(done.stdout, done.stderr, sep="")
     if done.returncode == NO_TENSORRT:
         pytest.skip(" ".join(done.stdout.split()))
@@ -36,4 +38,7 @@ def test_every_way_of_loading():
 
 
 def test_plugin_in_a_network():
-    run(built("plugin_test"))
+    program = built("plugin_test")
+    gpu = pytest.importorskip("star_attention.distributed.gpu", exc_type=ImportError)
+    folders = [str(Path(gpu._nccl_path()).parent), os.environ.get("LD_LIBRARY_PATH", "")]
+    run(program, LD_LIBRARY_PATH=":".join(folders))

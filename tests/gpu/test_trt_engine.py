@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import MODES, check
-from test_plugin import built
+from test_plugin import ROOT, built
 
 from helpers import run_job
 from star_attention.errors import UserError
@@ -88,6 +88,14 @@ def test_logits_of_two_ranks(tmp_path, engine, smollm2, hf_smollm2):
     modes = MODES if torch.cuda.device_count() > 1 else MODES[:2]
     tokens = np.random.default_rng(4).integers(0, 49152, 4 * 512 + 5 + 2 * 6).astype(np.int32)
     check(tmp_path, 2, engine, hf_smollm2, tokens, 6, 512, "float16", modes, ring=False)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_compute_a_block_together(engine, num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    tests = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT / "tests/python")])
+    run_job(num_ranks, ROOT / "tests/gpu/exchange_job.py", engine, PYTHONPATH=tests)
 
 
 def test_without_torch(engine, text):

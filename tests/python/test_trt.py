@@ -17,11 +17,12 @@ from helpers import save_tiny_model, train_tokenizer
 from star_attention.cli import build as trt_cli
 from star_attention.cli import main as cli
 from star_attention.config import StarConfig
-from star_attention.engines.base import runs_of
+from star_attention.engines.base import Exchange, Pages
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt import build as trt_build
 from star_attention.engines.tensorrt.build import BuildOptions, build_engine, limits_for, profiles
+from star_attention.engines.tensorrt.engine import exchange_runs
 from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits
 from star_attention.engines.tensorrt.library import LogFile
 from star_attention.engines.tensorrt.read import read_engine_config
@@ -30,6 +31,7 @@ from star_attention.models.checkpoint import find_model
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.models.rotary import rotary_table
 from star_attention.models.tokenizer import Tokenizer
+from thread_ranks import ThreadRanks
 
 
 class TensorRt:
@@ -104,13 +106,41 @@ def test_profiles():
     assert generation["rotary"] == ([4096, 128],) * 3
 
 
-def test_shared_pages_are_cut_alike():
-    every = np.array([0, 1, 2, 3, 4]), np.array([7, 8, 3, 4, 5]), np.array([0, 1, 2, 3, 9])
-    assert [runs_of(pages, every) for pages in every] == [
-        [(0, 2), (2, 2), (4, 1)],
-        [(7, 2), (3, 2), (5, 1)],
-        [(0, 2), (2, 2), (9, 1)],
+def pages(**lists):
+    """What goes to, or comes from, each rank: r0=[2, 3], ..."""
+    return tuple(Pages(int(rank[1:]), np.array(each)) for rank, each in lists.items())
+
+
+def test_exchanges_are_cut_alike():
+    """Each pair of ranks where either of them has to; no rank cares for the others' pairs."""
+    exchanges = [
+        [
+            Exchange(9, pages(r1=[0, 1, 2, 3, 4], r2=[0, 1, 2, 3, 4]), pages(r2=[8, 9])),
+            Exchange(9, pages(r1=[5]), ()),
+        ],
+        [
+            Exchange(0, (), pages(r0=[7, 8, 3, 4, 5], r2=[1, 0])),
+            Exchange(0, (), pages(r0=[6])),
+        ],
+        [
+            Exchange(4, pages(r0=[4, 6], r1=[4, 6]), pages(r0=[0, 1, 2, 3, 9])),
+            Exchange(4, (), ()),
+        ],
     ]
+    cut = ThreadRanks(3).run(lambda comm: exchange_runs(exchanges[comm.rank], comm))
+    assert cut == [
+        ([(1, 0, 2), (1, 2, 4), (2, 0, 4), (2, 4, 1)], [(2, 8, 1), (2, 9, 1)]),
+        ([], [(0, 7, 2), (0, 3, 4), (2, 1, 1), (2, 0, 1)]),
+        ([(0, 4, 1), (0, 6, 1), (1, 4, 1), (1, 6, 1)], [(0, 0, 4), (0, 9, 1)]),
+    ]
+
+
+@pytest.mark.parametrize("receives", [(), pages(r0=[3])])
+def test_exchanges_that_do_not_match(receives):
+    exchanges = [Exchange(0, pages(r1=[0, 1]), ())], [Exchange(0, (), receives)]
+    message = f"2 pages here are {len(receives)} on rank 1|1 pages here are 2 on rank 0"
+    with pytest.raises(ValueError, match=message):
+        ThreadRanks(2).run(lambda comm: exchange_runs(exchanges[comm.rank], comm))
 
 
 def test_folder(tmp_path, tensorrt, model):

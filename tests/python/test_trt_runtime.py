@@ -10,11 +10,11 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from engine_steps import step_of
+from engine_steps import ints, step_of
 from helpers import forced_logits, save_tiny_model
 from star_attention.config import StarConfig
-from star_attention.distributed import SingleProcess
-from star_attention.engines.base import Limits
+from star_attention.distributed import SingleProcess, Traffic
+from star_attention.engines.base import Exchange, Limits, Pages
 from star_attention.engines.loader import load_engine
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.tensorrt import engine as trt_engine
@@ -205,8 +205,74 @@ def test_several_questions(engine, model):
 
 
 def test_a_rank_without_blocks(engine):
-    logits = engine.step(NONE, NONE, step_of(shared_pages=NONE), NONE)
+    logits = engine.step(NONE, NONE, step_of(exchanges=(Exchange(0, (), ()),)), NONE)
     assert logits.shape == (0, 97)
+
+
+class Rank:
+    """The second of three, as an engine sees its communicator. `sends` and `receives` are what
+    the others have for it, by rank."""
+
+    rank, size = 1, 3
+    rank_merge = None
+
+    def __init__(self, **others):
+        self.nccl, self.traffic, self._others = object(), Traffic(), others
+
+    def gather_objects(self, mine):
+        self.given = mine
+        return [self._others["first"], mine, self._others["last"]]
+
+    def check(self):
+        pass
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(0, 0), (70, 0), (70, 1)])
+def test_exchanges(engine, rows, wanted):
+    """In every layer, whether or not the last one attends, and also where there is nothing to
+    compute."""
+    made = []
+
+    class PageExchange(SimpleNamespace):
+        def wait_seconds(self):
+            return 0.25
+
+    def make(nccl, sends, receives):
+        made.append(PageExchange(nccl=nccl, sends=sends, receives=receives))
+        return made[-1]
+
+    engine._trt.PageExchange = make
+    engine._comm = comm = Rank(
+        first=({1: ints(0, 1, 2)}, {1: ints(9, 10, 11)}), last=({1: ints(3)}, {1: ints(4, 5, 6)})
+    )
+    sent, arrived = ints(7, 8, 4), (Pages(0, ints(0, 1, 3)), Pages(2, ints(5)))
+    step = step_of(
+        *[([0, 1, 3, 5, 7, 8, 4], 192, rows)] * (rows > 0),
+        page=PAGE,
+        exchanges=(Exchange(rows, (Pages(0, sent), Pages(2, sent)), arrived),),
+    )
+    tokens = np.arange(rows, dtype=np.int32)
+    engine.step(tokens, tokens, step, tokens[:wanted])
+    [exchange] = made
+    assert exchange.nccl is comm.nccl
+    assert exchange.sends == [(0, 7, 2), (0, 4, 1), (2, 7, 2), (2, 4, 1)]
+    assert exchange.receives == [(0, 0, 2), (0, 3, 1), (2, 5, 1)]
+    assert engine._execution.context.exchange is exchange
+    assert engine.wait_seconds == 0.25
+    each = engine.page_bytes * engine.config.num_layers
+    assert comm.traffic == Traffic(6 * each, 4 * each)
+
+    engine.step(tokens, tokens, step_of(*[([9, 10], 0, rows)] * (rows > 0), page=PAGE), NONE)
+    assert engine._execution.context.exchange is None
+    assert engine.wait_seconds == 0.25
+    assert comm.traffic == Traffic(6 * each, 4 * each)
+
+
+def test_no_exchanges_where_ranks_share_a_gpu(engine):
+    assert engine.has_exchanges
+    engine.has_exchanges = False
+    with pytest.raises(UserError, match="use as many GPUs as ranks"):
+        engine.step(NONE, NONE, step_of(exchanges=(Exchange(0, (), ()),)), NONE)
 
 
 def test_more_than_the_engine_was_built_for(engine):

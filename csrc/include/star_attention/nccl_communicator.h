@@ -31,8 +31,6 @@ class NcclCommunicator {
   NcclCommunicator(const NcclCommunicator&) = delete;
   NcclCommunicator& operator=(const NcclCommunicator&) = delete;
 
-  // Overwrites `buffer` with the root's.
-  void broadcast(void* buffer, size_t bytes, int root, cudaStream_t stream);
   // `gathered` holds `bytes` of each rank, in rank order.
   void all_gather(const void* buffer, void* gathered, size_t bytes, cudaStream_t stream);
   // To one rank, which receives as much. What goes from one to another keeps its order.

@@ -8,13 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "star_attention/page_exchange.h"
 #include "star_attention/rank_merge.h"
-#include "star_attention/shared_pages.h"
 
 namespace star_attention {
 
 struct StepContext {
-  static constexpr uint64_t kMagic = 0x0001'5354'4550'4154;  // a version and a signature
+  static constexpr uint64_t kMagic = 0x0002'5354'4550'4154;  // a version and a signature
 
   uint64_t magic = kMagic;
   void* kv_pool = nullptr;  // [num_layers, num_pages, 2, num_kv_heads, tokens_per_block, head_dim]
@@ -26,8 +26,8 @@ struct StepContext {
   int max_kv_len = 0;
   int attending_layers = 0;  // later layers store their KV only: nobody wants their output
 
-  const RankMerge* merge = nullptr;     // null: this rank's attention is the whole
-  SharedPages* shared_pages = nullptr;  // null: no KV comes from another rank
+  const RankMerge* merge = nullptr;  // null: this rank's attention is the whole
+  PageExchange* exchange = nullptr;  // null: ranks send one another no KV
 
   void* workspace = nullptr;  // step_workspace_bytes() of device memory
   int64_t workspace_bytes = 0;

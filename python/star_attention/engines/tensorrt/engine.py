@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree, require_same
 from star_attention.distributed.topology import local_device
 from star_attention.engines.base import (
-    AttentionStep,
+    Exchange,
     Limits,
     PagedStep,
+    Pages,
     is_decode_step,
     padded_count,
     runs_of,
@@ -60,7 +62,7 @@ class TensorRtEngine:
         UserError: the engine cannot run here.
     """
 
-    has_ring = has_prefix = False
+    has_hops = has_prefix = False
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class TensorRtEngine:
         self._check_machine(config, device)
         self.config, self._built = config.model, config.limits
         self.tokens_per_block, self.dtype = config.limits.tokens_per_block, config.dtype
-        self.shares_pages = comm.size == 1 or comm.nccl is not None
+        self.has_exchanges = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
         self.graph_steps = 0
         self._comm = comm
@@ -174,11 +176,11 @@ class TensorRtEngine:
         self,
         token_ids: np.ndarray,
         positions: np.ndarray,
-        attention: AttentionStep,
+        attention: PagedStep,
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> Any:
-        assert isinstance(attention, PagedStep)
+        assert not attention.hops
         decodes = is_decode_step(attention, logit_rows)
         self._check_step(positions, attention, len(logit_rows), decodes)
         self._copies.before_step(attention, self.tokens_per_block)
@@ -213,8 +215,8 @@ class TensorRtEngine:
                 logit_rows,
             )
         )
-        shared = self._shared_pages(step.shared_pages)
-        context = self._context(step, attends_last=wanted > 0, shared_pages=shared)
+        exchange = self._page_exchange(step.exchanges)
+        context = self._context(step, attends_last=wanted > 0, exchange=exchange)
         context.max_q_len = int(np.diff(inputs.cu_seqlens_q).max())
         context.max_kv_len = int(inputs.kv_lens.max())
         arrays = _InputArrays(self._cupy, _Inputs(*(array.shape for array in inputs)))
@@ -224,9 +226,9 @@ class TensorRtEngine:
         arrays.upload()
         self._execution.enqueue(self._stream.ptr)
         self._stream.synchronize()
-        if shared:
-            self.wait_seconds += shared.wait_seconds()
-        self._count_traffic(len(token_ids), step, wanted > 0)
+        if exchange:
+            self.wait_seconds += exchange.wait_seconds()
+        self._count_traffic(len(token_ids), step)
         return logits[:wanted]
 
     def _decode(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> Any:
@@ -235,7 +237,7 @@ class TensorRtEngine:
         if graph is None:
             graph = self._graphs[count] = _DecodeGraph(self, count, step)
         logits = graph.run(token_ids, positions, step)
-        self._count_traffic(count, step, True)
+        self._count_traffic(count, step)
         return logits[: len(step.kv_lens)]
 
     def _bind(self, execution: Any, inputs: _InputArrays, context: Any) -> Any:
@@ -250,7 +252,7 @@ class TensorRtEngine:
         execution.bind("logits", logits)
         return logits
 
-    def _context(self, step: PagedStep, *, attends_last: bool, shared_pages: Any = None) -> Any:
+    def _context(self, step: PagedStep, *, attends_last: bool, exchange: Any = None) -> Any:
         merges = step.merge and self._comm.size > 1
         return self._trt.StepContext(
             kv_pool=self._pool,
@@ -259,15 +261,14 @@ class TensorRtEngine:
             max_kv_len=0,
             attending_layers=self.config.num_layers - (not attends_last),
             merge=self._comm.rank_merge if merges else None,
-            shared_pages=shared_pages,
+            exchange=exchange,
             workspace=self._workspace,
         )
 
-    def _shared_pages(self, pages: np.ndarray | None) -> Any:
-        if pages is None or self._comm.size == 1:
+    def _page_exchange(self, exchanges: Sequence[Exchange]) -> Any:
+        if not exchanges or self._comm.size == 1:
             return None
-        runs = runs_of(pages, self._comm.gather_objects(pages))
-        return self._trt.SharedPages(self._comm.nccl, self._comm.rank, runs)
+        return self._trt.PageExchange(self._comm.nccl, *exchange_runs(exchanges, self._comm))
 
     def _check_step(
         self, positions: np.ndarray, step: PagedStep, num_rows: int, decodes: bool
@@ -275,9 +276,10 @@ class TensorRtEngine:
         """Raises ValueError for a step beyond `limits`, which no rank may be given."""
         built, limits = self._built, self.limits
         merges = step.merge and self._comm.size > 1
-        if step.shared_pages is not None and not self.shares_pages:
+        if step.exchanges and not self.has_exchanges:
             raise UserError(
-                "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
+                "TensorRT engines share phase 1 among ranks with a GPU each only: use as many GPUs "
+                "as ranks, or --anchor-mode local"
             )
         for what, needed, most in (
             ("positions", int(positions.max(initial=-1)) + 1, built.max_seq_len),
@@ -302,7 +304,7 @@ class TensorRtEngine:
                 f"{self._trt.version()}: build it again, or name the other's folder"
             )
 
-    def _count_traffic(self, tokens: int, step: PagedStep, attends_last: bool) -> None:
+    def _count_traffic(self, tokens: int, step: PagedStep) -> None:
         """What the plugin sends and receives, per peer, as `GpuCommunicator` counts."""
         config, peers = self.config, self._comm.size - 1
         traffic = self._comm.traffic
@@ -311,13 +313,10 @@ class TensorRtEngine:
             merged = each * tokens * config.num_layers * peers
             traffic.sent += merged
             traffic.received += merged
-        if step.shared_pages is not None and peers:
-            layers = config.num_layers - (not attends_last)
-            shared = len(step.shared_pages) * self.page_bytes * layers
-            if self._comm.rank == 0:
-                traffic.sent += shared * peers
-            else:
-                traffic.received += shared
+        each = self.page_bytes * config.num_layers
+        for exchange in step.exchanges:
+            traffic.sent += each * sum(len(part.pages) for part in exchange.sends)
+            traffic.received += each * sum(len(part.pages) for part in exchange.receives)
 
     def _read_rotary(self, path: Path) -> Any:
         table = np.memmap(path, np.float32, "r").reshape(-1, self.config.head_dim)
@@ -336,6 +335,36 @@ class TensorRtEngine:
             device=self._device,
         )
         return self._cupy.empty(size, self._cupy.uint8)
+
+
+Run = tuple[int, int, int]  # of another rank: its number, the first page, how many
+
+
+def exchange_runs(exchanges: Iterable[Exchange], comm: Communicator) -> tuple[list[Run], list[Run]]:
+    """What this rank sends and receives in each layer, in runs of consecutive pages: the runs of
+    one rank to another have the same lengths on both. Every rank of the job takes part."""
+    sends = _by_rank(exchange.sends for exchange in exchanges)
+    receives = _by_rank(exchange.receives for exchange in exchanges)
+    every = comm.gather_objects((sends, receives))
+
+    def cut(mine: dict[int, np.ndarray], other_way: int) -> list[Run]:
+        runs = []
+        for rank, pages in mine.items():
+            theirs = every[rank][other_way].get(comm.rank, ())
+            if len(pages) != len(theirs):
+                raise ValueError(f"{len(pages)} pages here are {len(theirs)} on rank {rank}")
+            runs += [(rank, *run) for run in runs_of(pages, (pages, theirs))]
+        return runs
+
+    return cut(sends, 1), cut(receives, 0)
+
+
+def _by_rank(parts: Iterable[Sequence[Pages]]) -> dict[int, np.ndarray]:
+    """All pages that go to, or come from, each rank."""
+    lists: dict[int, list[np.ndarray]] = {}
+    for part in itertools.chain.from_iterable(parts):
+        lists.setdefault(part.rank, []).append(part.pages)
+    return {rank: np.concatenate(pages) for rank, pages in lists.items()}
 
 
 def _not_empty(inputs: _Inputs) -> _Inputs:
