@@ -32,8 +32,6 @@ struct Nccl {
   const char* (*GetLastError)(ncclComm_t);
   ncclResult_t (*GroupStart)();
   ncclResult_t (*GroupEnd)();
-  ncclResult_t (*Broadcast)(const void*, void*, size_t, ncclDataType_t, int root, ncclComm_t,
-                            cudaStream_t);
   ncclResult_t (*AllGather)(const void*, void*, size_t, ncclDataType_t, ncclComm_t, cudaStream_t);
   ncclResult_t (*AllReduce)(const void*, void*, size_t, ncclDataType_t, ncclRedOp_t, ncclComm_t,
                             cudaStream_t);
@@ -71,7 +69,6 @@ const Nccl& nccl(const std::string& path = {}) {
     find(library, "ncclGetLastError", table.GetLastError);
     find(library, "ncclGroupStart", table.GroupStart);
     find(library, "ncclGroupEnd", table.GroupEnd);
-    find(library, "ncclBroadcast", table.Broadcast);
     find(library, "ncclAllGather", table.AllGather);
     find(library, "ncclAllReduce", table.AllReduce);
     find(library, "ncclSend", table.Send);

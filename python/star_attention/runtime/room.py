@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,8 +18,8 @@ from star_attention.runtime.placement import kept_tokens
 from star_attention.runtime.requests import Division
 from star_attention.runtime.store import Stored
 
-# Up to so many ranks are tried for what would fit.
-_MOST_RANKS = 256
+# Numbers of ranks that are tried for what would fit.
+_RANKS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_POSITIONS = 2**31 - 1
 
 
@@ -88,27 +87,25 @@ class Room:
             exact = "ring or " if self._has_hops else ""
             advice = f"use {exact}star over several ranks"
         elif ranks := self._ranks_that_fit(plan, config):
-            advice = f"use {ranks} ranks or more"
+            advice = f"use {ranks} ranks"
         raise UserError(
             f"the context needs {needed} tokens of KV cache on a rank, there is room for "
             f"{limit * self._page}: {advice}, or a larger --kv-cache-gib"
         )
 
     def _ranks_that_fit(self, plan: Plan, config: StarConfig) -> int | None:
-        """The smallest number of ranks beyond the plan's; what the busiest holds never grows with
-        their number, and where the default block falls below the anchor there are too many."""
-
-        def fits(ranks: int) -> bool | None:
-            try:
-                larger = make_plan(plan.context_len, config, ranks, self._model)
-            except UserError:
-                return None
-            division = divide(larger, [None] * len(larger.parts))
-            return self.fits(division.new + division.scratch)
-
-        numbers = range(plan.num_ranks + 1, _MOST_RANKS + 1)
-        at = bisect.bisect_left(numbers, True, key=lambda ranks: fits(ranks) is not False)
-        return numbers[at] if at < len(numbers) and fits(numbers[at]) else None
+        """The first number of ranks of a few beyond the plan's. Where the default block falls below
+        the anchor there are too many."""
+        for ranks in _RANKS:
+            if ranks > plan.num_ranks:
+                try:
+                    larger = make_plan(plan.context_len, config, ranks, self._model)
+                except UserError:
+                    return None
+                division = divide(larger, [None] * len(larger.parts))
+                if self.fits(division.new + division.scratch):
+                    return ranks
+        return None
 
     def check_question(
         self,
