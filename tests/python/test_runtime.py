@@ -79,7 +79,7 @@ def test_ranks_that_would_fit(context_len, block_pages, anchor_pages, mode, atte
     assume(pages_of_busiest(context_len, config, 1) is not None)
     scheduler = Scheduler(TINY, Limits(pages=room), 1, 16)
     found = scheduler._room._ranks_that_fit(make_plan(context_len, config, 1, TINY), config)
-    tried = [n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)]
+    tried = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
     pages = [pages_of_busiest(context_len, config, n) for n in tried[: tried.index(found or 256)]]
     assert all(each is None or each > room for each in pages)
     if found:
