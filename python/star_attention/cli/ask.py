@@ -103,7 +103,7 @@ def _ask(
         result = {
             "model": model,
             "attention": config.attention,
-            "plan": terminal.plan_as_json(context.plan, llm.model_config),
+            "plan": terminal.plan_as_json(context.plan),
             "answers": [asdict(answers[index]) for index in range(len(questions))],
             "ranks": ranks,
         }
