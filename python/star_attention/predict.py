@@ -130,7 +130,7 @@ def _exposed(
             rows += [each[index - 1] if index <= len(each) else 0 for each in slices]
         if group:
             over = max(over, rows.max() * token) + _bytes(plan, group).max() / rates.link_gbs / 1e9
-    return max(0.0, over - max(cost.tokens for cost in costs) * token) if over else 0.0
+    return max(0.0, float(over) - max(cost.tokens for cost in costs) * token) if over else 0.0
 
 
 def _ring(plan: Plan, rates: Rates, work: Sequence[float]) -> Prediction:

@@ -192,7 +192,6 @@ BAD_OPTIONS = {
     "--device cuda": "torch finds no GPU here",
     "--ranks 0": "0 is not in the range x>=1",
     "--ranks 999": "--ranks is 999, but there are",
-    "--ranks 2 --attention dense": "dense runs on one rank, not 2",
     "--model /nothing/here": "--model /nothing/here: no such folder or file",
     "--temperature -1": "temperature is -1.0",
     "--top-p 2": "top_p is 2.0",

@@ -374,9 +374,9 @@ def test_predictions_of_transfers():
     seconds = max(slow.received_bytes) / 10e9
     assert slow.exposed_seconds == pytest.approx(seconds, rel=0.2)
     assert slow.seconds - fast.seconds == pytest.approx(slow.exposed_seconds, rel=0.1)
-    # Every rank sees the first block, and of the other three what comes before its slices.
+    # All that others compute of the first block, and of the others what is before late slices.
     block = plan.model.kv_bytes(32768, 2)
-    assert all(0.7 * block <= each / 4 <= block for each in fast.received_bytes)
+    assert all(block / 2 < each / 4 < block for each in fast.received_bytes)
     ring = predict(make_plan(1 << 17, StarConfig(attention="ring"), 4), Rates(link_gbs=10))
     assert max(ring.received_bytes) == 3 * block
     assert ring.exposed_seconds < slow.exposed_seconds
