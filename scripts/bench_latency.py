@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """Time to first token of star, ring and dense attention, with the same model code and kernels, on
-the ranks that mpirun starts:
+the ranks that mpirun starts, or on several numbers of them one after the other:
 
     mpirun -n 2 python scripts/bench_latency.py --lengths 64K 128K --output results.json
-    python scripts/bench_latency.py --methods dense --lengths 64K 128K --output results.json
+    python scripts/bench_latency.py --ranks 2 4 --methods broadcast ring dense --exact-up-to 256K \\
+        --lengths 16K 32K 64K 128K 256K 512K 1M --block-size quarter 32K --output results.json
+    python scripts/bench_latency.py --compare results.json
     python scripts/bench_latency.py --plot results.json --to docs/images
 
 Weights are random, made on the GPU, in Llama-3.1-8B's or 70B's shape, or those of --model; times do
-not depend on them. A method runs once on a short context, then once for each length: phase 1, a
-question of 64 tokens, and decode steps (the median counts). Model FLOPs are 2 a weight and token,
-without embedding and lm_head, and 4 Hq D a layer and pair of query and key token; their rate is
-that of the busiest rank, compared with an 8192³ matmul that the same GPU ran just before. Results
-are added to those in the file.
+not depend on them. A method runs once on a short context, then once for each length, and star for
+each block size: phase 1, a question of 64 tokens, and decode steps (the median counts). Model FLOPs
+are 2 a weight and token, without embedding and lm_head, and 4 Hq D a layer and pair of query and
+key token; their rate is that of the busiest rank, compared with an 8192³ matmul that the same GPU
+ran just before. Predicted is phase 1 by the plan at rates measured on H200s (`star-attn plan`).
+Results are added to those in the file.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import json
 import os
 import re
 import statistics
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +37,20 @@ import numpy as np
 from star_attention.cli.options import parse_tokens
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator, default_communicator
+from star_attention.distributed.launch import run_ranks
 from star_attention.engines.base import ModelEngine
 from star_attention.engines.loader import dummy_engine, load_engine, star_ranks
 from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
-from star_attention.models.config import LLAMA_3_1_8B, LLAMA_3_1_70B, ModelConfig
+from star_attention.models.config import SHAPES, ModelConfig
 from star_attention.plan import make_plan
+from star_attention.predict import predict
 from star_attention.runtime.leader import Leader, lead_together
 from star_attention.runtime.orders import Ask, Decode, QuestionPart, Release, Report, Wait
 from star_attention.runtime.requests import Context
 from star_attention.runtime.worker import Worker
 
-SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}
 METHODS = {
     "broadcast": {"anchor_mode": "broadcast"},
     "local": {"anchor_mode": "local"},
@@ -53,12 +59,13 @@ METHODS = {
     "dense": {"attention": "dense"},
 }
 LABELS = {
-    "broadcast": "star, anchor broadcast (ours)",
+    "broadcast": "star (ours)",
     "local": "star, anchor once a rank",
     "recompute": "star as in the paper",
     "ring": "ring (exact)",
-    "dense": "dense, one GPU (exact)",
+    "dense": "dense (exact)",
 }
+EXACT = ("ring", "dense")
 QUESTION_TOKENS = 64
 # Star Attention, arXiv 2411.17116v3: tables 1 and 5, blocks of a quarter up to 128K, of 32K beyond.
 PAPER_SPEED_UPS = {
@@ -89,10 +96,24 @@ def token_ids(model: ModelConfig, length: int) -> np.ndarray:
 
 
 def star_config(method: str, length: int, block_size: int | None) -> StarConfig:
-    options: dict[str, Any] = dict(METHODS[method])
-    if options.get("attention", "star") == "star":
-        options["block_size"] = min(block_size or length // 4, length)
-    return StarConfig(**options)
+    """Of blocks of so many tokens, or, with None, of a quarter of the context."""
+    block_size = None if method in EXACT else min(block_size or length // 4, length)
+    return StarConfig(block_size=block_size, **METHODS[method])
+
+
+def configurations(
+    methods: Sequence[str],
+    length: int,
+    block_sizes: Sequence[int | None],
+    exact_up_to: int | None,
+) -> dict[StarConfig, str]:
+    """What is measured at a length, and the method's name; nothing twice."""
+    return {
+        star_config(method, length, block_size): method
+        for method in methods
+        for block_size in block_sizes
+        if method not in EXACT or exact_up_to is None or length <= exact_up_to
+    }
 
 
 def measure(
@@ -100,7 +121,7 @@ def measure(
     worker: Worker,
     method: str,
     length: int,
-    block_size: int | None,
+    config: StarConfig,
     decode_tokens: int,
     tp: int,
 ) -> dict[str, Any] | None:
@@ -110,7 +131,7 @@ def measure(
     leader.execute(Report(reset=True))
     try:
         before = time.perf_counter()
-        context = leader.encode(ids, star_config(method, length, block_size))
+        context = leader.encode(ids, config)
         phase1 = time.perf_counter() - before
     except UserError as error:
         if comm.world.rank == 0:
@@ -128,6 +149,7 @@ def measure(
         "ranks": comm.size,
         "tp": tp,
         "phase1_s": phase1,
+        "predicted_s": predict(context.plan).seconds / tp,
         "query_s": query,
         "first_token_s": phase1 + query,
         "decode_ms": decode * 1e3,
@@ -139,15 +161,12 @@ def measure(
     }
 
 
-def breakdown(
-    leader: Leader, worker: Worker, method: str, length: int, block_size: int | None
-) -> dict[str, float]:
+def breakdown(leader: Leader, worker: Worker, length: int, config: StarConfig) -> dict[str, float]:
     """Seconds of phase 1 by kind of kernel, of the busiest rank, once more."""
     from torch.profiler import ProfilerActivity, profile
 
     model = worker.engine.config
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        config = star_config(method, length, block_size)
         context = leader.encode(token_ids(model, length), config)
         leader.release(context)
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -227,8 +246,9 @@ COLUMNS = {
     "context": "{:,}",
     "block_size": "{:,}",
     "ranks": "{}",
-    "phase1_s": "{:.2f}",
-    "first_token_s": "{:.2f}",
+    "phase1_s": "{:.3f}",
+    "predicted_s": "{:.3f}",
+    "first_token_s": "{:.3f}",
     "decode_ms": "{:.2f}",
     "tflops": "{:.0f}",
     "of_matmul": "{:.2f}",
@@ -282,22 +302,17 @@ def run(options: argparse.Namespace) -> None:
     }
     earlier = json.loads(options.output.read_text()) if options.output.exists() else []
     for method in options.methods:
-        measure(leader, worker, method, 4 * 4096, 4096, 2, options.tp)
-        for length in options.lengths:
+        config = star_config(method, 16384, 4096)
+        measure(leader, worker, method, 16384, config, 2, options.tp)
+    for length in options.lengths:
+        which = configurations(options.methods, length, options.block_size, options.exact_up_to)
+        for config, method in which.items():
             ceiling = matmul_tflops(world)
-            row = measure(
-                leader,
-                worker,
-                method,
-                length,
-                options.block_size,
-                options.decode_tokens,
-                options.tp,
-            )
+            row = measure(leader, worker, method, length, config, options.decode_tokens, options.tp)
             if row is None:
                 continue
             if length == options.breakdown:
-                row["breakdown"] = breakdown(leader, worker, method, length, options.block_size)
+                row["breakdown"] = breakdown(leader, worker, length, config)
             row["matmul_tflops"] = ceiling
             row["of_matmul"] = row["tflops"] / ceiling
             rows.append(row)
@@ -306,6 +321,67 @@ def run(options: argparse.Namespace) -> None:
                 save(options.output, [*earlier, result])
     if world.rank == 0:
         print_table(rows)
+        compare([result])
+
+
+def run_each(options: argparse.Namespace) -> None:
+    """Runs this command for each number of ranks, and compares all that are in the file then."""
+    for ranks in options.ranks:
+        print(f"\n{ranks} ranks", flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--ranks"]
+        if run_ranks(command, ranks * options.tp, oversubscribe=True):
+            sys.exit(f"the run on {ranks} ranks failed")
+    compare(json.loads(options.output.read_text()))
+
+
+def compare(runs: list[dict[str, Any]]) -> None:
+    """Prints star beside the exact methods at each number of ranks, length and block size; of
+    several runs the latest. ~: ring by its FLOPs at the rate of the longest that was measured."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            key = run["shape"], row["ranks"], row["tp"], row["context"]
+            if row["method"] == "broadcast":
+                found[(*key, row["block_size"])] = row
+            elif row["method"] in EXACT:
+                found[(*key, row["method"])] = row
+    names = "star, s", "ring, s", "dense, s", "star / ring", "waited", "sent, GiB", "ring's"
+    header = ["shape", "ranks", "tokens", "block", *names]
+    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    for key in sorted(each for each in found if each[-1] not in EXACT):
+        (shape, ranks, tp, length, block), star = key, found[key]
+        exact = {name: found.get((*key[:-1], name)) for name in EXACT}
+        ring, dense = (row and row["phase1_s"] for row in exact.values())
+        measured = ring is not None
+        if not measured:
+            same = [row for each, row in found.items() if each[:3] == key[:3]]
+            model = next(run["config"] for run in runs if run["shape"] == shape)
+            ring = ring_phase1(same, ModelConfig.from_dict(model), length)
+        cells = [
+            shape,
+            f"{ranks}, tp {tp}" if tp > 1 else str(ranks),
+            f"{length:,}",
+            f"{block:,}",
+            f"{star['phase1_s']:.3f}",
+            "" if ring is None else f"{'' if measured else '~'}{ring:.3f}",
+            "" if dense is None else f"{dense:.3f}",
+            "" if ring is None else f"{star['phase1_s'] / ring:.3f}",
+            f"{star['waiting_s'] / star['phase1_s']:.1%}",
+            f"{star['sent_gib']:.2f}",
+            f"{exact['ring']['sent_gib']:.2f}" if measured else "",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def ring_phase1(rows: list[dict[str, Any]], shape: ModelConfig, length: int) -> float | None:
+    """Seconds of a ring's phase 1 at a length, by its FLOPs at the rate of its longest one."""
+    rings = [row for row in rows if row["method"] == "ring"]
+    if not rings:
+        return None
+    last = max(rings, key=lambda row: row["context"])
+    plan = make_plan(length, StarConfig(attention="ring"), last["ranks"], shape)
+    flops = max(cost.flops(shape) for cost in plan.rank_costs) / last["tp"]
+    return flops / last["tflops"] / 1e12
 
 
 def save(path: Path, runs: list[dict[str, Any]]) -> None:
@@ -341,19 +417,21 @@ def ring_by_flops(rows: list[dict[str, Any]], shape: ModelConfig) -> dict[int, f
     if not rings:
         return {}
     last = max(rings, key=lambda row: row["context"])
-    seconds = {}
-    for length in sorted({row["context"] for row in rows}):
-        if length > last["context"]:
-            plan = make_plan(length, StarConfig(attention="ring"), last["ranks"], shape)
-            flops = max(cost.flops(shape) for cost in plan.rank_costs)
-            seconds[length] = flops / last["tflops"] / 1e12
+    seconds = {
+        length: ring_phase1(rings, shape, length)
+        for length in sorted({row["context"] for row in rows})
+        if length > last["context"]
+    }
     return {last["context"]: last["first_token_s"], **seconds} if seconds else {}
 
 
 def first_tokens(rows: list[dict[str, Any]], method: str) -> dict[int, float]:
-    """Seconds to the first token by length."""
-    points = {row["context"]: row["first_token_s"] for row in rows if row["method"] == method}
-    return dict(sorted(points.items()))
+    """Seconds to the first token by length, on as many ranks as were measured, in the smallest
+    blocks."""
+    rows = [row for row in rows if row["method"] == method]
+    most = max((row["ranks"] for row in rows), default=0)
+    rows = sorted((row for row in rows if row["ranks"] == most), key=lambda r: -r["block_size"])
+    return dict(sorted({row["context"]: row["first_token_s"] for row in rows}.items()))
 
 
 def plot_first_token(
@@ -366,6 +444,8 @@ def plot_first_token(
     for method, label in LABELS.items():
         points = first_tokens(rows, method)
         if points:
+            if all(row["ranks"] == 1 for row in rows if row["method"] == method):
+                label += ", one GPU"
             style = "--" if method in ("ring", "dense") else "-"
             ax.plot(*zip(*points.items(), strict=True), style, marker="o", label=label)
             color = ax.lines[-1].get_color()
@@ -501,9 +581,16 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=parse_tokens, default=[1 << 16, 1 << 17])
     parser.add_argument(
         "--block-size",
+        nargs="+",
         type=lambda text: None if text == "quarter" else parse_tokens(text),
-        default=1 << 15,
-        help="tokens, or quarter: of the context, as in the paper",
+        default=[1 << 15],
+        help="of star: tokens, or quarter: of the context, as in the paper; several are measured",
+    )
+    parser.add_argument(
+        "--exact-up-to", type=parse_tokens, help="leave ring and dense away at longer contexts"
+    )
+    parser.add_argument(
+        "--ranks", nargs="*", type=int, help="start mpirun for each of these, one after the other"
     )
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
@@ -519,11 +606,16 @@ def main() -> None:
         default=Path("benchmarks/results/latency.json"),
         help="JSON file that the results are added to, row by row",
     )
-    parser.add_argument("--plot", type=Path, help="draw this JSON file, measure nothing")
+    parser.add_argument("--compare", type=Path, help="a table of this JSON file; measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw this JSON file; measure nothing")
     parser.add_argument("--to", type=Path, default=Path("docs/images"), help="folder of the plots")
     options = parser.parse_args()
     if options.plot:
         plot(options.plot, options.to)
+    elif options.compare:
+        compare(json.loads(options.compare.read_text()))
+    elif options.ranks:
+        run_each(options)
     else:
         run(options)
 
