@@ -52,7 +52,7 @@ def when_at_work(running, action, *arguments):
 
 
 def tokens(*turns):
-    return TOKENIZER.chat([Message(role, parts) for role, *parts in turns]).token_ids
+    return TOKENIZER.chat([Message(role, parts) for role, *parts in turns]).token_ids.tolist()
 
 
 def ask(http, context, *texts, **more):

@@ -333,6 +333,29 @@ def test_any_bytes(http, body):
     check_error(http.post(CHAT, content=body, headers=JSON), 400)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/contexts"])
+def test_what_cannot_fit_is_not_tokenised(path):
+    class Careful(ByteTokenizer):
+        def text_tokens(self, text):
+            assert len(text) <= 8192
+            return super().text_tokens(text)
+
+        def chat(self, messages):
+            assert sum(len(part.strip()) for message in messages for part in message.parts) <= 8192
+            return super().chat(messages)
+
+    def body(text):
+        return {CHAT: chat(text), "/v1/completions": {"prompt": text}}.get(path, {"text": text})
+
+    with serving(Careful(), max_context_tokens=4000) as running:  # the model takes 4096
+        for text in ("x" * 8195, "x" * 4097):
+            error = check_error(httpx.post(running.url + path, json=body(text), timeout=20), 400)
+            assert error["code"] == "context_length_exceeded"
+            assert ("at least" in error["message"]) == (len(text) > 8192)
+        if path == CHAT:  # whose template drops it
+            assert httpx.post(running.url + path, json=body(" " * 9000 + "?")).status_code == 200
+
+
 def test_a_full_queue_refuses_before_the_body_comes():
     with serving(max_queue=1) as running:
         running.app.front.admission.count = 1
