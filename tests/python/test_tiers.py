@@ -225,6 +225,19 @@ def test_a_block_of_another_size(tmp_path):
         assert tiers.stored()["disk"] == {}
 
 
+def test_past_the_host_tier(tmp_path):
+    with opened(tmp_path, "host", "disk") as tiers:
+        tiers.save(KEY, PAGES, ALL, ("disk",))
+        check_loads(tiers)
+        assert wait_for_ends(tiers, 1) == [SaveEnd(KEY, "disk", True)]
+        assert tiers.stored()["host"] == {}
+        assert list((tmp_path / "host/rank-0").glob("*.kv")) == []
+        check_loads(tiers)
+        save(tiers)
+        assert wait_for_ends(tiers, 2) == [SaveEnd(KEY, tier, True) for tier in ("disk", "host")]
+        check_loads(tiers)
+
+
 def test_cancel(tmp_path):
     with opened(tmp_path, "host", "disk") as tiers:
         tiers.save(KEY, PAGES, range(2))

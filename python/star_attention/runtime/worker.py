@@ -278,7 +278,7 @@ class Worker:
     def _save(self, order: Save) -> None:
         if order.rank == self.comm.rank:
             layers = range(order.first, order.last)
-            self._tiers.save(order.key, self._blocks[order.block], layers)
+            self._tiers.save(order.key, self._blocks[order.block], layers, order.tiers)
 
     def _load(self, order: Load) -> list[LoadState]:
         state: LoadState = "done"
