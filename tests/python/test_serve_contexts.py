@@ -482,3 +482,13 @@ def test_a_context_that_is_deleted_while_it_is_pinned():
     error, task = asyncio.run(pin_and_delete())
     assert error.code == "context_deleted"
     assert task is None
+
+
+def test_names_that_are_not_allowed_are_told_in_words(http):
+    message = (
+        "name: use letters, digits, '.', '_' and '-', 64 at most, of which the first is a letter "
+        "or a digit"
+    )
+    for name in (".a", "a/b", "a" * 65):
+        error = http.post("/v1/contexts", json={"name": name, "text": TEXT}).json()["error"]
+        assert (error["message"], error["param"]) == (message, "name")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from star_attention.models.tokenizer import Tokenizer
+from star_attention.serve.api import ContextName
 
 logger = logging.getLogger("star_attention.serve")
 
@@ -32,7 +33,7 @@ class SavedContext(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: ContextName
     created: float
     bytes: int
     files: list[SavedFile]
