@@ -467,13 +467,57 @@ def test_a_context_that_is_deleted_is_not_pinned(server, http):
     assert server.engine.held == []
 
 
+def new_context():
+    """All contexts, one of them that is being read, and the engine."""
+    options = SimpleNamespace(context_dir=None, max_contexts=4)
+    metrics = SimpleNamespace(readings={}, context_read=Mock())
+    engine = FakeEngine(TOKENIZER)
+    contexts = Contexts(SimpleNamespace(options=options, metrics=metrics, engine=engine))
+    token_ids = np.arange(9, dtype=np.int32)
+    return contexts, contexts.add("book", token_ids, 9, [], False, None), engine
+
+
+def test_pinned_and_unpinned_at_once():
+    async def change():
+        contexts, book, engine = new_context()
+        await book.task
+        await contexts.change(book, ContextPatch(pinned=True))
+        while not engine.held:
+            await asyncio.sleep(0.01)
+        pins = (False, True)
+        await asyncio.gather(*(contexts.change(book, ContextPatch(pinned=pin)) for pin in pins))
+        state = book.pinned, book.status, len(engine.held)
+        await contexts.remove(book)
+        return state, engine.held
+
+    state, held = asyncio.run(change())
+    assert state in ((True, "ready", 1), (True, "reading", 0))
+    assert held == []
+
+
+def test_pinned_while_it_is_read():
+    """It is ready from then on."""
+
+    async def change():
+        contexts, book, engine = new_context()
+        while book.opened is None:
+            await asyncio.sleep(0)
+        await contexts.change(book, ContextPatch(pinned=True))
+        states = []
+        while not engine.held:
+            states.append(book.status)
+            await asyncio.sleep(0)
+        await contexts.remove(book)
+        return states
+
+    states = asyncio.run(change())
+    assert states == sorted(states)
+    assert states[-1] == "ready"
+
+
 def test_a_context_that_is_deleted_while_it_is_pinned():
     async def pin_and_delete():
-        options = SimpleNamespace(context_dir=None, max_contexts=4)
-        metrics = SimpleNamespace(readings={}, context_read=Mock())
-        engine = FakeEngine(TOKENIZER)
-        contexts = Contexts(SimpleNamespace(options=options, metrics=metrics, engine=engine))
-        book = contexts.add("book", np.arange(9, dtype=np.int32), 9, [], False, None)
+        contexts, book, _ = new_context()
         await book.task
         pinning = contexts.change(book, ContextPatch(pinned=True))
         error, _ = await asyncio.gather(pinning, contexts.remove(book), return_exceptions=True)
