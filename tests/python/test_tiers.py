@@ -25,7 +25,9 @@ from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import random_weights
 from star_attention.runtime import tiers as tiers_module
 from star_attention.runtime.kv_file import MAGIC, StoreDescription, checksum_of
+from star_attention.runtime.orders import OpenStore
 from star_attention.runtime.tiers import SaveEnd, Tiers
+from star_attention.runtime.worker import Worker
 
 CONFIG = ModelConfig(3, 32, 48, 4, 2, 8, 64, 256, 1e-5, RopeConfig())
 PAGE, LAYERS = 8, 3
@@ -252,6 +254,22 @@ def test_cancel(tmp_path):
         tiers.load(KEY, OTHERS, range(1))
         tiers.cancel(KEY)
         check_loads(tiers)
+
+
+def test_a_worker_that_ends_deletes_its_part_of_the_host_tier(tmp_path):
+    host, disk = tmp_path / "host", tmp_path / "disk"
+    worker = Worker(make_engine(), SingleProcess())
+    worker.execute(OpenStore("tiny", "abc", str(host), str(disk)))
+    other = Tiers(make_engine(), replace(worker._tiers._description, rank=1), host, disk)
+    save(other)
+    wait_for_ends(other, 2)
+    worker.close()
+    assert sorted(path.name for path in host.iterdir()) == ["rank-1", "store.json"]
+    other.close()
+    assert (host / "rank-1").exists()
+    other.delete_host()
+    assert not host.exists()
+    assert len(list((disk / "rank-1").glob("*.kv"))) == 1
 
 
 @pytest.mark.parametrize("which", [("host",), ("disk",), ("host", "disk")], ids="+".join)

@@ -222,6 +222,12 @@ class Tiers:
             if folder:
                 folder.close()
 
+    def delete_host(self) -> None:
+        """Of what is closed: deletes this rank's part of the host tier's folder, and the folder
+        with the last part on this machine."""
+        if self._host:
+            self._host.delete()
+
     # Saving
 
     def _begin_save(self, key: bytes, num_pages: int, in_host: bool) -> None:

@@ -126,9 +126,10 @@ class Worker:
         raise TypeError(f"not an order: {order!r}")
 
     def close(self) -> None:
-        """Gives the engine's memory back, on all ranks."""
+        """Gives the engine's memory back, on all ranks; the host tier is over."""
         if self._tiers:
             self._tiers.close()
+            self._tiers.delete_host()
         self.engine.close()
 
     def _open(self, order: Open) -> None:
