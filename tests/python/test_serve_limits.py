@@ -356,11 +356,18 @@ def test_what_cannot_fit_is_not_tokenised(path):
             assert httpx.post(running.url + path, json=body(" " * 9000 + "?")).status_code == 200
 
 
-def test_a_full_queue_refuses_before_the_body_comes():
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/contexts"])
+def test_a_full_queue_refuses_before_the_body_comes(path):
+    """Who sends it nevertheless is told as well, and may go on over the same connection."""
     with serving(max_queue=1) as running:
         running.app.front.admission.count = 1
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as client:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
-            assert client.recv(4096).startswith(b"HTTP/1.1 429 ")
+            told = client.recv(4096)
+            while not told.endswith(b"}}"):
+                told += client.recv(4096)
+            assert told.startswith(b"HTTP/1.1 429 ")
+            client.sendall(b"x" * 1_000_000 + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
         running.app.front.admission.count = 0

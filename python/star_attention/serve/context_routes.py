@@ -65,6 +65,7 @@ def context_routes(front: Front, contexts: Contexts) -> APIRouter:
     async def create(request: Request) -> Response:
         """Reads a text: JSON, or multipart/form-data with `files`. With `stream`, server-sent
         events tell how far it is."""
+        front.admission.check()  # before a body is read for nothing
         files: list[dict[str, Any]] = []
         if is_form(request):
             asked, files = await read_context_form(request, front)
