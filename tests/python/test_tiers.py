@@ -470,7 +470,7 @@ def test_a_header_of_something_else(whole, tmp_path, text):
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "loop", "socket"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_is_not_a_file(whole, tmp_path, kind, when):
+def test_what_is_not_a_file(whole, tmp_path, capsys, kind, when):
     """It is neither followed nor deleted, and a save does not take its place."""
     path, target = block_path(tmp_path, "disk"), tmp_path / "target"
     target.write_bytes(whole.read_bytes())
@@ -498,6 +498,7 @@ def test_what_is_not_a_file(whole, tmp_path, kind, when):
         save(tiers)
         assert wait_for_ends(tiers, 1) == [SaveEnd(KEY, "disk", False)]
         assert path.lstat().st_ino == before.st_ino
+    assert path.name not in capsys.readouterr().err  # or there would be a line for each block
     assert target.read_bytes() == whole.read_bytes()
 
 

@@ -77,7 +77,7 @@ class StoreFolder:
         something that is not a file has its name."""
         name = _block_name(key)
         if self._exists(name) and not self._is_regular(name):
-            raise FileExistsError(errno.EEXIST, f"{name} is not a file")
+            raise FileExistsError(errno.EEXIST, "what has a block's name is not a file")
         os.rename(draft, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         if sync:
             os.fsync(self._folder)
