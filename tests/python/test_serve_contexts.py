@@ -15,9 +15,12 @@ from fake_engine import FakeEngine, spelled
 from fake_tokenizer import ByteTokenizer
 from helpers import train_tokenizer
 from serving import serving
+from star_attention.errors import UserError
 from star_attention.models.tokenizer import Message, Tokenizer
 from star_attention.serve.api import ContextPatch
+from star_attention.serve.app import create_app
 from star_attention.serve.contexts import Contexts
+from star_attention.serve.options import ServeOptions
 
 TOKENIZER = ByteTokenizer()
 TEXT = "A long text.\n" * 20
@@ -369,8 +372,14 @@ def test_damaged_ones_are_skipped(tmp_path, damage, capfd):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "contexts").write_text("a file")
+    folder = tmp_path / "contexts"
+    folder.write_text("a file")
+    with pytest.raises(UserError, match="contexts cannot be written: File exists"):
+        create_app(FakeEngine(TOKENIZER), TOKENIZER, ServeOptions(("tiny",), context_dir=tmp_path))
+    folder.unlink()
     with serving(context_dir=tmp_path) as running:
+        folder.rmdir()
+        folder.write_text("a file")
         made = httpx.post(f"{running.url}/v1/contexts", json={"name": "a", "text": TEXT})
         assert made.status_code == 201
         assert httpx.delete(f"{running.url}/v1/contexts/a").status_code == 200

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from star_attention.errors import UserError
 from star_attention.models.tokenizer import Tokenizer
 from star_attention.serve.api import ContextName
 
@@ -53,11 +54,23 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 class SavedContexts:
-    """A folder; only files of the form <name>.json and <name>.npy in it are touched."""
+    """A folder; only files of the form <name>.json and <name>.npy in it are touched.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self._folder = folder
         self._fingerprint = fingerprint(tokenizer)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--context-dir: {folder} cannot be written: {error.strerror}: use another"
+            ) from None
 
     def write(self, said: dict[str, Any], token_ids: np.ndarray, tokens_too: bool) -> bool:
         """Each file is written beside and renamed; the tokens only if wanted. Whether it went well:
