@@ -1,5 +1,6 @@
 """What clients may not do, by mistake or on purpose: never a 500, always OpenAI's error."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -371,3 +372,22 @@ def test_a_full_queue_refuses_before_the_body_comes(path):
             client.sendall(b"x" * 1_000_000 + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
         running.app.front.admission.count = 0
+
+
+def test_who_sends_half_a_body_is_told_of_the_end():
+    head = "Host: localhost\r\nContent-Length: 1000\r\n"
+    with serving() as running, contextlib.ExitStack() as clients:
+        sockets = []
+        for path, kind in (
+            (CHAT, "application/json"),
+            ("/v1/contexts", "multipart/form-data; boundary=a"),
+        ):
+            client = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            sockets.append(clients.enter_context(client))
+            client.sendall(f"POST {path} HTTP/1.1\r\n{head}Content-Type: {kind}\r\n\r\n".encode())
+        time.sleep(0.2)
+        running.call(running.app.drain)
+        running.call(running.app.end)
+        for client in sockets:
+            assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert httpx.get(running.url + "/version").status_code == 200

@@ -437,3 +437,6 @@ def test_a_huge_text_has_the_same_tokens(tokenizer, monkeypatch):
     np.testing.assert_array_equal(tokenizer.text_tokens(text), tokens)
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.text_tokens(text + "\ud800")
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(UserError, match="ended with code 1"):
+        tokenizer.text_tokens(text)

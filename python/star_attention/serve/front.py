@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from star_attention.models.apart import end_all
 from star_attention.models.tokenizer import Tokenizer
-from star_attention.serve.engine import Engine
+from star_attention.serve.engine import SHUTTING_DOWN, Engine
 from star_attention.serve.errors import ApiError, unavailable
 from star_attention.serve.limits import Admission, BodyRoom
 from star_attention.serve.messages import Ready
@@ -57,7 +58,7 @@ class Front:
     def ready(self) -> Ready:
         """The model that answers. Raises ApiError 503 if none does now."""
         if self.draining:
-            raise unavailable("the server is shutting down", "draining")
+            raise unavailable(SHUTTING_DOWN, "draining")
         if self.engine.state != "ready" or self.engine.model is None:
             reason = f": {self.engine.reason}" if self.engine.reason else ""
             raise unavailable(f"the engine is {self.engine.state}{reason}", self.engine.state)
@@ -122,3 +123,4 @@ class Front:
     def close(self) -> None:
         for threads in (self._threads, self._long_threads):
             threads.shutdown(wait=False, cancel_futures=True)
+        end_all()

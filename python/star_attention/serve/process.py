@@ -21,7 +21,7 @@ import numpy as np
 
 from star_attention.errors import UserError, say
 from star_attention.runtime.sampling import SamplingParams
-from star_attention.serve.engine import EngineLostError, EngineRefusalError, State
+from star_attention.serve.engine import SHUTTING_DOWN, EngineLostError, EngineRefusalError, State
 from star_attention.serve.meeting import Job, Meeting, OuterRanks, OwnRanks
 from star_attention.serve.messages import (
     Cancel,
@@ -42,7 +42,6 @@ from star_attention.serve.messages import (
 
 _LOOK_SECONDS = 0.05
 _WATCH_SECONDS = 1.0
-_SHUTTING_DOWN = "the server is shutting down"
 _STEADY = 600.0  # seconds after which earlier restarts are forgotten
 
 
@@ -115,7 +114,7 @@ class EngineProcess:
 
     def give_up(self) -> None:
         """Requests in flight are told that the server shuts down, and others are refused."""
-        self._lose("lost", _SHUTTING_DOWN)
+        self._lose("lost", SHUTTING_DOWN)
 
     def end_at_once(self) -> None:
         """What `stop` waits for is over then."""
@@ -215,7 +214,7 @@ class EngineProcess:
             self.restarts += 1
             self._call(self._lose, "starting", f"{reason}; the ranks are started again")
             say("the ranks are started again")
-        self._call(self._lose, "lost", _SHUTTING_DOWN)
+        self._call(self._lose, "lost", SHUTTING_DOWN)
 
     def _run_once(self) -> tuple[int, str]:
         """Starts the ranks and passes on what they say until they end: the exit code and why."""
