@@ -25,7 +25,7 @@ _INNER = range(0x80, 0xC0)  # bytes of a character in UTF-8 behind its first
 _VALID = {*range(0xC0), *range(0xC2, 0xF5)}  # bytes of UTF-8
 # Unicode decomposes no character into more: NFC makes no fewer of four.
 _COMPOSED = 4
-_SPLITS = ("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation")  # that keep what they split
+_SPLITS = ("ByteLevel", "Split", "Digits", "Punctuation")  # that keep what they split
 _HUGE = 1 << 20  # characters of a text that is tokenised in a process of its own
 
 
@@ -130,16 +130,18 @@ class PlainText:
         splits = _steps(state["pre_tokenizer"], "pretokenizers")
         added = [token for token in state["added_tokens"] if token["content"] not in hidden]
         is_composed = any(step["type"] == "NFC" for step in normalizers)
+        keep_all = _SPLITS if self._is_byte_level else (*_SPLITS, "Metaspace")
         if self._is_byte_level:
             has_bytes = any(step["type"] == "ByteLevel" for step in splits)
-            has_bytes &= not is_composed or not self._lost & _VALID
+            if normalizers:  # what becomes of a character may be lost
+                has_bytes &= not self._lost & _VALID
         else:
             has_bytes = bool(self._bytes) and self._bytes.keys() <= model["vocab"].keys()
         if not (
             model["type"] == "BPE"
             and has_bytes
             and all(map(_keeps_characters, normalizers))
-            and all(step["type"] in _SPLITS for step in splits)
+            and all(step["type"] in keep_all for step in splits)
             and all(step.get("behavior") != "Removed" for step in splits)
             and not any(token["lstrip"] or token["rstrip"] for token in added)
         ):
