@@ -74,6 +74,9 @@ class PlainText:
         if self._is_byte_level:
             self._lost = {byte for each, byte in _BYTE_OF.items() if each not in model["vocab"]}
         self._longest = self._longest_token(state)
+        self._composes = any(
+            step["type"] == "NFC" for step in _steps(state["normalizer"], "normalizers")
+        )
         for name, token_id in controls.items():
             assert self._backend.token_to_id(self._secret(name)) == token_id, name
 
@@ -108,7 +111,8 @@ class PlainText:
         if self._is_byte_level:
             begins = text.encode(errors="ignore").translate(None, bytes({*_INNER, *self._lost}))
             characters = len(begins)
-        return -(-characters // self._longest)
+        composed = _COMPOSED if self._composes and not text.isascii() else 1
+        return -(-characters // (self._longest * composed))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for one that the tokenizer does not know."""
@@ -129,7 +133,6 @@ class PlainText:
         normalizers = _steps(state["normalizer"], "normalizers")
         splits = _steps(state["pre_tokenizer"], "pretokenizers")
         added = [token for token in state["added_tokens"] if token["content"] not in hidden]
-        is_composed = any(step["type"] == "NFC" for step in normalizers)
         keep_all = _SPLITS if self._is_byte_level else (*_SPLITS, "Metaspace")
         if self._is_byte_level:
             has_bytes = any(step["type"] == "ByteLevel" for step in splits)
@@ -147,8 +150,7 @@ class PlainText:
         ):
             return None
         longest = max(map(self._characters, model["vocab"].keys() - hidden))
-        longest = max(longest, *(len(token["content"]) for token in added), 1)
-        return longest * _COMPOSED if is_composed else longest
+        return max(longest, *(len(token["content"]) for token in added), 1)
 
     def _characters(self, piece: str) -> int:
         """Characters that begin in a piece of the vocabulary."""
