@@ -128,6 +128,16 @@ class _Queue:
     def first(self) -> Reading:
         return self._readings[0]
 
+    @property
+    def begin(self) -> int:
+        """Where the next rows begin."""
+        before = 0
+        for rows in self.first.rows:
+            if self._done < before + rows.tokens:
+                return rows.start + self._done - before
+            before += rows.tokens
+        raise AssertionError("a reading that is done is dropped")
+
     def take(self, tokens: int) -> list[Range]:
         """The next rows of the first reading, at most so many."""
         taken, before = [], 0
@@ -238,16 +248,22 @@ class Passes:
     def _share(self, room: list[int]) -> list[Span]:
         """Rows of the first block that all ranks compute, as far as there is room; each rank's
         early slice first."""
-        reading = self._together.first
-        tokens = sum(max(0, each) for each in room)
-        if not tokens:
+        reading, page = self._together.first, self._page
+        begin = self._together.begin
+        most = min(room)
+        if most <= 0:
             return []
-        pieces = [
-            piece for rows in self._together.take(tokens) for piece in _pages(rows, self._page)
-        ]
+        # Whole pages for each rank, or a part of one for one of them.
+        tokens = most // page * page * len(room) - begin % page
+        if most < page:
+            tokens = min(most, page - begin % page)
+        pieces = [piece for rows in self._together.take(tokens) for piece in _pages(rows, page)]
         costs = np.array([reading.span(p, 0).cost.flops(self._model) for p in pieces], float)
-        ranks = evenly(costs, self._loads)
-        if self._last and self._last[0] == pieces[0].start and pieces[0].start % self._page:
+        goes_on = self._together and self._together.first is reading
+        # What ranks have done besides counts in the end: no pass is longer than there is room.
+        fills = goes_on and len(pieces) > len(room)
+        ranks = evenly(costs, np.zeros_like(self._loads) if fills else self._loads)
+        if self._last and self._last[0] == pieces[0].start and pieces[0].start % page:
             # The page that was begun goes on where it is.
             here, there = ranks[0], self._last[1]
             ranks = np.select([ranks == here, ranks == there], [there, here], ranks)
