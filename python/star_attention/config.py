@@ -29,12 +29,14 @@ class StarConfig:
         anchor_size: leading context tokens that every block sees, at most `block_size`;
             None: `block_size`, as in the paper; 0: no anchor (ablation).
         anchor_mode: who computes the anchor's KV in phase 1: every block anew (`recompute`, the
-            paper's formulation), every rank once (`local`), or rank 0 for all (`broadcast`).
-            Same results.
+            paper's formulation), every rank once (`local`), or all ranks together, once, whose
+            pages are exchanged (`broadcast`; so are those of blocks that are left when each rank
+            has as many). Same results.
         kv_placement: where the KV of generated tokens is kept: on the last rank (`tail`), or page
             by page over all ranks (`round_robin`). Same results.
         tokens_per_block: tokens a page of the KV cache holds (TensorRT-LLM's name).
-        attention: `star`; or an exact baseline: `ring` over the ranks, `dense` on one rank.
+        attention: `star`; or an exact baseline: `ring`, whose KV passes by, or `dense`, one block
+            of all ranks.
 
     Source: Star Attention, arXiv 2411.17116, section 2.
     """

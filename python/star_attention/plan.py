@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
@@ -95,22 +96,28 @@ class Plan:
 
     def passes(self) -> Passes:
         """Phase 1, from the beginning."""
-        together, alone = self._readings
-        return Passes(together, alone, self.anchor_size, self.tokens_per_block, self.model)
+        return self._passes(self._alone)
+
+    def _passes(self, alone: Sequence[Sequence[Reading]]) -> Passes:
+        loads = [cost.flops(self.model) for cost in self._costs_alone]
+        sizes = self.anchor_size, self.tokens_per_block
+        return Passes(self._together, alone, loads, *sizes, self.model)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         """Phase 1 in as few passes as there are."""
-        passes, spans = self.passes(), []
-        while not passes.finished:
-            spans += passes.next()
-        return tuple(spans)
+        return self.passes().all()
+
+    @cached_property
+    def slices(self) -> tuple[Span, ...]:
+        """Those of `spans` that ranks compute together."""
+        return self._passes([()] * self.num_ranks).all()
 
     @cached_property
     def rank_costs(self) -> tuple[Cost, ...]:
         """Phase 1 work of each rank."""
-        tokens, pairs = [0] * self.num_ranks, [0] * self.num_ranks
-        for span in self.spans:
+        tokens, pairs = map(list, zip(*self._costs_alone, strict=True))
+        for span in self.slices:
             cost = span.cost
             tokens[span.rank] += cost.tokens
             pairs[span.rank] += cost.pairs
@@ -138,6 +145,8 @@ class Plan:
     @cached_property
     def _rows(self) -> list[tuple[Range, ...]]:
         """Of each block, what is to be computed."""
+        if not self.cached:
+            return [(Range(block.start, block.end),) for block in self.blocks]
         rows: list[list[Range]] = [[] for _ in self.blocks]
         for part in self.parts:
             if part.start in self.cached:
@@ -150,32 +159,69 @@ class Plan:
         return [tuple(each) for each in rows]
 
     @cached_property
-    def _readings(self) -> tuple[list[Reading], list[list[Reading]]]:
-        """What all ranks compute together, and each on its own."""
+    def _together(self) -> list[Reading]:
+        """What ranks compute together."""
         if self.attention == "ring":
             # Every rank's rows see all before them, which passes by.
             rows = [(part.rank, Range(part.start, part.end)) for part in self.parts]
-            chunks = [Reading(0, rank, 0, (each,)) for rank, each in rows]
-            return chunks, [[] for _ in range(self.num_ranks)]
-        together: list[Reading] = []
+            return [Reading(0, rank, 0, (each,)) for rank, each in rows]
+        return [
+            self._reading(index)
+            for index, block in enumerate(self.blocks)
+            if block.rank is None and self._rows[index]
+        ]
+
+    @cached_property
+    def _alone(self) -> list[list[Reading]]:
+        """What each rank computes on its own."""
         alone: list[list[Reading]] = [[] for _ in range(self.num_ranks)]
         anchor = (Range(0, self.anchor_size),)
+        for index, again in self._blocks_alone():
+            rank = self.blocks[index].rank
+            if again:
+                block = index if self.anchor_mode == "recompute" else 0
+                alone[rank].append(Reading(block, rank, 0, anchor, again=True))
+            alone[rank].append(self._reading(index))
+        return alone
+
+    @cached_property
+    def _costs_alone(self) -> tuple[Cost, ...]:
+        """Of what each rank computes on its own: by shapes, of which many blocks have few."""
+        shapes: Counter[tuple[int, int, int]] = Counter()  # rank, tokens, what all of them see
+        for index, again in self._blocks_alone():
+            block = self.blocks[index]
+            if again:
+                shapes[block.rank, self.anchor_size, 0] += 1
+            for rows in self._rows[index]:
+                shapes[block.rank, rows.tokens, block.prefix + rows.start - block.start] += 1
+        tokens, pairs = [0] * self.num_ranks, [0] * self.num_ranks
+        for (rank, size, before), count in shapes.items():
+            tokens[rank] += count * size
+            pairs[rank] += count * causal_pairs(size, before)
+        return tuple(map(Cost, tokens, pairs))
+
+    def _blocks_alone(self) -> Iterator[tuple[int, bool]]:
+        """Blocks that one rank computes, by their index, and whether it computes the anchor again
+        before it."""
+        if self.attention == "ring":
+            return
         has_anchor = {self.parts[0].rank} if self.parts else set()
-        again = self.anchor_mode == "recompute"
-        for index, (block, rows) in enumerate(zip(self.blocks, self._rows, strict=True)):
-            if not rows:
+        for index, block in enumerate(self.blocks):
+            if block.rank is None or not self._rows[index]:
                 continue
-            sees = (Range(0, block.prefix),) if block.prefix else ()
-            reading = Reading(index, block.rank, block.start, rows, sees, alone=again)
-            if block.rank is None:
-                together.append(reading)
-                continue
-            own = alone[block.rank]
-            if sees and (again or (self.anchor_mode == "local" and block.rank not in has_anchor)):
-                own.append(Reading(index if again else 0, block.rank, 0, anchor, again=True))
+            again = bool(block.prefix) and (
+                self.anchor_mode == "recompute"
+                or (self.anchor_mode == "local" and block.rank not in has_anchor)
+            )
+            if again:
                 has_anchor.add(block.rank)
-            own.append(reading)
-        return together, alone
+            yield index, again
+
+    def _reading(self, index: int) -> Reading:
+        block = self.blocks[index]
+        sees = (Range(0, block.prefix),) if block.prefix else ()
+        alone = self.anchor_mode == "recompute"
+        return Reading(index, block.rank, block.start, self._rows[index], sees, alone=alone)
 
 
 def make_plan(

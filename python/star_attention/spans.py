@@ -8,10 +8,9 @@ a late one, since late rows see more (zig-zag). What a span sees and another ran
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +165,7 @@ class Passes:
         together: readings of all ranks, in the order of the context: without a rank, or, where rows
             see all before them, with one.
         alone: each rank's own readings.
+        loads: FLOPs of these.
         anchor: what must be computed before rows that see it can be, unless they are in one pass.
         model: weighs rows.
 
@@ -178,6 +178,7 @@ class Passes:
         self,
         together: Sequence[Reading],
         alone: Sequence[Sequence[Reading]],
+        loads: Sequence[int],
         anchor: int,
         tokens_per_block: int,
         model: ModelConfig,
@@ -185,7 +186,7 @@ class Passes:
         self._together = _Queue(together)
         self._alone = [_Queue(each) for each in alone]
         self._anchor, self._page, self._model = anchor, tokens_per_block, model
-        self._loads = np.array([sum(_flops(r, model) for r in each) for each in alone], float)
+        self._loads = np.array(loads, float)
         self._last: tuple[int, int] | None = None  # where shared rows ended, and on which rank
         self.done = 0
         self.reached: dict[int, int] = {}
@@ -194,6 +195,13 @@ class Passes:
     @property
     def finished(self) -> bool:
         return self.done == self.total
+
+    def all(self) -> tuple[Span, ...]:
+        """The spans of all passes, as few as there are."""
+        spans: list[Span] = []
+        while not self.finished:
+            spans += self.next()
+        return tuple(spans)
 
     def next(self, most: int | None = None, sequences: int | None = None) -> tuple[Span, ...]:
         """The spans of the next pass.
@@ -210,7 +218,7 @@ class Passes:
         elif self._together and self._together.first.start == 0:
             spans = self._share(room)
         if not spans or spans[-1].block or max(span.end for span in spans) >= self._anchor:
-            taken = [sum(span.rank == rank for span in spans) for rank in ranks]
+            taken = Counter(span.rank for span in spans)
             own = [self._own(rank, room, sequences, taken[rank]) for rank in ranks]
             if not spans and self._together:
                 spans = self._share(room)
@@ -257,27 +265,31 @@ class Passes:
         tokens = most // page * page * len(room) - begin % page
         if most < page:
             tokens = min(most, page - begin % page)
-        pieces = [piece for rows in self._together.take(tokens) for piece in _pages(rows, page)]
-        costs = np.array([reading.span(p, 0).cost.flops(self._model) for p in pieces], float)
-        goes_on = self._together and self._together.first is reading
+        starts, ends = _pages(self._together.take(tokens), page)
+        sizes = ends - starts
+        before = starts - reading.start + sum(each.tokens for each in reading.sees)
+        costs = Cost(1.0 * sizes, causal_pairs(1.0 * sizes, before)).flops(self._model)
         # What ranks have done besides counts in the end: no pass is longer than there is room.
-        fills = goes_on and len(pieces) > len(room)
-        ranks = evenly(costs, np.zeros_like(self._loads) if fills else self._loads)
-        if self._last and self._last[0] == pieces[0].start and pieces[0].start % page:
+        ends_here = not self._together or self._together.first is not reading
+        even = ends_here or len(starts) <= len(room)
+        ranks = evenly(costs, self._loads if even else np.zeros_like(self._loads))
+        if self._last and self._last[0] == starts[0] and starts[0] % page:
             # The page that was begun goes on where it is.
             here, there = ranks[0], self._last[1]
             ranks = np.select([ranks == here, ranks == there], [there, here], ranks)
         np.add.at(self._loads, ranks, costs)
-        self._last = pieces[-1].end, int(ranks[-1])
-        spans: list[Span] = []
-        late = len(pieces) // 2 if len(pieces) > len(self._loads) else None
-        for index, (piece, rank) in enumerate(zip(pieces, ranks.tolist(), strict=True)):
-            room[rank] -= piece.tokens
-            last = spans[-1] if spans and index != late else None
-            if last and last.rank == rank and last.end == piece.start:
-                spans[-1] = reading.span(Range(last.start, piece.end), rank)
-            else:
-                spans.append(reading.span(piece, rank))
+        self._last = int(ends[-1]), int(ranks[-1])
+        goes_on = (ranks[1:] == ranks[:-1]) & (starts[1:] == ends[:-1])
+        if len(starts) > len(self._loads):
+            goes_on[len(starts) // 2 - 1] = False  # a late slice is one of its own
+        first = np.flatnonzero(np.concatenate([[True], ~goes_on]))
+        last = np.append(first[1:], len(starts)) - 1
+        spans = []
+        for start, end, rank in zip(
+            starts[first].tolist(), ends[last].tolist(), ranks[first].tolist(), strict=True
+        ):
+            spans.append(reading.span(Range(start, end), rank))
+            room[rank] -= end - start
         return spans
 
 
@@ -354,11 +366,9 @@ def _move(borders: np.ndarray, owners: np.ndarray, until: np.ndarray, targets: n
             return
 
 
-def _pages(rows: Range, page: int) -> list[Range]:
-    """Rows cut where pages begin."""
-    edges = [rows.start, *range(rows.start // page * page + page, rows.end, page), rows.end]
-    return [Range(a, b) for a, b in pairwise(edges)]
-
-
-def _flops(reading: Reading, model: ModelConfig) -> int:
-    return sum(reading.span(rows, 0).cost.flops(model) for rows in reading.rows)
+def _pages(rows: Sequence[Range], page: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows cut where pages begin: starts and ends, int64."""
+    inner = [np.arange(r.start // page * page + page, r.end, page) for r in rows]
+    starts = [np.append(r.start, cuts) for r, cuts in zip(rows, inner, strict=True)]
+    ends = [np.append(cuts, r.end) for r, cuts in zip(rows, inner, strict=True)]
+    return np.concatenate(starts), np.concatenate(ends)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import pytest
 
 from star_attention.distributed.launch import mpirun_command
+from star_attention.models.config import LLAMA_3_1_8B
 from test_llm import QUESTION, TEXT
 
 
@@ -90,11 +92,23 @@ def test_plan(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "131,072 tokens in 4 blocks of 32,768" in run.stdout
-    assert "4 of 8 ranks have no block" in run.stdout
+    assert "all ranks compute blocks 0 to 3 in slices" in run.stdout
+    assert re.search(r"Predicted: star \d.*, ring \d.*, dense \d", run.stdout)
     assert picture.stat().st_size > 10_000
     as_json = json.loads(star_attn("plan", "--context", "1M", "--ranks", "2", "--json").stdout)
     assert as_json["context_len"] == 1 << 20
-    assert [block["rank"] for block in as_json["blocks"]] == [0, 0, 1, 1]
+    assert [block["rank"] for block in as_json["blocks"]] == [None, 0, 1, None]
+    assert as_json["spans"][-1]["sees"] == [[0, 1 << 18], [3 << 18, 1 << 20]]
+    assert {part["rank"] for part in as_json["parts"]} == {0, 1}
+    # Half of the first block, and of the last one what is in front of a late slice.
+    half = LLAMA_3_1_8B.kv_bytes(1 << 17, 2)
+    assert all(half <= rank["received_bytes"] <= 2 * half for rank in as_json["ranks"])
+    assert as_json["predicted"]["star"]["seconds"] < as_json["predicted"]["ring"]["seconds"]
+    slow = json.loads(
+        star_attn("plan", "--context", "1M", "--ranks", 2, "--gemm-tflops", "1", "--json").stdout
+    )
+    assert slow["rates"]["gemm_tflops"] == 1
+    assert slow["predicted"]["star"]["seconds"] > 10 * as_json["predicted"]["star"]["seconds"]
 
 
 def test_info():
@@ -178,7 +192,6 @@ BAD_OPTIONS = {
     "--device cuda": "torch finds no GPU here",
     "--ranks 0": "0 is not in the range x>=1",
     "--ranks 999": "--ranks is 999, but there are",
-    "--ranks 2 --attention dense": "dense runs on one rank, not 2",
     "--model /nothing/here": "--model /nothing/here: no such folder or file",
     "--temperature -1": "temperature is -1.0",
     "--top-p 2": "top_p is 2.0",

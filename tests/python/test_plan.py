@@ -12,6 +12,7 @@ from star_attention.config import StarConfig
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.plan import MAX_BLOCKS, MAX_RANKS, make_plan
+from star_attention.predict import Rates, predict
 from star_attention.spans import Cost, Range, causal_pairs, evenly, most_tokens
 
 MODES = st.sampled_from(["recompute", "local", "broadcast"])
@@ -92,7 +93,9 @@ def test_spans_compute_the_context(context_len, pages, anchor_pages, page, num_r
     spans = check_passes(plan, most)
     if most is None:
         assert tuple(spans) == plan.spans
-        assert sum(cost.tokens for cost in plan.rank_costs) == sum(s.tokens for s in spans)
+        for rank, cost in enumerate(plan.rank_costs):
+            own = [span.cost for span in spans if span.rank == rank]
+            assert cost == Cost(sum(c.tokens for c in own), sum(c.pairs for c in own))
 
 
 @given(context_len=st.integers(0, 10**7), num_ranks=st.integers(1, 64))
@@ -286,9 +289,12 @@ def test_large_plans_are_quick(tmp_path, capsys):
     assert seconds(lambda: make_plan(1 << 27, None, MAX_RANKS)) < 10
     plan = make_plan(128 * MAX_BLOCKS, config, 64)
     assert len(plan.blocks) == MAX_BLOCKS
-    assert seconds(lambda: terminal.print_plan(plan, LLAMA_3_1_8B, "a model")) < 5
+    assert seconds(lambda: terminal.print_plan(plan, "a model", Rates())) < 8
     first = [block.rank for block in plan.blocks].index(1)
-    assert f"│ {first} to " in capsys.readouterr().out
+    assert f"1     {first} to " in capsys.readouterr().out
+    plan = make_plan(1 << 27, StarConfig(attention="dense"), MAX_RANKS)
+    assert seconds(lambda: terminal.print_plan(plan, "a model", Rates())) < 10
+    assert "too large to say what arrives" in capsys.readouterr().out
 
 
 def test_cost_of_anchor_modes():
@@ -335,9 +341,48 @@ def test_refusals(context_len, num_ranks, options, message):
         make_plan(context_len, StarConfig(**options), num_ranks)
 
 
-def test_notes():
+def test_notes(capsys):
+    def printed(*plan):
+        terminal.print_plan(make_plan(*plan), "a model", Rates())
+        return capsys.readouterr().out
+
     assert "rounded up to 256" in make_plan(1000).notes[0]
-    assert make_plan(256, StarConfig(128), 5).notes == ("3 of 5 ranks have no block",)
+    assert "3 of 5 ranks have nothing to compute" in printed(256, StarConfig(128), 5)
+    shared = printed(8192, StarConfig(4096), 5)
+    assert "all ranks compute blocks 0 to 1 in slices" in shared
+    assert "nothing" not in shared
+
+
+def test_predictions_are_what_was_measured():
+    """docs/results.md, two H200s."""
+    for seconds, config, num_ranks in (
+        (6.09, StarConfig(32768, anchor_mode="recompute"), 2),
+        (4.96, StarConfig(32768, anchor_mode="local"), 2),
+        (4.79, StarConfig(attention="ring"), 2),
+        (9.33, StarConfig(attention="dense"), 1),
+    ):
+        predicted = predict(make_plan(1 << 17, config, num_ranks))
+        assert predicted.seconds == pytest.approx(seconds, rel=0.02)
+
+
+def test_predictions_of_transfers():
+    config = StarConfig(32768)
+    plan = make_plan(1 << 17, config, 4)
+    fast, slow = predict(plan), predict(plan, Rates(link_gbs=10))
+    assert fast.received_bytes == slow.received_bytes
+    assert fast.exposed_seconds < 0.02 * fast.seconds
+    seconds = max(slow.received_bytes) / 10e9
+    assert slow.exposed_seconds == pytest.approx(seconds, rel=0.2)
+    assert slow.seconds - fast.seconds == pytest.approx(slow.exposed_seconds, rel=0.1)
+    # All that others compute of the first block, and of the others what is before late slices.
+    block = plan.model.kv_bytes(32768, 2)
+    assert all(block / 2 < each / 4 < block for each in fast.received_bytes)
+    ring = predict(make_plan(1 << 17, StarConfig(attention="ring"), 4), Rates(link_gbs=10))
+    assert max(ring.received_bytes) == 3 * block
+    assert ring.exposed_seconds < slow.exposed_seconds
+    for mode in ("local", "recompute"):
+        alone = predict(make_plan(1 << 17, StarConfig(32768, anchor_mode=mode), 4))
+        assert alone.received_bytes == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("config", [StarConfig(256, 128), StarConfig(attention="ring")])
@@ -349,6 +394,17 @@ def test_plot_shows_every_rank(tmp_path, config):
     pixels = plt.imread(path)[..., :3].reshape(-1, 3)
     for color in plt.get_cmap("tab10").colors[:3]:
         assert (abs(pixels - color) < 0.01).all(axis=1).sum() > 500
+
+
+def test_plot_of_many_blocks(tmp_path):
+    """Blocks that are left out leave room for the others: every rank's are as wide as any."""
+    from matplotlib import pyplot as plt
+
+    path = tmp_path / "plan.png"
+    plot_plan(make_plan(1 << 20, StarConfig(1024), 8), path)
+    pixels = plt.imread(path)[..., :3].reshape(-1, 3)
+    for color in plt.get_cmap("tab10").colors[:8]:
+        assert (abs(pixels - color) < 0.01).all(axis=1).sum() > 300
 
 
 def test_plot_refusals(tmp_path):

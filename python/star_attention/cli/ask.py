@@ -57,8 +57,6 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     """Read a long text once and answer questions about it."""
     take_model(options)
     check_ranks(ranks, options["tp"])
-    if options["attention"] == "dense" and (ranks or 1) > 1:
-        raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
     find_model(options["model"], options["load_format"] != "dummy")
     star_config_of(options), engine_of(options), sampling_of(options)
     for question in options["questions"]:
@@ -103,7 +101,7 @@ def _ask(
         result = {
             "model": model,
             "attention": config.attention,
-            "plan": terminal.plan_as_json(context.plan, llm.model_config),
+            "plan": terminal.plan_as_json(context.plan),
             "answers": [asdict(answers[index]) for index in range(len(questions))],
             "ranks": ranks,
         }

@@ -87,7 +87,7 @@ def run_options(
             type=METHODS,
             default="dense,star",
             show_default=True,
-            help="Side by side: dense (on one rank), ring, star.",
+            help="Side by side: dense, ring, star.",
         ),
         click.option(
             "--block-size",
@@ -110,7 +110,7 @@ def run_options(
         click.option(
             "--ranks",
             type=click.IntRange(1),
-            help="Ranks for ring and star; mpirun is started for you.  [default: 1]",
+            help="Ranks to run on; mpirun is started for you.  [default: 1]",
         ),
         click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores."),
         click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True),
@@ -281,12 +281,10 @@ def _evaluate(
     engine_of(options)
     try:
         if needs_ranks(options["ranks"], tp):
-            failed = _run_parts(methods, ranks, tp, options["oversubscribe"])
-        elif world_size() > tp and any(method.attention == "dense" for method in methods):
-            raise UserError(
-                "--attention dense runs on one rank, but mpirun started "
-                f"{world_size() // tp}: leave it away, or use --ranks instead of mpirun"
-            )
+            code = run_as_ranks(ranks * tp, options["oversubscribe"], more=["--no-report"])
+            if code not in (0, 1):
+                sys.exit(code)
+            failed = code == 1
         else:
             failed = _run(benchmark, methods, options)
     except KeyboardInterrupt:
@@ -319,22 +317,6 @@ def _check_names(benchmark: str, tasks: Sequence[str]) -> None:
     for name in tasks:
         if name not in known and name != "all":
             raise UserError(f"--tasks: {name!r} is not one of all, {', '.join(known)}")
-
-
-def _run_parts(methods: Sequence[Method], ranks: int, tp: int, oversubscribe: bool) -> bool:
-    """Runs this command line again: dense on one rank, the rest on `ranks`. Whether one failed; it
-    does not keep the other from being run."""
-    attention = list(dict.fromkeys(method.attention for method in methods))
-    failed = False
-    for part, size in (({"dense"}, 1), ({"ring", "star"}, ranks)):
-        names = ",".join(name for name in attention if name in part)
-        if names:
-            own = ["--attention", names, "--ranks", str(size), "--no-report"]
-            code = run_as_ranks(size * tp, oversubscribe, more=own)
-            if code not in (0, 1):
-                sys.exit(code)
-            failed |= code == 1
-    return failed
 
 
 def _run(benchmark: str, methods: Sequence[Method], options: dict[str, Any]) -> bool:

@@ -74,8 +74,8 @@ def division_options(command: Callable) -> Callable:
             type=click.Choice(ANCHOR_MODES),
             default="broadcast",
             show_default=True,
-            help="Who computes the anchor's KV: every block, every rank, or rank 0 for all. "
-            "Same answers.",
+            help="Who computes the anchor's KV: every block, every rank, or all ranks together, "
+            "which then send one another their parts. Same answers.",
         ),
         click.option(
             "--tokens-per-block",
@@ -162,7 +162,8 @@ def run_options(command: Callable) -> Callable:
             type=click.Choice(ATTENTION_METHODS),
             default="star",
             show_default=True,
-            help="star, or the exact baselines: ring over the ranks, dense on one rank.",
+            help="star, or the exact baselines: ring, whose KV passes by, or dense, whose KV is "
+            "exchanged.",
         ),
         click.option(
             "--kv-placement",

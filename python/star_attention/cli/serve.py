@@ -172,8 +172,6 @@ def serve(**options: Any) -> int:
         ) from None
     take_model(options)
     check_ranks(options["ranks"], options["tp"])
-    if options["attention"] == "dense" and (options["ranks"] or world_size()) > 1:
-        raise UserError("--attention dense runs on one rank: leave --ranks away")
     if meeting := meeting_of_rank0():
         _serve_front(meeting.wait_for_front(), options)
         return 0

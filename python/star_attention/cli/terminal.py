@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -15,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from star_attention.models.config import ModelConfig
-from star_attention.plan import Plan
+from star_attention.config import StarConfig
+from star_attention.plan import Plan, make_plan
+from star_attention.predict import Prediction, Rates, predict
 
 # Set for ranks whose output reaches an interactive terminal through mpirun.
 INTERACTIVE = "STAR_ATTENTION_INTERACTIVE"
@@ -42,51 +45,136 @@ def progress(shown: bool) -> Iterator[Callable[[float], None]]:
         time.sleep(0.2)  # mpirun passes stderr and stdout on apart: the bar's end must arrive first
 
 
-def plan_as_json(plan: Plan, model: ModelConfig) -> dict[str, Any]:
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """A plan, its spans, and what each rank computes, keeps and receives (bytes of 16-bit KV; None
+    if the plan is too large to say)."""
+    names = ("context_len", "block_size", "anchor_size", "tokens_per_block", "num_ranks")
+    received, kept = predict(plan).received_bytes, _kept_tokens(plan)
     return {
-        **asdict(plan),
-        "rank_flops": [cost.flops(model) for cost in plan.rank_costs],
-        "dense_flops": plan.dense_cost.flops(model),
+        **{name: getattr(plan, name) for name in (*names, "attention", "anchor_mode", "notes")},
+        "model": asdict(plan.model),
+        "blocks": [asdict(block) for block in plan.blocks],
+        "parts": [asdict(part) for part in plan.parts],
+        "spans": [span._asdict() for span in plan.spans],  # sees: [start, end] of each run
+        "ranks": [
+            {
+                **cost._asdict(),
+                "flops": cost.flops(plan.model),
+                "kept_tokens": kept[rank],
+                "received_bytes": received and received[rank],
+            }
+            for rank, cost in enumerate(plan.rank_costs)
+        ],
+        "dense_flops": plan.dense_cost.flops(plan.model),
     }
 
 
-def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
-    """The blocks of each rank and the work of phase 1."""
+def predictions_as_json(plan: Plan, rates: Rates) -> dict[str, Any]:
+    """Seconds of phase 1 of a plan, and of the exact methods on as many ranks."""
+    predictions = _predictions(plan, rates)
+    return {
+        "rates": asdict(rates),
+        "predicted": {name: asdict(each) for name, each in predictions.items()},
+    }
+
+
+def print_plan(plan: Plan, model_name: str, rates: Rates) -> None:
+    """What each rank computes in phase 1, keeps and waits for, and how long that would take."""
     console = Console()
     console.print(
         f"{plan.context_len:,} tokens in {len(plan.blocks)} blocks of {plan.block_size:,}, "
         f"anchor {plan.anchor_size:,} ({plan.anchor_mode}), {plan.num_ranks} ranks",
         highlight=False,
     )
-    table = Table("rank", "blocks", "own tokens", caption_justify="left")
-    for title in ("tokens computed", "attention pairs", "TFLOP"):
-        table.add_column(title, justify="right")
-    for rank, cost in enumerate(plan.rank_costs[:_MAX_ROWS]):
-        own = plan.blocks_of(rank)
-        first = own[0].start // plan.block_size if own else 0
-        table.add_row(
-            str(rank),
-            f"{first} to {first + len(own) - 1}" if len(own) > 1 else str(first) if own else "none",
-            f"{own[0].start:,} to {own[-1].end - 1:,}" if own else "",
-            f"{cost.tokens:,}",
-            f"{cost.pairs / 1e6:,.1f} M",
-            f"{cost.flops(model) / 1e12:,.1f}",
-        )
-    console.print(table)
+    predictions = _predictions(plan, rates)
+    predicted, blocks = predictions[plan.attention], _blocks_by_rank(plan)
+    console.print(_table_of_ranks(plan, blocks, predicted.received_bytes))
     if plan.num_ranks > _MAX_ROWS:
         console.print(f"... and {plan.num_ranks - _MAX_ROWS} more ranks")
-    for note in plan.notes:
+    for note in _notes(plan, blocks.get(None), predicted.received_bytes is not None):
         console.print(f"Note: {note}.", highlight=False)
-    if plan.context_len:
-        dense, busiest = (
-            cost.flops(model) / 1e12
-            for cost in (plan.dense_cost, max(plan.rank_costs, key=lambda c: c.flops(model)))
+    if not plan.context_len:
+        return
+    dense, busiest = (
+        cost.flops(plan.model) / 1e12
+        for cost in (plan.dense_cost, max(plan.rank_costs, key=lambda c: c.flops(plan.model)))
+    )
+    console.print(
+        f"Phase 1 with {model_name}: {busiest:,.1f} TFLOP on the busiest rank; dense attention "
+        f"needs {dense:,.1f} in all, {dense / busiest:.1f} times as much.",
+        highlight=False,
+    )
+    times = [f"{name} {_seconds(each.seconds)}" for name, each in predictions.items()]
+    waits = predicted.exposed_seconds
+    console.print(
+        f"Predicted: {', '.join(times)}"
+        + (f" ({_seconds(waits)} of the first for what arrives)" if waits >= 1e-4 else "")
+        + f", at {rates.gemm_tflops:g} TFLOP/s of GEMMs, {rates.attention_tflops:g} of attention "
+        f"and {rates.link_gbs:g} GB/s.",
+        highlight=False,
+    )
+
+
+def _predictions(plan: Plan, rates: Rates) -> dict[str, Prediction]:
+    """Of the plan, and of the exact methods on as many ranks."""
+    plans = {plan.attention: plan}
+    for attention in ("ring", "dense") if plan.num_ranks > 1 else ("dense",):
+        config = StarConfig(attention=attention, tokens_per_block=plan.tokens_per_block)
+        if attention not in plans:
+            plans[attention] = make_plan(plan.context_len, config, plan.num_ranks, plan.model)
+    return {attention: predict(each, rates) for attention, each in plans.items()}
+
+
+def _table_of_ranks(
+    plan: Plan, blocks: dict[int | None, str], received: tuple[int, ...] | None
+) -> Table:
+    table = Table("rank", "blocks", box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)
+    for title in ("slices", "tokens", "G pairs", "TFLOP", "keeps", "receives"):
+        table.add_column(title, justify="right", no_wrap=True)
+    kept = _kept_tokens(plan)
+    slices = Counter(span.rank for span in plan.slices)
+    for rank, cost in enumerate(plan.rank_costs[:_MAX_ROWS]):
+        table.add_row(
+            str(rank),
+            blocks.get(rank, "none"),
+            str(slices[rank]),
+            f"{cost.tokens:,}",
+            f"{cost.pairs / 1e9:,.2f}",
+            f"{cost.flops(plan.model) / 1e12:,.1f}",
+            f"{kept[rank]:,}",
+            "?" if received is None else _bytes(received[rank]),
         )
-        console.print(
-            f"Phase 1 with {model_name}: {busiest:,.1f} TFLOP on the busiest rank; dense attention "
-            f"needs {dense:,.1f} in all, {dense / busiest:.1f} times as much.",
-            highlight=False,
-        )
+    return table
+
+
+def _blocks_by_rank(plan: Plan) -> dict[int | None, str]:
+    """Which blocks a rank computes alone; None: which ones all do."""
+    runs: dict[int | None, list[str]] = {}
+    for rank, indices in groupby(range(len(plan.blocks)), lambda index: plan.blocks[index].rank):
+        first, *rest = indices
+        runs.setdefault(rank, []).append(f"{first} to {rest[-1]}" if rest else str(first))
+    return {rank: ", ".join(each) for rank, each in runs.items()}
+
+
+def _kept_tokens(plan: Plan) -> list[int]:
+    kept = [0] * plan.num_ranks
+    for part in plan.parts:
+        kept[part.rank] += part.tokens
+    return kept
+
+
+def _notes(plan: Plan, together: str | None, can_follow: bool) -> Iterator[str]:
+    yield from plan.notes
+    if together:
+        yield f"all ranks compute block{'' if together.isdigit() else 's'} {together} in slices"
+    if idle := sum(not cost.tokens for cost in plan.rank_costs):
+        yield f"{idle} of {plan.num_ranks} ranks have nothing to compute"
+    if not can_follow:
+        yield "the plan is too large to say what arrives; predictions leave transfers out"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
 
 
 def print_run(ranks: list[dict[str, Any]]) -> None:

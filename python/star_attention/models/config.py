@@ -203,3 +203,4 @@ LLAMA_3_1_8B = ModelConfig(
 LLAMA_3_1_70B = replace(
     LLAMA_3_1_8B, num_layers=80, hidden_size=8192, intermediate_size=28672, num_q_heads=64
 )
+SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-3.1-70b": LLAMA_3_1_70B}
