@@ -127,6 +127,16 @@ class _Queue:
     def first(self) -> Reading:
         return self._readings[0]
 
+    @property
+    def begin(self) -> int:
+        """Where the next rows begin."""
+        before = 0
+        for rows in self.first.rows:
+            if self._done < before + rows.tokens:
+                return rows.start + self._done - before
+            before += rows.tokens
+        raise AssertionError("a reading that is done is dropped")
+
     def take(self, tokens: int) -> list[Range]:
         """The next rows of the first reading, at most so many."""
         taken, before = [], 0
@@ -246,16 +256,24 @@ class Passes:
     def _share(self, room: list[int]) -> list[Span]:
         """Rows of the first block that all ranks compute, as far as there is room; each rank's
         early slice first."""
-        reading = self._together.first
-        tokens = sum(max(0, each) for each in room)
-        if not tokens:
+        reading, page = self._together.first, self._page
+        begin = self._together.begin
+        most = min(room)
+        if most <= 0:
             return []
-        starts, ends = _pages(self._together.take(tokens), self._page)
+        # Whole pages for each rank, or a part of one for one of them.
+        tokens = most // page * page * len(room) - begin % page
+        if most < page:
+            tokens = min(most, page - begin % page)
+        starts, ends = _pages(self._together.take(tokens), page)
         sizes = ends - starts
         before = starts - reading.start + sum(each.tokens for each in reading.sees)
         costs = Cost(1.0 * sizes, causal_pairs(1.0 * sizes, before)).flops(self._model)
-        ranks = evenly(costs, self._loads)
-        if self._last and self._last[0] == starts[0] and starts[0] % self._page:
+        # What ranks have done besides counts in the end: no pass is longer than there is room.
+        ends_here = not self._together or self._together.first is not reading
+        even = ends_here or len(starts) <= len(room)
+        ranks = evenly(costs, self._loads if even else np.zeros_like(self._loads))
+        if self._last and self._last[0] == starts[0] and starts[0] % page:
             # The page that was begun goes on where it is.
             here, there = ranks[0], self._last[1]
             ranks = np.select([ranks == here, ranks == there], [there, here], ranks)

@@ -72,7 +72,7 @@ class FakeEngine:
                 yield event
             text = spelled(token_ids, params.seed)
             tokens = self._tokenizer.text_tokens(text)
-            tokens = tokens[len(self._tokenizer.text_tokens("")) :]
+            tokens = tokens[len(self._tokenizer.text_tokens("")) :].tolist()
             (end,) = self._tokenizer.eos_token_ids
             for index, token in enumerate([*tokens, end]):
                 await self._pause()

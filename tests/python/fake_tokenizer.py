@@ -1,5 +1,7 @@
 """A tokenizer whose tokens are bytes, for tests of the front; a template after Llama 3's."""
 
+import numpy as np
+
 from star_attention.errors import UserError
 from star_attention.models.tokenizer import Chat
 
@@ -15,10 +17,13 @@ class ByteTokenizer:
         self.uses_chat = uses_chat
 
     def text_tokens(self, text):
-        return [BEGIN, *text.encode()]
+        return np.array([BEGIN, *text.encode()], np.int32)
 
     def context_tokens(self, text):
-        return self.text_tokens(text)
+        return self.text_tokens(text).tolist()
+
+    def least_tokens(self, text):
+        return len(text) // 2
 
     def chat(self, messages):
         if not self.uses_chat:
@@ -39,7 +44,7 @@ class ByteTokenizer:
             starts.append(tuple(places))
             token_ids.append(END)
         token_ids += [TURN, *b"assistant", 10]
-        return Chat(token_ids, tuple(starts))
+        return Chat(np.array(token_ids, np.int32), tuple(starts))
 
     def decode(self, tokens):
         return bytes(token for token in tokens if token < 256).decode(errors="replace")

@@ -204,7 +204,7 @@ class NotingTiers:
         self.engine, self.random = engine, random
         self.blocks, self.ends = {}, []
 
-    def save(self, key, pages, layers):
+    def save(self, key, pages, layers, tiers):
         if layers.stop == LAYERS:
             stored = self.random.random() < 0.8
             if stored:
@@ -515,6 +515,18 @@ def test_saves_under_way_count_in_a_tiers_size():
             break
         assert 2 * len(there) <= 5
     assert there == [b"c", b"d"]
+
+
+def test_a_block_larger_than_a_tier_goes_to_the_other():
+    copies, store = copies_of({"host": 1, "disk": 4}, 1, [b"a", b"b"])
+    for key in (b"a", b"b"):
+        assert copies.save().tiers == ("disk",)
+        assert copies.saved([[SaveEnd(key, "disk", True)]]) == []
+    assert copies.save() is None
+    assert not copies.awaits_saves
+    assert store.counts() == {"host": (0, 0), "disk": (2, 4)}
+    copies, _ = copies_of({"host": 1, "disk": 1}, 1, [b"a"])
+    assert copies.save() is None
 
 
 def test_what_is_being_saved_is_not_forgotten():

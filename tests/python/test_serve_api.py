@@ -31,7 +31,13 @@ def client(server):
 
 
 def chat_tokens(*turns):
-    return TOKENIZER.chat([Message(role, tuple(parts)) for role, *parts in turns]).token_ids
+    return TOKENIZER.chat(
+        [Message(role, tuple(parts)) for role, *parts in turns]
+    ).token_ids.tolist()
+
+
+def tokens_of(text):
+    return TOKENIZER.text_tokens(text).tolist()
 
 
 def user(text):
@@ -150,8 +156,8 @@ def test_completion_logprobs(client):
     [
         ("Once", ["Once"]),
         (["Once", "Twice"], ["Once", "Twice"]),
-        (TOKENIZER.text_tokens("Once"), ["Once"]),
-        ([TOKENIZER.text_tokens("Once"), TOKENIZER.text_tokens("Twice")], ["Once", "Twice"]),
+        (tokens_of("Once"), ["Once"]),
+        ([tokens_of("Once"), tokens_of("Twice")], ["Once", "Twice"]),
     ],
 )
 def test_completions(client, prompt, texts):
@@ -237,7 +243,7 @@ def test_borders(server, client, messages, question):
         ("x" * 200 + "\nWho?", "Who?"),
         ("x" * 300, "x" * 256),
         ("short", "short"),
-        (TOKENIZER.text_tokens("x" * 300), "x" * 256),
+        (tokens_of("x" * 300), "x" * 256),
     ],
 )
 def test_borders_of_completions(server, client, prompt, question):

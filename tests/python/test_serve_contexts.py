@@ -15,9 +15,12 @@ from fake_engine import FakeEngine, spelled
 from fake_tokenizer import ByteTokenizer
 from helpers import train_tokenizer
 from serving import serving
+from star_attention.errors import UserError
 from star_attention.models.tokenizer import Message, Tokenizer
 from star_attention.serve.api import ContextPatch
+from star_attention.serve.app import create_app
 from star_attention.serve.contexts import Contexts
+from star_attention.serve.options import ServeOptions
 
 TOKENIZER = ByteTokenizer()
 TEXT = "A long text.\n" * 20
@@ -52,7 +55,7 @@ def when_at_work(running, action, *arguments):
 
 
 def tokens(*turns):
-    return TOKENIZER.chat([Message(role, parts) for role, *parts in turns]).token_ids
+    return TOKENIZER.chat([Message(role, parts) for role, *parts in turns]).token_ids.tolist()
 
 
 def ask(http, context, *texts, **more):
@@ -369,8 +372,14 @@ def test_damaged_ones_are_skipped(tmp_path, damage, capfd):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "contexts").write_text("a file")
+    folder = tmp_path / "contexts"
+    folder.write_text("a file")
+    with pytest.raises(UserError, match="contexts cannot be written: File exists"):
+        create_app(FakeEngine(TOKENIZER), TOKENIZER, ServeOptions(("tiny",), context_dir=tmp_path))
+    folder.unlink()
     with serving(context_dir=tmp_path) as running:
+        folder.rmdir()
+        folder.write_text("a file")
         made = httpx.post(f"{running.url}/v1/contexts", json={"name": "a", "text": TEXT})
         assert made.status_code == 201
         assert httpx.delete(f"{running.url}/v1/contexts/a").status_code == 200
@@ -467,13 +476,57 @@ def test_a_context_that_is_deleted_is_not_pinned(server, http):
     assert server.engine.held == []
 
 
+def new_context():
+    """All contexts, one of them that is being read, and the engine."""
+    options = SimpleNamespace(context_dir=None, max_contexts=4)
+    metrics = SimpleNamespace(readings={}, context_read=Mock())
+    engine = FakeEngine(TOKENIZER)
+    contexts = Contexts(SimpleNamespace(options=options, metrics=metrics, engine=engine))
+    token_ids = np.arange(9, dtype=np.int32)
+    return contexts, contexts.add("book", token_ids, 9, [], False, None), engine
+
+
+def test_pinned_and_unpinned_at_once():
+    async def change():
+        contexts, book, engine = new_context()
+        await book.task
+        await contexts.change(book, ContextPatch(pinned=True))
+        while not engine.held:
+            await asyncio.sleep(0.01)
+        pins = (False, True)
+        await asyncio.gather(*(contexts.change(book, ContextPatch(pinned=pin)) for pin in pins))
+        state = book.pinned, book.status, len(engine.held)
+        await contexts.remove(book)
+        return state, engine.held
+
+    state, held = asyncio.run(change())
+    assert state in ((True, "ready", 1), (True, "reading", 0))
+    assert held == []
+
+
+def test_pinned_while_it_is_read():
+    """It is ready from then on."""
+
+    async def change():
+        contexts, book, engine = new_context()
+        while book.opened is None:
+            await asyncio.sleep(0)
+        await contexts.change(book, ContextPatch(pinned=True))
+        states = []
+        while not engine.held:
+            states.append(book.status)
+            await asyncio.sleep(0)
+        await contexts.remove(book)
+        return states
+
+    states = asyncio.run(change())
+    assert states == sorted(states)
+    assert states[-1] == "ready"
+
+
 def test_a_context_that_is_deleted_while_it_is_pinned():
     async def pin_and_delete():
-        options = SimpleNamespace(context_dir=None, max_contexts=4)
-        metrics = SimpleNamespace(readings={}, context_read=Mock())
-        engine = FakeEngine(TOKENIZER)
-        contexts = Contexts(SimpleNamespace(options=options, metrics=metrics, engine=engine))
-        book = contexts.add("book", np.arange(9, dtype=np.int32), 9, [], False, None)
+        contexts, book, _ = new_context()
         await book.task
         pinning = contexts.change(book, ContextPatch(pinned=True))
         error, _ = await asyncio.gather(pinning, contexts.remove(book), return_exceptions=True)
@@ -482,3 +535,13 @@ def test_a_context_that_is_deleted_while_it_is_pinned():
     error, task = asyncio.run(pin_and_delete())
     assert error.code == "context_deleted"
     assert task is None
+
+
+def test_names_that_are_not_allowed_are_told_in_words(http):
+    message = (
+        "name: use letters, digits, '.', '_' and '-', 64 at most, of which the first is a letter "
+        "or a digit"
+    )
+    for name in (".a", "a/b", "a" * 65):
+        error = http.post("/v1/contexts", json={"name": name, "text": TEXT}).json()["error"]
+        assert (error["message"], error["param"]) == (message, "name")

@@ -1,5 +1,6 @@
 """What clients may not do, by mistake or on purpose: never a 500, always OpenAI's error."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -333,11 +334,60 @@ def test_any_bytes(http, body):
     check_error(http.post(CHAT, content=body, headers=JSON), 400)
 
 
-def test_a_full_queue_refuses_before_the_body_comes():
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/contexts"])
+def test_what_cannot_fit_is_not_tokenised(path):
+    class Careful(ByteTokenizer):
+        def text_tokens(self, text):
+            assert len(text) <= 8192
+            return super().text_tokens(text)
+
+        def chat(self, messages):
+            assert sum(len(part.strip()) for message in messages for part in message.parts) <= 8192
+            return super().chat(messages)
+
+    def body(text):
+        return {CHAT: chat(text), "/v1/completions": {"prompt": text}}.get(path, {"text": text})
+
+    with serving(Careful(), max_context_tokens=4000) as running:  # the model takes 4096
+        for text in ("x" * 8195, "x" * 4097):
+            error = check_error(httpx.post(running.url + path, json=body(text), timeout=20), 400)
+            assert error["code"] == "context_length_exceeded"
+            assert ("at least" in error["message"]) == (len(text) > 8192)
+        if path == CHAT:  # whose template drops it
+            assert httpx.post(running.url + path, json=body(" " * 9000 + "?")).status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/contexts"])
+def test_a_full_queue_refuses_before_the_body_comes(path):
+    """Who sends it nevertheless is told as well, and may go on over the same connection."""
     with serving(max_queue=1) as running:
         running.app.front.admission.count = 1
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as client:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
-            assert client.recv(4096).startswith(b"HTTP/1.1 429 ")
+            told = client.recv(4096)
+            while not told.endswith(b"}}"):
+                told += client.recv(4096)
+            assert told.startswith(b"HTTP/1.1 429 ")
+            client.sendall(b"x" * 1_000_000 + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
         running.app.front.admission.count = 0
+
+
+def test_who_sends_half_a_body_is_told_of_the_end():
+    head = "Host: localhost\r\nContent-Length: 1000\r\n"
+    with serving() as running, contextlib.ExitStack() as clients:
+        sockets = []
+        for path, kind in (
+            (CHAT, "application/json"),
+            ("/v1/contexts", "multipart/form-data; boundary=a"),
+        ):
+            client = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            sockets.append(clients.enter_context(client))
+            client.sendall(f"POST {path} HTTP/1.1\r\n{head}Content-Type: {kind}\r\n\r\n".encode())
+        time.sleep(0.2)
+        running.call(running.app.drain)
+        running.call(running.app.end)
+        for client in sockets:
+            assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert httpx.get(running.url + "/version").status_code == 200

@@ -1,6 +1,7 @@
 """What the server divides, remembers and paces, without a server."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from star_attention.runtime.orders import Ask, Chunk, Decode, QuestionPart
 from star_attention.runtime.pace import Pace
 from star_attention.serve.division import DENSE_TOKENS, division_for
 from star_attention.serve.known import KnownContexts
+from star_attention.serve.loop import ServerLoop
+from star_attention.serve.messages import Stop
 
 STEP = 0.010
 DECODE = Decode((1,), (2,), (0,))
@@ -182,3 +185,32 @@ def test_old_contexts_are_forgotten(monkeypatch):
         cache.add(texts[0][:90], 128)  # used again and again
     found = [cache.known.longest(text, 100) == 90 for text in texts]
     assert found == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_an_idle_loop_looks_after_saves(is_saving):
+    """Some blocks are saved at a time: the next ones wait until the loop asks for their end."""
+    waited = []
+
+    class Connection:
+        def poll(self, seconds):
+            waited.append(seconds)
+            return len(waited) == 2
+
+        def recv(self):
+            return Stop()
+
+        def send(self, event):
+            pass
+
+    scheduler = SimpleNamespace(
+        is_cached=None,
+        num_running=0,
+        copies=SimpleNamespace(awaits_saves=is_saving),
+        cached=lambda: {"gpu": (0, 0)},
+        pages_held=np.zeros(1),
+    )
+    leader = SimpleNamespace(scheduler=scheduler, step=lambda on_chunk: None)
+    ServerLoop(leader, Connection(), None, frozenset(), 1, 1).run()
+    assert waited[0] == 0
+    assert (waited[1] <= 0.1) == is_saving

@@ -25,7 +25,9 @@ from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.loading import random_weights
 from star_attention.runtime import tiers as tiers_module
 from star_attention.runtime.kv_file import MAGIC, StoreDescription, checksum_of
+from star_attention.runtime.orders import OpenStore
 from star_attention.runtime.tiers import SaveEnd, Tiers
+from star_attention.runtime.worker import Worker
 
 CONFIG = ModelConfig(3, 32, 48, 4, 2, 8, 64, 256, 1e-5, RopeConfig())
 PAGE, LAYERS = 8, 3
@@ -225,6 +227,19 @@ def test_a_block_of_another_size(tmp_path):
         assert tiers.stored()["disk"] == {}
 
 
+def test_past_the_host_tier(tmp_path):
+    with opened(tmp_path, "host", "disk") as tiers:
+        tiers.save(KEY, PAGES, ALL, ("disk",))
+        check_loads(tiers)
+        assert wait_for_ends(tiers, 1) == [SaveEnd(KEY, "disk", True)]
+        assert tiers.stored()["host"] == {}
+        assert list((tmp_path / "host/rank-0").glob("*.kv")) == []
+        check_loads(tiers)
+        save(tiers)
+        assert wait_for_ends(tiers, 2) == [SaveEnd(KEY, tier, True) for tier in ("disk", "host")]
+        check_loads(tiers)
+
+
 def test_cancel(tmp_path):
     with opened(tmp_path, "host", "disk") as tiers:
         tiers.save(KEY, PAGES, range(2))
@@ -239,6 +254,22 @@ def test_cancel(tmp_path):
         tiers.load(KEY, OTHERS, range(1))
         tiers.cancel(KEY)
         check_loads(tiers)
+
+
+def test_a_worker_that_ends_deletes_its_part_of_the_host_tier(tmp_path):
+    host, disk = tmp_path / "host", tmp_path / "disk"
+    worker = Worker(make_engine(), SingleProcess())
+    worker.execute(OpenStore("tiny", "abc", str(host), str(disk)))
+    other = Tiers(make_engine(), replace(worker._tiers._description, rank=1), host, disk)
+    save(other)
+    wait_for_ends(other, 2)
+    worker.close()
+    assert sorted(path.name for path in host.iterdir()) == ["rank-1", "store.json"]
+    other.close()
+    assert (host / "rank-1").exists()
+    other.delete_host()
+    assert not host.exists()
+    assert len(list((disk / "rank-1").glob("*.kv"))) == 1
 
 
 @pytest.mark.parametrize("which", [("host",), ("disk",), ("host", "disk")], ids="+".join)
@@ -439,7 +470,7 @@ def test_a_header_of_something_else(whole, tmp_path, text):
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "loop", "socket"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_is_not_a_file(whole, tmp_path, kind, when):
+def test_what_is_not_a_file(whole, tmp_path, capsys, kind, when):
     """It is neither followed nor deleted, and a save does not take its place."""
     path, target = block_path(tmp_path, "disk"), tmp_path / "target"
     target.write_bytes(whole.read_bytes())
@@ -467,6 +498,7 @@ def test_what_is_not_a_file(whole, tmp_path, kind, when):
         save(tiers)
         assert wait_for_ends(tiers, 1) == [SaveEnd(KEY, "disk", False)]
         assert path.lstat().st_ino == before.st_ino
+    assert path.name not in capsys.readouterr().err  # or there would be a line for each block
     assert target.read_bytes() == whole.read_bytes()
 
 

@@ -1,9 +1,14 @@
+import json
+import unicodedata
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import train_tokenizer
 from star_attention.errors import UserError
+from star_attention.models import plain_text
 from star_attention.models.plain_text import PlainText
 from star_attention.models.tokenizer import Message, TextStream, Tokenizer, _load
 
@@ -84,7 +89,7 @@ def test_parts_are_the_template_of_the_whole(tokenizer, context, question):
     parts = tokenizer.context_tokens(context), tokenizer.question_tokens(question)
     assert parts[0] + parts[1] == template_tokens(tokenizer, turn)
     chat = tokenizer.chat(turn)
-    assert chat.token_ids == parts[0] + parts[1]
+    assert chat.token_ids.tolist() == parts[0] + parts[1]
     assert chat.starts[0][1] == len(parts[0])
 
 
@@ -101,7 +106,7 @@ def conversations(draw):
 @given(messages=conversations())
 def test_chat_is_the_template_of_the_whole(tokenizer, messages):
     chat = tokenizer.chat(messages)
-    assert chat.token_ids == template_tokens(tokenizer, messages)
+    assert chat.token_ids.tolist() == template_tokens(tokenizer, messages)
     for message, starts in zip(messages, chat.starts, strict=True):
         for part, start in zip(message.parts, starts, strict=True):
             assert text_of(tokenizer, chat.token_ids[start:]).lstrip().startswith(part.strip())
@@ -113,14 +118,14 @@ def test_longer_conversations_begin_alike(tokenizer, messages, answer, question)
     longer = tokenizer.chat([*messages, Message("assistant", answer), user(*question)])
     assert longer.starts[: len(messages)] == chat.starts
     last = chat.starts[-1][-1]
-    assert longer.token_ids[:last] == chat.token_ids[:last]
+    np.testing.assert_array_equal(longer.token_ids[:last], chat.token_ids[:last])
 
 
 def test_empty_parts_are_dropped(smollm2):
     tokenizer = Tokenizer(smollm2)
     chat = tokenizer.chat([user("", "Hi"), Message("assistant", ()), user("a", " \n", "b")])
     same = tokenizer.chat([user("Hi"), Message("assistant", ("",)), user("a", "b")])
-    assert chat.token_ids == same.token_ids
+    np.testing.assert_array_equal(chat.token_ids, same.token_ids)
     assert [len(starts) for starts in chat.starts] == [2, 0, 3]
     assert chat.starts[0] == 2 * same.starts[0]
     assert chat.starts[2][::2] == same.starts[2]
@@ -157,8 +162,8 @@ def test_texts_spell_no_control_tokens(tokenizer):
         borders = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
         for context, question in [(text, text), *borders]:
             tokens = tokenizer.context_tokens(context) + tokenizer.question_tokens(question)
-            assert tokens == check([user(context, question)]).token_ids
-        assert not control.keys() & set(tokenizer.text_tokens(text))
+            assert tokens == check([user(context, question)]).token_ids.tolist()
+        assert not control.keys() & set(tokenizer.text_tokens(text).tolist())
     base = Tokenizer(tokenizer._path, "none")
     for name in control.values():
         tokens = base.context_tokens(name) + base.question_tokens(name)
@@ -262,7 +267,7 @@ def test_text_tokens(tmp_path, smollm2):
     tokens = chat.text_tokens(" <s>")
     assert tokens[0] == opened.bos_token_id
     assert chat.decode(tokens[1:]) == " <s>"
-    assert base.context_tokens(" <s>") == tokens
+    assert base.context_tokens(" <s>") == tokens.tolist()
 
 
 def test_texts_of_tokens(tokenizer):
@@ -351,3 +356,87 @@ def test_stop_strings_across_tokens(smollm2_plain, text, stop):
         assert len(shown) < first
     else:
         assert shown == text
+
+
+@pytest.fixture(scope="module", params=["plain", "NFC", "no bytes", "added"])
+def counted(request, tmp_path_factory):
+    """Byte-level tokenizers that normalise texts, drop bytes, or know words with spaces."""
+    from tokenizers import AddedToken, normalizers
+
+    folder = train_tokenizer(tmp_path_factory.mktemp("counted"), "llama3")
+    tokenizer = _load(folder)
+    if request.param == "NFC":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    if request.param == "no bytes":
+        state = json.loads((folder / "tokenizer.json").read_text())
+        lost = [each for each, byte in plain_text._BYTE_OF.items() if byte in (0x01, 0xE3)]
+        assert not any(each in merge for each in lost for merge in state["model"]["merges"])
+        for each in lost:
+            del state["model"]["vocab"][each]
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+        return PlainText(_load.__wrapped__(folder))
+    if request.param == "added":
+        tokenizer.add_tokens([AddedToken("x" * 50), AddedToken("\u00e9 \u4f60" * 20)])
+    return PlainText(tokenizer)
+
+
+MANY = st.one_of(
+    TEXT,
+    st.text(),
+    st.text("e\u0301\u03b1\u0314\u0300\u0345\u1100\u1161\u11a8\u212a\u1fef\u3042\x01", max_size=40),
+    st.sampled_from([" ", "x", "\u00e9 \u4f60", "\x01", "\u3042"]).map(lambda text: text * 200),
+)
+
+
+@given(text=MANY)
+@settings(max_examples=50)
+def test_a_text_has_no_fewer_tokens(counted, text):
+    assert counted._longest is not None
+    assert counted.least_tokens(text) <= len(counted.encode(text))
+
+
+@given(text=MANY)
+@settings(max_examples=50)
+def test_a_text_has_no_fewer_tokens_of_any_family(tokenizer, text):
+    assert tokenizer.least_tokens(text) <= len(tokenizer.text_tokens(text))
+
+
+def test_the_fewest_tokens_are_not_far_off(smollm2, counted):
+    assert Tokenizer(smollm2).least_tokens("x" * 10**6) > 10**4
+    assert counted.least_tokens("x" * 10**6) > 1000
+
+
+def test_unicode_composes_four_characters_at_most():
+    decomposed = [len(unicodedata.normalize("NFD", chr(code))) for code in range(0x110000)]
+    assert max(decomposed) == plain_text._COMPOSED
+
+
+def test_tokenizers_that_may_drop_characters(tmp_path):
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+    for name, change in {
+        "strip": lambda each: setattr(each, "normalizer", normalizers.Strip()),
+        "regex": lambda each: setattr(each, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        "added": lambda each: each.add_tokens([AddedToken("<mask>", lstrip=True)]),
+    }.items():
+        tokenizer = _load(train_tokenizer(tmp_path / name, "llama3"))
+        change(tokenizer.backend_tokenizer)
+        assert PlainText(tokenizer).least_tokens("x" * 10**6) == 0
+
+
+def test_a_huge_text_has_the_same_tokens(tokenizer, monkeypatch):
+    text = "It's 12345 o'clock! The quick \u4f60 \U0001f600 <|end|>\n" * 30
+    chat = tokenizer.chat([user(text, text, "Why?")])
+    tokens = tokenizer.text_tokens(text)
+    monkeypatch.setattr(plain_text, "_HUGE", 1000)
+    monkeypatch.setattr(tokenizer, "_kept", None)
+    monkeypatch.setattr("star_attention.models.tokenizer._LONG", 1 << 30)
+    again = tokenizer.chat([user(text, text, "Why?")])
+    np.testing.assert_array_equal(again.token_ids, chat.token_ids)
+    assert again.starts == chat.starts
+    np.testing.assert_array_equal(tokenizer.text_tokens(text), tokens)
+    with pytest.raises(UserError, match="surrogate"):
+        tokenizer.text_tokens(text + "\ud800")
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(UserError, match="ended with code 1"):
+        tokenizer.text_tokens(text)

@@ -135,6 +135,10 @@ class RankJob:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def is_stopped(self) -> bool:
+        """Whether one of its processes is stopped (SIGSTOP), if they are `apart`."""
+        return "T" in _members(self._process.pid).values()
+
     def _pass_on(self, text: bytes) -> None:
         if text.startswith(_OURS.encode()):
             self.last_words = text.decode(errors="replace").removeprefix(_OURS).strip()
@@ -178,13 +182,14 @@ def _kill_session(session: int) -> None:
         time.sleep(0.01)
 
 
-def _members(session: int) -> list[int]:
-    found = []
+def _members(session: int) -> dict[int, str]:
+    """The states of a session's processes that have not ended."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "XZ":
-                found.append(int(folder.name))
+                found[int(folder.name)] = state
     return found
 
 

@@ -47,11 +47,12 @@ class Chat:
     """The tokens of a conversation, up to where the answer begins.
 
     Attributes:
+        token_ids: int32 [n].
         starts: for each part of each message, the index of its first token; for an empty part, of
             the token that follows.
     """
 
-    token_ids: list[int]
+    token_ids: np.ndarray
     starts: tuple[tuple[int, ...], ...]
 
 
@@ -116,9 +117,14 @@ class Tokenizer:
         text = _BETWEEN + text.strip() + self._plain.control(self._closing)
         return self._encode(text)[self._between_size :]
 
-    def text_tokens(self, text: str) -> list[int]:
-        """The model's opening token and a text, without a template."""
-        return self._opening_token + self._tokenized(text, ())[0].tolist()
+    def text_tokens(self, text: str) -> np.ndarray:
+        """The model's opening token and a text, without a template: int32 [n]."""
+        opening = np.array(self._opening_token, np.int32)
+        return np.concatenate([opening, self._tokenized(text, ())[0]])
+
+    def least_tokens(self, text: str) -> int:
+        """A text has no fewer tokens, as is known without tokenising it."""
+        return self._plain.least_tokens(text)
 
     def chat(self, messages: Sequence[Message]) -> Chat:
         """The tokens of the chat template applied to a conversation.
@@ -195,30 +201,26 @@ class Tokenizer:
             )
         return texts[::2]
 
-    def _join(self, pieces: Sequence[tuple[str, list[int]]]) -> tuple[list[int], list[int]]:
-        """The tokens of all pieces, and the index of the first token at each of their begins."""
-        token_ids: list[int] = []
+    def _join(self, pieces: Sequence[tuple[str, list[int]]]) -> tuple[np.ndarray, list[int]]:
+        """The tokens of all pieces, int32 [n], and the index of the first token at each of their
+        begins."""
+        token_ids: list[np.ndarray] = []
         starts: list[int] = []
-        front, skipped = "", 0
+        count, front, skipped = 0, "", 0
         for piece, begins in pieces:
             begins = [len(front) + begin for begin in begins]
             encoded, firsts = self._tokenized(front + piece, begins)
-            starts += [len(token_ids) + first - skipped for first in firsts]
-            token_ids += encoded[skipped:].tolist()
+            starts += [count + first - skipped for first in firsts]
+            token_ids.append(encoded[skipped:])
+            count += len(token_ids[-1])
             front, skipped = _BETWEEN, self._between_size
-        return token_ids, starts
+        return np.concatenate(token_ids), starts
 
     def _tokenized(self, text: str, begins: Sequence[int]) -> Tokenized:
         """A text's tokens, and the index of the first at or behind each of these characters."""
 
         def encode() -> Tokenized:
-            encoded, firsts = self._plain.encode(text), []
-            for begin in begins:
-                # A tokenizer may drop characters.
-                behind = map(encoded.char_to_token, range(begin, len(text)))
-                first = next((token for token in behind if token is not None), len(encoded))
-                firsts.append(first)
-            return np.array(encoded.ids, np.int32), firsts
+            return self._plain.tokenized(text, begins)
 
         return encode() if len(text) < _LONG else self._kept.get(text, begins, encode)
 

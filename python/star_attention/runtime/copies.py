@@ -68,19 +68,21 @@ class Copies:
                 if len(self._saves) >= self._most_saves:
                     return None
                 size = block.pages * self._store.page_bytes
-                if not self._is_to_be_saved(block, size):
+                tiers = self._store.tiers_for(size)
+                if not self._is_to_be_saved(block, tiers):
                     self._saving.popleft()
                     continue
                 # What is under way will be there too.
-                room = size + sum(n for rank, n in self._saves.values() if rank == block.rank)
-                if room > size and room > min(self._store.budgets.values()):
+                rooms = {tier: size + self._under_way(tier, block.rank) for tier in tiers}
+                if any(size < room > self._store.budgets[tier] for tier, room in rooms.items()):
                     return None
-                for tier in self._store.budgets:
+                for tier, room in rooms.items():
                     if gone := self._store.make_room(tier, block.rank, room):
                         return Forget(tier, block.rank, tuple(gone))
-                self._begin_save(block, size)
+                self._begin_save(block, size, tiers)
             first, block.copied = block.copied, self._until(block)
-            order = Save(block.number, block.key, block.rank, first, block.copied)
+            tiers = tuple(tier for tier in TIERS if (block.key, tier) in self._ends)
+            order = Save(block.number, block.key, block.rank, first, block.copied, tiers)
             if block.copied == self._store.num_layers:
                 self._saving.popleft()
                 block.copied = 0
@@ -127,18 +129,19 @@ class Copies:
                 del self._saves[end.key]
         return forget
 
-    def _is_to_be_saved(self, block: Block, size: int) -> bool:
-        """Whether it still has its pages, and is not everywhere already."""
-        return (
-            self._blocks.find(block.key) is block
-            and not self._store.has(block.key)
-            and size <= min(self._store.budgets.values())
-        )
+    def _is_to_be_saved(self, block: Block, tiers: Sequence[Tier]) -> bool:
+        """Whether it still has its pages, and is not in all of the tiers already."""
+        return self._blocks.find(block.key) is block and not self._store.has(block.key, tiers)
 
-    def _begin_save(self, block: Block, size: int) -> None:
+    def _under_way(self, tier: Tier, rank: int) -> int:
+        """Bytes of what a rank saves in a tier."""
+        saves = (self._saves[key] for key, where in self._ends if where == tier)
+        return sum(size for whose, size in saves if whose == rank)
+
+    def _begin_save(self, block: Block, size: int, tiers: Sequence[Tier]) -> None:
         self._blocks.hold(block)
         self._saves[block.key] = block.rank, size
-        for tier in self._store.budgets:
+        for tier in tiers:
             self._ends[block.key, tier] = []
             self._store.forget(tier, block.key)  # or making room would forget what is under way
 

@@ -22,7 +22,7 @@ from star_attention.runtime.tiers import LoadState
 from star_attention.runtime.worker import Worker
 
 _LOAD_SECONDS = 0.002  # between looks at a load that waits for the disk
-_SAVES_SECONDS = 0.5  # between questions which saves have ended
+SAVES_SECONDS = 0.1  # between questions which saves have ended
 
 # Called with a chunk and the share of its layers that is done.
 OnChunk = Callable[[Chunk, float], None]
@@ -146,7 +146,7 @@ class Leader:
 
     def _ask_for_saves(self) -> None:
         now = time.monotonic()
-        if self.scheduler.copies.awaits_saves and now > self._asked_for_saves + _SAVES_SECONDS:
+        if self.scheduler.copies.awaits_saves and now > self._asked_for_saves + SAVES_SECONDS:
             self._asked_for_saves = now
             for forget in self.scheduler.copies.saved(self.execute(Saved())):
                 self.execute(forget)

@@ -121,7 +121,9 @@ class Copy:
 
 @dataclass(frozen=True)
 class Save(Copy):
-    """Into the tiers."""
+    """Into these tiers."""
+
+    tiers: tuple[Tier, ...]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Order, Save
 from star_attention.spans import most_tokens
 
 _LEAST = 16  # tokens of a pass, or pages of a copy
+_MOST = 1 << 24
 _MARGIN = 0.8  # of the time that there is, as passes vary
 _STEPS = 32  # the idle gap is the median of so many
 
@@ -42,7 +43,7 @@ class _Cut:
         change = given / max(seconds, 1e-6)
         if change < 1:  # what is fixed is not cut with it
             change = max(given - fixed, 0.0) / max(seconds - fixed, 1e-6)
-        self.amount = max(_LEAST, int(amount * min(max(change, 0.25), 2.0)))
+        self.amount = min(max(_LEAST, int(amount * min(max(change, 0.25), 2.0))), _MOST)
 
 
 @dataclass

@@ -23,26 +23,26 @@ from star_attention.spans import Span
 
 def scratch_pages(plan: Plan, rank: int) -> int:
     """Pages that a rank takes, until phase 1 is over, for what it sees and does not keep: of the
-    anchor, and of the largest block that all ranks compute."""
+    anchor, of the largest block that all ranks compute, and of what is cached elsewhere of the
+    blocks that it computes alone."""
     page, anchor = plan.tokens_per_block, plan.anchor_size // plan.tokens_per_block
-    rows = {part.block for part in plan.parts if part.start not in plan.cached}
-    if plan.attention == "ring" or (plan.num_ranks == 1 and plan.anchor_mode != "recompute"):
-        return 0
-    in_front = 0
-    if any(plan.blocks[index].prefix for index in rows):
-        if plan.anchor_mode != "broadcast":
-            is_there = plan.anchor_mode == "local" and plan.parts[0].rank == rank
-            sees = any(plan.blocks[i].prefix and plan.blocks[i].rank == rank for i in rows)
-            return anchor if sees and not is_there else 0
-        in_front = anchor
-    kept = _kept(plan, rank)
-    together = [
-        slice(max(block.start // page, in_front), page_count(block.end, page))
-        for block in (plan.blocks[index] for index in rows)
-        if block.rank is None
-    ]
-    most = max((int((~kept[pages]).sum()) for pages in together), default=0)
-    return int((~kept[:in_front]).sum()) + most
+    reads = {part.block for part in plan.parts if part.start not in plan.cached}
+    sees = {index for index in reads if plan.blocks[index].prefix}
+    if not plan.exchanges:
+        is_there = plan.anchor_mode == "local" and plan.parts[0].rank == rank if sees else True
+        alone = any(plan.blocks[index].rank == rank for index in sees)
+        return anchor if alone and not is_there else 0
+    in_front = anchor if sees else 0
+    missing = ~_kept(plan, rank)
+    together, alone = 0, 0
+    for block in (plan.blocks[index] for index in reads):
+        pages = slice(max(block.start // page, in_front), page_count(block.end, page))
+        count = int(missing[pages].sum())
+        if block.rank is None:
+            together = max(together, count)
+        elif block.rank == rank:
+            alone += count
+    return int(missing[:in_front].sum()) + together + alone
 
 
 def _kept(plan: Plan, rank: int) -> np.ndarray:

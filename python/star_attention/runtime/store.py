@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from star_attention.runtime.tiers import Tier
@@ -55,9 +55,13 @@ class Store:
     def forget(self, tier: Tier, key: bytes) -> None:
         self._blocks[tier].pop(key, None)
 
-    def has(self, key: bytes) -> bool:
-        """In every tier that there is."""
-        return all(key in self._blocks[tier] for tier in self.budgets)
+    def tiers_for(self, size: int) -> tuple[Tier, ...]:
+        """Those that may have a block of so many bytes."""
+        return tuple(tier for tier, budget in self.budgets.items() if size <= budget)
+
+    def has(self, key: bytes, tiers: Iterable[Tier]) -> bool:
+        """In each of these tiers."""
+        return all(key in self._blocks[tier] for tier in tiers)
 
     def find(self, key: bytes) -> Stored | None:
         """Where it is, and from now on was used last."""

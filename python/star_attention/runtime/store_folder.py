@@ -3,12 +3,14 @@ not made here."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -41,6 +43,7 @@ class StoreFolder:
     def __init__(self, path: Path, description: StoreDescription, option: str) -> None:
         self.name = f"{option} {path}"
         self._option = option
+        self._path, self._rank = path, description.rank
         self._numbers = itertools.count()
         try:
             path.mkdir(0o700, parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ class StoreFolder:
         something that is not a file has its name."""
         name = _block_name(key)
         if self._exists(name) and not self._is_regular(name):
-            raise FileExistsError(errno.EEXIST, f"{name} is not a file")
+            raise FileExistsError(errno.EEXIST, "what has a block's name is not a file")
         os.rename(draft, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         if sync:
             os.fsync(self._folder)
@@ -95,6 +98,14 @@ class StoreFolder:
     def close(self) -> None:
         os.close(self._lock)
         os.close(self._folder)
+
+    def delete(self) -> None:
+        """Of a folder that is closed: this rank's part is gone, with the last one the store."""
+        shutil.rmtree(self._path / f"rank-{self._rank}", ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are there, or were faster
+            if not any(self._path.glob("rank-*")):
+                (self._path / _STORE).unlink()
+                self._path.rmdir()
 
     def _describe(self, path: Path, description: StoreDescription) -> None:
         """Says in a new store what it is; compares in an old one."""

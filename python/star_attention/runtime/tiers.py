@@ -45,9 +45,9 @@ class SaveEnd(NamedTuple):
 class Tiers:
     """The host and the disk tier of one rank.
 
-    Beyond the blocks in the host tier there is memory for the next one or two. Where there is no
-    host tier, a block that is saved takes host memory until it is written to the disk; one that is
-    loaded from the disk takes some until then.
+    Beyond the blocks in the host tier there is memory for the next one or two. A block that is
+    saved on the disk alone takes host memory until it is written; one that is loaded from the disk
+    takes some until then.
 
     Args:
         engine: whose pages are copied.
@@ -107,27 +107,34 @@ class Tiers:
         """What a block of so many pages takes in a tier."""
         return BlockFile(self._description, bytes(32), num_pages).total_bytes
 
-    def save(self, key: bytes, pages: Sequence[int], layers: range) -> None:
-        """Copies layers of a block, the first ones first. With the last one the block is there and
-        can be loaded; `ended` says when it is in the tiers for good, or could not be saved.
+    def save(
+        self,
+        key: bytes,
+        pages: Sequence[int],
+        layers: range,
+        tiers: Sequence[Tier] = ("host", "disk"),
+    ) -> None:
+        """Copies layers of a block into these tiers, as far as there are such, the first ones
+        first. With the last one the block is there and can be loaded; `ended` says when it is in
+        the tiers for good, or could not be saved.
 
         The pages may be used for something else as soon as this has returned."""
         self._check()
         if layers.start == 0:
-            self._begin_save(key, len(pages))
+            self._begin_save(key, len(pages), "host" in tiers)
         memory = self._saves.get(key)
         if memory is not None:
             try:
                 memory.reserve(layers.stop)
             except OSError as error:
-                self._say_not_saved(self._host, error)
+                self._say_not_saved(self._host if memory.has_file else None, error)
                 self._saves[key] = None
                 self._release(memory)
             else:
                 for layer in layers:
                     self._engine.read_layer(layer, pages, memory.layer(layer))
         if layers.stop == self._description.num_layers and key in self._saves:
-            self._end_save(key, self._saves.pop(key))
+            self._end_save(key, self._saves.pop(key), tiers)
 
     def load(self, key: bytes, pages: Sequence[int], layers: range) -> LoadState:
         """Copies layers of a block into the engine's pages.
@@ -215,30 +222,37 @@ class Tiers:
             if folder:
                 folder.close()
 
+    def delete_host(self) -> None:
+        """Of what is closed: deletes this rank's part of the host tier's folder, and the folder
+        with the last part on this machine."""
+        if self._host:
+            self._host.delete()
+
     # Saving
 
-    def _begin_save(self, key: bytes, num_pages: int) -> None:
+    def _begin_save(self, key: bytes, num_pages: int, in_host: bool) -> None:
         self.cancel(key)
         self.forget(key, "host")
         block = BlockFile(self._description, key, num_pages)
+        pool = self._saving if in_host else self._staging
         try:
-            self._saves[key] = self._hold(self._saving.take(block))
+            self._saves[key] = self._hold(pool.take(block))
         except OSError as error:
-            self._say_not_saved(self._host, error)
+            self._say_not_saved(self._host if in_host else None, error)
             self._saves[key] = None
         else:
-            self._submit(self._ender, self._make_spare, block)
+            self._submit(self._ender, self._make_spare, pool, block)
 
-    def _make_spare(self, block: BlockFile) -> None:
+    def _make_spare(self, pool: MemoryPool, block: BlockFile) -> None:
         with suppress(OSError):  # the save that needs it says so
-            self._saving.make_spare(block)
+            pool.make_spare(block)
 
-    def _end_save(self, key: bytes, memory: KvMemory | None) -> None:
+    def _end_save(self, key: bytes, memory: KvMemory | None, tiers: Sequence[Tier]) -> None:
         write = None
         with self._lock:
-            if memory is None and self._host:
+            if memory is None and self._host and "host" in tiers:
                 self._ends.append(SaveEnd(key, "host", False))
-            if self._disk and key not in self._writes:
+            if self._disk and "disk" in tiers and key not in self._writes:
                 if memory is None or key in self._on_disk:
                     self._ends.append(SaveEnd(key, "disk", key in self._on_disk))
                 else:
@@ -246,7 +260,7 @@ class Tiers:
                     memory.holders += 1
         if memory is None:
             return
-        if self._host:
+        if memory.has_file:
             self._on_host[key] = self._hold(memory)
         self._submit(self._ender, self._complete, key, memory, write)
 
@@ -259,7 +273,7 @@ class Tiers:
         header = memory.block.header(checksums)
         memory.data[: len(header)] = np.frombuffer(header, np.uint8)
         memory.data[len(header) : memory.block.header_bytes] = 0
-        if self._host:
+        if memory.has_file:
             try:
                 self._host.publish(memory.draft, key, sync=False)
                 memory.draft = None

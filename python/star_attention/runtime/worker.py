@@ -126,9 +126,10 @@ class Worker:
         raise TypeError(f"not an order: {order!r}")
 
     def close(self) -> None:
-        """Gives the engine's memory back, on all ranks."""
+        """Gives the engine's memory back, on all ranks; the host tier is over."""
         if self._tiers:
             self._tiers.close()
+            self._tiers.delete_host()
         self.engine.close()
 
     def _open(self, order: Open) -> None:
@@ -276,7 +277,7 @@ class Worker:
     def _save(self, order: Save) -> None:
         if order.rank == self.comm.rank:
             layers = range(order.first, order.last)
-            self._tiers.save(order.key, self._blocks[order.block], layers)
+            self._tiers.save(order.key, self._blocks[order.block], layers, order.tiers)
 
     def _load(self, order: Load) -> list[LoadState]:
         state: LoadState = "done"

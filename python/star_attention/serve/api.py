@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.serve.errors import ApiError
@@ -17,6 +18,7 @@ MAX_ANSWERS = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+_CONTEXT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # Below this temperature the likeliest token is taken: dividing by less overflows.
 _GREEDY_BELOW = 1e-3
 
@@ -270,13 +272,27 @@ class DetokenizeRequest(Strict):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
+def _context_name(name: str) -> str:
+    if not re.fullmatch(_CONTEXT_NAME, name):
+        raise ValueError(
+            "use letters, digits, '.', '_' and '-', 64 at most, of which the first is a letter or "
+            "a digit"
+        )
+    return name
+
+
+ContextName = Annotated[
+    str,
+    AfterValidator(_context_name),
+    Field(json_schema_extra={"pattern": f"^{_CONTEXT_NAME}$"}),
+]
 _Ttl = Annotated[float, Field(gt=0, le=10 * 365 * 86400)]
 
 
 class ContextRequest(Strict):
     """POST /v1/contexts."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    name: ContextName | None = None
     model: str | None = None
     text: str | None = None
     messages: Messages | None = None

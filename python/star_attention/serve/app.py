@@ -35,14 +35,14 @@ _CLIENT_LEFT = 499
 
 class App:
     """The ASGI application. Its start starts the engine; who stops the server calls `drain`, waits
-    for what is in flight, and stops the engine.
+    for what is in flight, calls `end`, and stops the engine.
 
     Attributes:
         front: the engine, the tokenizer and what is counted.
         contexts: the named contexts.
     """
 
-    def __init__(self, front: Front, contexts: Contexts, app: ASGIApp) -> None:
+    def __init__(self, front: Front, contexts: Contexts, app: RequestLog) -> None:
         self.front = front
         self.contexts = contexts
         self._app = app
@@ -58,6 +58,10 @@ class App:
     def drain(self) -> None:
         """New requests are refused from now on (503); those in flight are answered."""
         self.front.draining = True
+
+    def end(self) -> None:
+        """Requests that are still there are told so."""
+        self._app.end_all()
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, options: ServeOptions) -> App:

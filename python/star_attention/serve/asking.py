@@ -40,7 +40,7 @@ async def read_asked(
 async def answering(
     front: Front,
     asked: ChatRequest | CompletionRequest,
-    num_prompts: int,
+    texts: Sequence[Sequence[str]],
     make_prompts: Callable[[], Sequence[Prompt]],
     wanted_tokens: int | None,
     logprobs: int | None,
@@ -48,12 +48,16 @@ async def answering(
 ) -> AsyncIterator[tuple[Answers, AsyncIterator[Reading | Piece]]]:
     """Admits a request, makes its prompts in a thread, and answers them.
 
+    Args:
+        texts: of each prompt, none where it is tokens.
+
     Raises:
         ApiError, UserError, EngineRefusalError, EngineLostError
     """
     front.ready()
-    with front.admission.enter(num_prompts * asked.answers):
-        prompts = await front.in_thread(make_prompts)
+    with front.admission.enter(len(texts) * asked.answers):
+        every = [text for prompt in texts for text in prompt]
+        prompts = await front.tokenise(every, _checked_prompts, front, texts, make_prompts)
         lengths = []
         for prompt in prompts:
             front.check_context_length(prompt.border)
@@ -70,6 +74,14 @@ async def answering(
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
             }
+
+
+def _checked_prompts(
+    front: Front, texts: Sequence[Sequence[str]], make_prompts: Callable[[], Sequence[Prompt]]
+) -> Sequence[Prompt]:
+    for each in texts:
+        front.check_text(*each)
+    return make_prompts()
 
 
 class ChunkMaker:

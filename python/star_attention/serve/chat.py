@@ -46,7 +46,7 @@ def _asking(front: Front, contexts: Contexts, asked: ChatRequest, log: dict[str,
         return answering(
             front,
             asked,
-            1,
+            [[part.text.strip() for message in asked.messages for part in message.content]],
             lambda: prompts(context),
             asked.wanted_tokens,
             asked.wanted_logprobs,

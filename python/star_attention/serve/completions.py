@@ -59,7 +59,7 @@ def _asking(front: Front, contexts: Contexts, asked: CompletionRequest, log: dic
         return answering(
             front,
             asked,
-            len(asked.prompt),
+            [[prompt] if isinstance(prompt, str) else [] for prompt in asked.prompt],
             lambda: [prompt_of(text, context) for text in asked.prompt],
             asked.max_tokens,
             asked.logprobs,

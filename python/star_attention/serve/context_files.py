@@ -108,12 +108,14 @@ def context_text(front: Front, asked: ContextRequest, files: list[dict[str, Any]
     if not any(text.strip() for text in texts):
         raise ApiError(400, "the context is empty: give it some text", "text", "invalid_value")
     size = sum(len(text.encode()) for text in texts)
+    is_stripped = front.tokenizer.uses_chat
+    front.check_text(*(map(str.strip, texts) if is_stripped else texts), is_context=True)
     if front.tokenizer.uses_chat:
         token_ids = chat_context(front.tokenizer, asked.system, messages)
     elif asked.messages is not None or asked.system:
         raise ApiError(400, "the model has no chat template: use text", "text", "invalid_value")
     else:
-        token_ids = np.array(front.tokenizer.text_tokens(asked.text), np.int32)
+        token_ids = front.tokenizer.text_tokens(asked.text)
     front.check_context_length(len(token_ids))
     front.answer_tokens(len(token_ids) + 1, None)
     return ContextText(token_ids, size, files)

@@ -27,7 +27,9 @@ def context_routes(front: Front, contexts: Contexts) -> APIRouter:
         front.ready()
         contexts.check_new(asked.name)
         with front.admission.enter():
-            text = await front.in_thread(context_text, front, asked, files)
+            texts = [part.text for message in asked.messages or () for part in message.content]
+            texts.append(asked.text or "")
+            text = await front.tokenise(texts, context_text, front, asked, files)
             context = contexts.add(
                 asked.name,
                 text.token_ids,
@@ -63,6 +65,7 @@ def context_routes(front: Front, contexts: Contexts) -> APIRouter:
     async def create(request: Request) -> Response:
         """Reads a text: JSON, or multipart/form-data with `files`. With `stream`, server-sent
         events tell how far it is."""
+        front.admission.check()  # before a body is read for nothing
         files: list[dict[str, Any]] = []
         if is_form(request):
             asked, files = await read_context_form(request, front)

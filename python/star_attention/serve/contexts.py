@@ -41,6 +41,7 @@ class Context:
     failure: why its reading failed.
     is_unsaved: what changed is not on disk yet.
     changed: set, and replaced, when any of this changes.
+    changing: held by who changes what it is to be.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Context:
     is_unsaved: bool = False
     has_saved_tokens: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task | None = None
 
     def __post_init__(self) -> None:
@@ -212,20 +214,23 @@ class Contexts:
 
     async def change(self, context: Context, patch: ContextPatch) -> None:
         """Pins or unpins, and sets the time to live, which begins anew. Raises ApiError."""
-        pinned = patch.pinned
-        if "ttl_seconds" in patch.model_fields_set:
-            context.ttl_seconds = patch.ttl_seconds
-        context.renew()
-        if pinned is not None and pinned != context.pinned:
-            context.pinned = pinned
-            if context.status != "reading":  # else its reading ends as it is to be then
-                await self._end_task(context)
-                self._check_there(context)
-                context.status, context.failure = "reading" if pinned else "ready", None
-                if pinned:
-                    context.task = asyncio.create_task(self._run(context, is_new=False))
-            context.notify()
+        async with context.changing:
+            if "ttl_seconds" in patch.model_fields_set:
+                context.ttl_seconds = patch.ttl_seconds
+            context.renew()
+            if patch.pinned is not None and patch.pinned != context.pinned:
+                await self._pin(context, patch.pinned)
         await self.save(context)
+
+    async def _pin(self, context: Context, pinned: bool) -> None:
+        context.pinned = pinned
+        if context.status != "reading":  # else its reading ends as it is to be then
+            await self._end_task(context)
+            self._check_there(context)
+            context.status, context.failure = "reading" if pinned else "ready", None
+            if pinned:
+                context.task = asyncio.create_task(self._run(context, is_new=False))
+        context.notify()
 
     async def remove(self, context: Context) -> None:
         """What is asked over it is answered to its end."""
@@ -302,6 +307,7 @@ class Contexts:
                 await self._read(context)
                 if not context.pinned:
                     return
+                continue  # it was pinned meanwhile: now its KV is to be held
             except EngineLostError as error:
                 if is_new and context.status == "reading":
                     self._fail(context, error)
@@ -312,6 +318,7 @@ class Contexts:
             is_new = False
             context.status = "reading"
             context.notify()
+            await asyncio.sleep(_TICK)
             await self._until_ready()
 
     async def _read(self, context: Context) -> None:
@@ -345,7 +352,6 @@ class Contexts:
             raise EngineLostError("the engine gave up a context")
 
     async def _until_ready(self) -> None:
-        await asyncio.sleep(_TICK)
         while self._front.engine.state != "ready":
             await asyncio.sleep(_TICK)
 

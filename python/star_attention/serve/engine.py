@@ -12,6 +12,7 @@ from star_attention.serve.messages import NewToken, Opened, Progress, ReadDone, 
 
 # `starting`: ranks load the model, the first time or again. `lost`: they ended, and are not
 # started again.
+SHUTTING_DOWN = "the server is shutting down"
 State = Literal["starting", "ready", "lost"]
 
 

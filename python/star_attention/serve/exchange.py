@@ -31,7 +31,7 @@ KEEP_ALIVE: Mapping[str, Any] = {}
 
 
 class Answered(Response):
-    """JSON that `work` gives."""
+    """JSON that `work` gives: a value, or its bytes."""
 
     def __init__(
         self, front: Front, work: Callable[[], Awaitable[Any]], status_code: int = 200
@@ -42,7 +42,10 @@ class Answered(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def work() -> Response:
-            return await self._front.in_thread(JSONResponse, await self._work(), self.status_code)
+            answer = await self._work()
+            if isinstance(answer, bytes):
+                return Response(answer, self.status_code, media_type="application/json")
+            return await self._front.in_thread(JSONResponse, answer, self.status_code)
 
         try:
             response = await while_connected(receive, work(), self._front.options.request_timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -13,7 +14,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from star_attention.serve.errors import as_api_error, internal_error
+from star_attention.serve.engine import SHUTTING_DOWN
+from star_attention.serve.errors import as_api_error, internal_error, unavailable
 from star_attention.serve.metrics import Metrics
 
 logger = logging.getLogger("star_attention.serve")
@@ -60,6 +62,14 @@ class RequestLog:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._running: set[asyncio.Task] = set()
+        self._is_over = False
+
+    def end_all(self) -> None:
+        """Requests that still run, or whose body has not come, are told that the server ends."""
+        self._is_over = True
+        for task in self._running:
+            task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,8 +89,16 @@ class RequestLog:
             is_complete = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
+        task = asyncio.current_task()
+        self._running.add(task)
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if not self._is_over:
+                raise
+            if status is None:
+                told = unavailable(SHUTTING_DOWN, "draining")
+                await told.response()(scope, receive, send_with_id)
         except Exception as error:
             told = as_api_error(error)
             if told is None:
@@ -91,6 +109,7 @@ class RequestLog:
             elif not is_complete:
                 raise
         finally:
+            self._running.discard(task)
             status = status or 499  # the client left before it was told anything
             path = _route(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"

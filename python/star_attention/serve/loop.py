@@ -13,7 +13,7 @@ from star_attention.config import StarConfig
 from star_attention.errors import UserError
 from star_attention.runtime import requests
 from star_attention.runtime.blocks import Block
-from star_attention.runtime.leader import Leader
+from star_attention.runtime.leader import SAVES_SECONDS, Leader
 from star_attention.runtime.orders import Chunk
 from star_attention.runtime.requests import Context, Question
 from star_attention.serve.known import KnownContexts
@@ -101,7 +101,10 @@ class ServerLoop:
             pass  # nobody is there to serve
 
     def _receive(self, wait: bool) -> None:
-        while self._connection.poll(_STATISTICS_SECONDS if wait else 0):
+        # Copies wait for those before them, of which `step` asks.
+        is_saving = self._scheduler.copies.awaits_saves
+        seconds = SAVES_SECONDS if is_saving else _STATISTICS_SECONDS
+        while self._connection.poll(seconds if wait else 0):
             wait = False
             self._accept(self._connection.recv())
 

@@ -34,6 +34,7 @@ class Job(Protocol):
     def terminate(self) -> None: ...
     def kill(self) -> None: ...
     def is_running(self) -> bool: ...
+    def is_stopped(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ class _OuterJob:
 
     def is_running(self) -> bool:
         return os.getppid() == self._process
+
+    def is_stopped(self) -> bool:
+        with suppress(OSError):
+            status = Path(f"/proc/{self._process}/stat").read_text()
+            return status.rpartition(")")[2].split()[0] == "T"
+        return False
 
     def terminate(self) -> None:
         """Rank 0 ends once it is told to stop, or its front is gone."""

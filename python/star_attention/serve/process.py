@@ -21,7 +21,7 @@ import numpy as np
 
 from star_attention.errors import UserError, say
 from star_attention.runtime.sampling import SamplingParams
-from star_attention.serve.engine import EngineLostError, EngineRefusalError, State
+from star_attention.serve.engine import SHUTTING_DOWN, EngineLostError, EngineRefusalError, State
 from star_attention.serve.meeting import Job, Meeting, OuterRanks, OwnRanks
 from star_attention.serve.messages import (
     Cancel,
@@ -41,7 +41,7 @@ from star_attention.serve.messages import (
 )
 
 _LOOK_SECONDS = 0.05
-_SHUTTING_DOWN = "the server is shutting down"
+_WATCH_SECONDS = 1.0
 _STEADY = 600.0  # seconds after which earlier restarts are forgotten
 
 
@@ -51,7 +51,8 @@ class EngineProcess:
     Args:
         ranks: starts them.
         restarts: how often ranks that were lost are started again.
-        patience: seconds after which ranks that say nothing are given up.
+        patience: seconds after which ranks that say nothing, or, as they start, are stopped, are
+            given up.
         on_end: called with an exit code if there is nothing to serve any more: the ranks refused
             the model (2), or are lost and cannot be started again by this front (1).
     """
@@ -113,7 +114,7 @@ class EngineProcess:
 
     def give_up(self) -> None:
         """Requests in flight are told that the server shuts down, and others are refused."""
-        self._lose("lost", _SHUTTING_DOWN)
+        self._lose("lost", SHUTTING_DOWN)
 
     def end_at_once(self) -> None:
         """What `stop` waits for is over then."""
@@ -213,7 +214,7 @@ class EngineProcess:
             self.restarts += 1
             self._call(self._lose, "starting", f"{reason}; the ranks are started again")
             say("the ranks are started again")
-        self._call(self._lose, "lost", _SHUTTING_DOWN)
+        self._call(self._lose, "lost", SHUTTING_DOWN)
 
     def _run_once(self) -> tuple[int, str]:
         """Starts the ranks and passes on what they say until they end: the exit code and why."""
@@ -226,6 +227,7 @@ class EngineProcess:
             self._terminate()
         listener = threading.Thread(target=self._listen, args=(job, meeting), daemon=True)
         listener.start()
+        threading.Thread(target=self._watch_start, args=(job,), daemon=True).start()
         code = job.wait()
         listener.join()
         meeting.is_over()
@@ -241,9 +243,7 @@ class EngineProcess:
         try:
             while True:
                 if not connection.poll(self._patience if is_ready else None):
-                    job.last_words = f"the ranks have said nothing for {self._patience:g} s"
-                    say(f"{job.last_words}: they are ended")
-                    job.kill()
+                    self._end_stuck(job, f"the ranks have said nothing for {self._patience:g} s")
                     return
                 event = connection.recv()
                 is_ready = is_ready or isinstance(event, Ready)
@@ -255,6 +255,22 @@ class EngineProcess:
             if not self._is_stopping:
                 self._call(self._lose, "starting", "the ranks were lost")
             self._hang_up(connection)
+
+    def _watch_start(self, job: Job) -> None:
+        """Ends ranks of which one is stopped before they serve, when they need not say anything."""
+        ran = time.monotonic()
+        while job.is_running() and self.state != "ready":
+            time.sleep(min(_WATCH_SECONDS, self._patience / 2))
+            if not job.is_stopped():
+                ran = time.monotonic()
+            elif time.monotonic() > ran + self._patience:
+                self._end_stuck(job, f"ranks were stopped for {self._patience:g} s as they started")
+                return
+
+    def _end_stuck(self, job: Job, reason: str) -> None:
+        job.last_words = reason
+        say(f"{reason}: they are ended")
+        job.kill()
 
     def _hang_up(self, connection: Connection) -> None:
         self._connection = None

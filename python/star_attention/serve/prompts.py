@@ -37,7 +37,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[ChatMessage], block_tok
     parts = [[part.text for part in message.content] or [""] for message in messages]
     roles = [_role(message) for message in messages]
 
-    def tokens_of() -> tuple[list[int], list[list[int]]]:
+    def tokens_of() -> tuple[np.ndarray, Sequence[Sequence[int]]]:
         chat = tokenizer.chat(
             [Message(role, tuple(p)) for role, p in zip(roles, parts, strict=True)]
         )
@@ -116,11 +116,11 @@ def text_prompt(tokenizer: Tokenizer, text: str, block_tokens: int) -> Prompt:
     return _prompt(tokens, len(tokens) - _TAIL_TOKENS)
 
 
-def _tokens_of_end(tokenizer: Tokenizer, tokens: Sequence[int], end: str) -> int:
+def _tokens_of_end(tokenizer: Tokenizer, tokens: np.ndarray, end: str) -> int:
     """How many tokens at the end spell no more than `end`, at least one."""
     left, length = len(end.encode()), 0
     while length < len(tokens):
-        left -= len(tokenizer.token_bytes(tokens[-1 - length]))
+        left -= len(tokenizer.token_bytes(int(tokens[-1 - length])))
         if left < 0:
             break
         length += 1
@@ -141,12 +141,12 @@ def token_prompt(tokenizer: Tokenizer, tokens: Sequence[int], block_tokens: int)
     return _prompt(tokens, 1 if len(tokens) <= block_tokens else len(tokens) - _TAIL_TOKENS)
 
 
-def _prompt(tokens: Sequence[int], border: int) -> Prompt:
+def _prompt(tokens: Sequence[int] | np.ndarray, border: int) -> Prompt:
     if len(tokens) < 2:
         raise ApiError(
             400, f"the prompt has {len(tokens)} tokens: use at least 2", code="invalid_value"
         )
-    return Prompt(np.array(tokens, np.int32), min(max(1, border), len(tokens) - 1))
+    return Prompt(np.asarray(tokens, np.int32), min(max(1, border), len(tokens) - 1))
 
 
 def chat_context(
@@ -162,7 +162,7 @@ def chat_context(
     turns += chat_messages(messages)
     turns[-1] = Message("user", (*turns[-1].parts, "?"))
     chat = tokenizer.chat(turns)
-    return np.array(chat.token_ids[: chat.starts[-1][-1]], np.int32)
+    return chat.token_ids[: chat.starts[-1][-1]]
 
 
 def chat_behind_context(
@@ -186,7 +186,7 @@ def chat_behind_context(
     rest = chat_prompt(tokenizer, [first, *messages[1:]], block_tokens)
     stand_in = tokenizer.chat([Message("user", (".", "?"))])
     start = stand_in.starts[0][1]
-    if rest.token_ids[:start].tolist() != list(stand_in.token_ids[:start]):
+    if not np.array_equal(rest.token_ids[:start], stand_in.token_ids[:start]):
         raise ApiError(
             400,
             "behind a context, the first message is empty, or the model's chat template writes "

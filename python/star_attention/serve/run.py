@@ -18,6 +18,7 @@ from star_attention.serve.process import EngineProcess
 from star_attention.serve.server import make_server
 
 _LOOK_SECONDS = 0.05
+_END_SECONDS = 1.0  # in which clients may take their last answer
 
 
 def run_front(
@@ -96,7 +97,11 @@ class _Server:
         if self._app.in_flight:
             self._engine.give_up()
         self._server.should_exit = True
-        await asyncio.sleep(1.0)
+        for next_step in (self._app.end, self._force_exit):
+            await asyncio.sleep(_END_SECONDS)
+            next_step()
+
+    def _force_exit(self) -> None:
         self._server.force_exit = True
 
     def _nothing_to_serve(self, code: int) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from star_attention.errors import UserError
 from star_attention.models.tokenizer import Tokenizer
+from star_attention.serve.api import ContextName
 
 logger = logging.getLogger("star_attention.serve")
 
@@ -32,7 +34,7 @@ class SavedContext(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: ContextName
     created: float
     bytes: int
     files: list[SavedFile]
@@ -52,11 +54,23 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 class SavedContexts:
-    """A folder; only files of the form <name>.json and <name>.npy in it are touched."""
+    """A folder; only files of the form <name>.json and <name>.npy in it are touched.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self._folder = folder
         self._fingerprint = fingerprint(tokenizer)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--context-dir: {folder} cannot be written: {error.strerror}: use another"
+            ) from None
 
     def write(self, said: dict[str, Any], token_ids: np.ndarray, tokens_too: bool) -> bool:
         """Each file is written beside and renamed; the tokens only if wanted. Whether it went well:
