@@ -126,6 +126,18 @@ def test_ask_streams_an_answer_and_reports(report):
     assert "generated tokens" in run.stderr
 
 
+@pytest.mark.parametrize("attention", ["dense", "ring"])
+def test_exact_methods_over_ranks(report, attention):
+    options = ["--ranks", 2, "--oversubscribe", "--attention", attention, "--json"]
+    command = [*ASK, "smollm2", "--context-file", report, "--question", QUESTION]
+    run = star_attn(*command, *options)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert "Tomasz" in result["answers"][0]["text"]
+    assert all(rank["kept_tokens"] > 0 for rank in result["plan"]["ranks"])
+    assert all(rank["received_bytes"] > 0 for rank in result["plan"]["ranks"])
+
+
 def test_ask_over_ranks_from_standard_input(smollm2_folder):
     questions = ["--question", QUESTION, "--question", "When does it close?"]
     options = ["--ranks", 2, "--oversubscribe", "--json"]
