@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from star_attention.config import StarConfig
-from star_attention.runtime.orders import Ask, Chunk, Decode, QuestionPart
+from star_attention.runtime.orders import Ask, Chunk, Decode, Load, QuestionPart
 from star_attention.runtime.pace import Pace
 from star_attention.serve.division import DENSE_TOKENS, division_for
 from star_attention.serve.known import KnownContexts
 from star_attention.serve.loop import ServerLoop
 from star_attention.serve.messages import Stop
+from star_attention.spans import Range, Span
 
 STEP = 0.010
 DECODE = Decode((1,), (2,), (0,))
@@ -20,6 +21,11 @@ DECODE = Decode((1,), (2,), (0,))
 
 def ask(tokens):
     return Ask((QuestionPart(1, 1, np.zeros(tokens, np.int32), 0),))
+
+
+def chunk(*tokens):
+    """Of each rank."""
+    return Chunk(1, tuple(Span(0, n, 0, r, (Range(0, n),)) for r, n in enumerate(tokens)))
 
 
 class Machine:
@@ -33,7 +39,7 @@ class Machine:
         """A pass and a step; seconds between the steps and tokens of the pass."""
         cuts = self.pace.cuts(answers=True)
         tokens = cuts.question_tokens if questions else cuts.chunk_tokens
-        order = ask(tokens) if questions else Chunk(1, (tokens, tokens))
+        order = ask(tokens) if questions else chunk(tokens, tokens)
         seconds = self._run(order, tokens)
         self.pace.took(DECODE, STEP)
         return seconds + STEP, tokens
@@ -42,6 +48,14 @@ class Machine:
         seconds = (self.fixed + self.each * tokens) * self.chance.uniform(0.9, 1.1)
         self.pace.took(order, seconds)
         return seconds
+
+
+def test_copies_that_take_no_time_do_not_grow_for_ever():
+    pace = Pace()
+    for _ in range(5000):
+        pace.cuts(answers=False)
+        pace.took(Load(1, b"", 0, 0, 1), 1e-6)
+    assert 0 < pace.cuts(answers=False).copy_pages < 1 << 30
 
 
 @pytest.mark.parametrize("questions", [False, True])
@@ -98,7 +112,7 @@ def test_short_passes_do_not_shrink_long_ones():
     for _ in range(30):
         machine.round()
     tokens = pace.cuts(answers=True).chunk_tokens
-    pace.took(Chunk(1, (10, 0)), 1e-5)  # the end of a context
+    pace.took(chunk(10, 0), 1e-5)  # the end of a context
     assert pace.cuts(answers=True).chunk_tokens == tokens
 
 
@@ -106,7 +120,7 @@ def test_while_nothing_is_answered_passes_take_what_newcomers_may_wait():
     pace = Pace()
     for _ in range(30):
         tokens = pace.cuts(answers=False).chunk_tokens
-        pace.took(Chunk(1, (tokens,)), 0.01 + 1e-5 * tokens)
+        pace.took(chunk(tokens), 0.01 + 1e-5 * tokens)
     assert 0.2 < 0.01 + 1e-5 * tokens < 0.3
 
 
