@@ -12,6 +12,15 @@ class RankError(Exception):
     """A rank failed in the middle of its work, or is lost: the job cannot go on."""
 
 
+_LONGEST_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+
+
 def say(message: str) -> None:
     """One line for the user, apart from the result."""
     print(f"star-attn: {message}", file=sys.stderr, flush=True)
