@@ -39,6 +39,7 @@ from star_attention.models.checkpoint import find_model
 @click.option(
     "--question", "questions", multiple=True, required=True, help="Several are asked together."
 )
+@click.option("--system", help="The system message, for models with a chat template.")
 @run_options
 @engine_options
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
@@ -75,8 +76,6 @@ def _ask(
     model: str,
     questions: tuple[str, ...],
     as_json: bool,
-    template: str,
-    strict: bool,
     **options: Any,
 ) -> None:
     from star_attention.llm import LLM
@@ -84,7 +83,8 @@ def _ask(
     params, config = sampling_of(options), star_config_of(options)
     engine = asdict(engine_of(options))
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
-    llm = LLM(model, config, template=template, strict=strict, **engine)
+    texts_as = {name: options[name] for name in ("template", "strict", "system", "allow_special")}
+    llm = LLM(model, config, **texts_as, **engine)
     with terminal.progress(not as_json) as on_progress:
         context = llm.encode(
             "\n".join(texts), on_progress=on_progress, questions=questions, params=params

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.options import TOKENS, engine_of, engine_options
+from star_attention.cli.options import TOKENS, engine_of, engine_options, text_options
 from star_attention.cli.ranks import check_ranks, needs_ranks, run_as_ranks
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
 from star_attention.distributed import world_size
 from star_attention.engines.options import DTYPES
 from star_attention.errors import UserError, say
 from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
-from star_attention.models.tokenizer import TEMPLATES
 
 if TYPE_CHECKING:
     from star_attention.evals.prompts import PromptTokenizer
@@ -113,7 +112,7 @@ def run_options(
             help="Ranks for ring and star; mpirun is started for you.  [default: 1]",
         ),
         click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores."),
-        click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True),
+        text_options,
         engine_options,
         click.option(
             "--results",
@@ -368,7 +367,8 @@ def _answer(
     llm = LLM(
         options["model"],
         StarConfig(tokens_per_block=options["tokens_per_block"]),
-        template="written",
+        template=options["template"],
+        allow_special=options["allow_special"],
         **asdict(engine_of(options)),
     )
     longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)
@@ -391,7 +391,8 @@ def _prepare(
     from star_attention.models.checkpoint import find_model
 
     path = find_model(options["model"], options["load_format"] != "dummy")
-    prompts = PromptTokenizer(path, options["template"])
+    special = options["allow_special"]
+    prompts = PromptTokenizer(path, options["template"], allow_special=special)
     device, dtype = _device_and_dtype(path, options)
     if benchmark == "custom":
         from star_attention.evals.custom import load_task
@@ -402,7 +403,7 @@ def _prepare(
     shared = {
         "benchmark": benchmark,
         "data": data,
-        **{name: options[name] for name in ("model", "template", "seed")},
+        **{name: options[name] for name in ("model", "template", "allow_special", "seed")},
         "device": device,
         "dtype": dtype,
         **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},

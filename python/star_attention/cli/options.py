@@ -171,12 +171,25 @@ def run_options(command: Callable) -> Callable:
             show_default=True,
             help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
         ),
+        text_options,
+    ]
+    return _with_options(command, options)
+
+
+def text_options(command: Callable) -> Callable:
+    """How texts become tokens."""
+    options = [
         click.option(
             "--template",
             type=click.Choice(TEMPLATES),
             default="auto",
             show_default=True,
             help="The model's chat template; none for base models.",
+        ),
+        click.option(
+            "--allow-special",
+            is_flag=True,
+            help="Texts may spell control tokens such as <|im_end|>; otherwise they are text.",
         ),
     ]
     return _with_options(command, options)

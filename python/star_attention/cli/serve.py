@@ -279,7 +279,7 @@ def _run_front(options: dict[str, Any]) -> int:
     )
     return run_front(
         make_engine,
-        Tokenizer(path, options["template"]),
+        Tokenizer(path, options["template"], allow_special=options["allow_special"]),
         serve_options,
         options["port"],
         options["shutdown_timeout"],

@@ -398,7 +398,7 @@ def _solved(sample: Sample, answer: str) -> str:
 
 
 def _solved_tokens(prompts: PromptTokenizer, sample: Sample) -> int:
-    return len(prompts.question_tokens(_solved(sample, " " + " ".join(sample.outputs))))
+    return len(prompts.text_tokens(_solved(sample, " " + " ".join(sample.outputs))))
 
 
 def _behind(front: str, sample: Sample) -> Sample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -104,6 +104,15 @@ class ModelConfig:
             raise UserError(
                 f"the model has {self.num_q_heads} query heads, "
                 f"which its {self.num_kv_heads} KV heads do not divide"
+            )
+
+    def check_tokens(self, token_ids: Iterable[int]) -> None:
+        """Raises UserError for a token that the model's vocabulary does not have."""
+        largest = max(token_ids, default=0)
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"the text has token {largest}, but the model knows {self.vocab_size} tokens: "
+                "its tokenizer is another model's"
             )
 
     @property

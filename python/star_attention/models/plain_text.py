@@ -8,7 +8,7 @@ import re
 import secrets
 from typing import Any
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, reason_of
 
 _VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = (byte for byte in range(0x100) if byte not in _VISIBLE)
@@ -24,11 +24,16 @@ class PlainText:
     Control tokens are the special ones, and added ones that the chat template writes. The copy
     differs in nothing else, so text has the tokens that it always had, unless it spells a control
     token: then it has those of its characters.
+
+    Args:
+        allow_special: texts may spell control tokens; nothing is hidden then.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, allow_special: bool = False) -> None:
         from tokenizers import Tokenizer as Backend
 
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("there is no tokenizer.json, nor one that can be made a fast one")
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         model = state["model"]
         self._is_byte_level = '"ByteLevel"' in json.dumps(state["decoder"])
@@ -38,13 +43,16 @@ class PlainText:
         # Some trainers list the bytes of a byte fallback as special tokens.
         added = [token for token in state["added_tokens"] if token["content"] not in self._bytes]
         self._added = {token["id"]: token["content"] for token in added}
-        written = _written(tokenizer)
+        written = "" if allow_special else _written(tokenizer)
         controls = {
             token["content"]: token["id"]
             for token in added
-            if token["special"]
-            or token["content"] in tokenizer.all_special_tokens
-            or (token["content"].strip() and token["content"] in written)
+            if not allow_special
+            and (
+                token["special"]
+                or token["content"] in tokenizer.all_special_tokens
+                or (token["content"].strip() and token["content"] in written)
+            )
         }
         secret = secrets.token_hex(16)
         self._secrets = {name: f"{secret}{index:06}" for index, name in enumerate(controls)}
@@ -70,6 +78,8 @@ class PlainText:
             return self._backend.encode_batch([text], add_special_tokens=False)[0]
         except (TypeError, UnicodeEncodeError):
             raise UserError("the text is not Unicode: it has half of a surrogate pair") from None
+        except Exception as error:  # of any kind: the tokenizer may know no token for a character
+            raise UserError(f"the tokenizer cannot read the text: {reason_of(error)}") from None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for one that the tokenizer does not know."""
