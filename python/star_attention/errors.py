@@ -7,6 +7,9 @@ class UserError(Exception):
     """Input that cannot be served. The message is one line that names the option, the value and
     what would be right; the command line prints it and exits with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what it quotes may have several
+
 
 class RankError(Exception):
     """A rank failed in the middle of its work, or is lost: the job cannot go on."""

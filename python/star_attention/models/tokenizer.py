@@ -258,7 +258,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _opening_token(self) -> list[int]:
-        return self._tokenizer("").input_ids[:1]
+        return self._tokenizer.backend_tokenizer.encode("").ids[:1]
 
     @functools.cached_property
     def _between_size(self) -> int:
