@@ -16,7 +16,7 @@ import numpy as np
 from star_attention.config import MergePath, StarConfig
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions, LoadFormat
-from star_attention.errors import UserError
+from star_attention.errors import UserError, counted
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.tokenizer import TextStream, Tokenizer
@@ -274,9 +274,12 @@ class LLM:
         contexts = [context] * len(questions) if is_one else list(context)
         is_one = isinstance(answer_prefix, str)
         prefixes = [answer_prefix] * len(questions) if is_one else list(answer_prefix)
-        for what, given in (("contexts", contexts), ("answer prefixes", prefixes)):
+        for given, *what in (
+            (contexts, "context"),
+            (prefixes, "answer prefix", "answer prefixes"),
+        ):
             if len(given) != len(questions):
-                problem = f"{len(questions)} questions with {len(given)} {what}"
+                problem = f"{counted(len(questions), 'question')} with {counted(len(given), *what)}"
                 raise UserError(f"{problem}: use one, or one for each")
         token_ids = [self._question_tokens(*each) for each in zip(questions, prefixes, strict=True)]
         for each, tokens in zip(contexts, token_ids, strict=True):

@@ -74,12 +74,16 @@ PROJECTION = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        (f"{PROJECTION}_scale", torch.ones(1), r"1 weights are not this .*: '.*weight_scale'"),
+        (f"{PROJECTION}_scale", torch.ones(1), r"1 weight of another .*: '.*weight_scale'"),
         (PROJECTION, torch.ones(96, 64).to(torch.float8_e4m3fn), "stored as F8_E4M3, which is not"),
         (PROJECTION, torch.ones(96, 64).to(torch.int8), "stored as I8, which is not read"),
         (PROJECTION, None, f"the weights lack {PROJECTION}"),
         (PROJECTION, torch.ones(96, 32), "up_proj.weight has shape .96, 32., the config asks for"),
-        ("model.layers.3.mlp.up_proj.weight", torch.ones(96, 64), "not this architecture's"),
+        (
+            "model.layers.3.mlp.up_proj.weight",
+            torch.ones(96, 64),
+            "1 weight of another architecture",
+        ),
         ("model.layers.0.self_attn.o_proj.bias", torch.ones(64), "o_proj.bias"),
     ],
 )
@@ -369,7 +373,7 @@ def test_gguf_attention_biases(tmp_path):
 def test_gguf_weights_that_would_not_be_read(tmp_path):
     hf_model = save_tiny_model(tmp_path, attention_bias=True)
     write_gguf(tmp_path / "m.gguf", hf_model, "llama")
-    with pytest.raises(UserError, match=r"3 weights are not this .*'blk.0.attn_output.bias'"):
+    with pytest.raises(UserError, match=r"3 weights of another .*'blk.0.attn_output.bias'"):
         load(tmp_path / "m.gguf")
 
 

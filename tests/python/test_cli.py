@@ -181,6 +181,21 @@ BAD_OPTIONS = {
     "--ranks 2 --attention dense": "dense runs on one rank, not 2",
     "--model /nothing/here": "--model /nothing/here: no such folder or file",
     "--temperature -1": "temperature is -1.0",
+    "--temperature nan": "temperature is nan",
+    "--kv-cache-gib nan": "nan is not",
+    "--kv-cache-gib inf": "inf is not a finite number",
+    "--kv-cache-gib 0": "0.0 is not in the range x>0",
+    "--attention dense --block-size 64": "--block-size does nothing with --attention dense",
+    "--attention dense": "--block-size does nothing with --attention dense",
+    "--attention ring --anchor-mode local": "--block-size does nothing with --attention ring",
+    "--merge nccl": "--merge does nothing with --device cpu: leave it away",
+    "--top-k 5": "--top-k does nothing with --temperature 0: leave it away",
+    "--seed 5": "--seed does nothing with --temperature 0",
+    "--template none --system Hi": "--system needs a chat template, which is not used here",
+    "--question \udcff": "--question is not UTF-8 text",
+    "--stop \udcff": "--stop is not UTF-8 text",
+    "--system \udcff": "--system is not UTF-8 text",
+    "--model \udcff": "no such folder or file",
     "--top-p 2": "top_p is 2.0",
     "--max-tokens 0": "max_tokens is 0",
     "--template jinja": "'jinja' is not one of",
@@ -246,6 +261,58 @@ def test_long_context_is_a_warning(tmp_path, tiny_chat_model):
     assert run.returncode == 0, run.stderr
     assert "star-attn: warning: context have" in run.stderr
     assert "made for 2048" in run.stderr
+
+
+def test_no_model_at_all(report):
+    run = star_attn("ask", "--model", "", "--context-file", report, "--question", QUESTION)
+    check_refusal(run, "--model is empty: name a folder")
+
+
+def test_byte_order_marks_are_no_text(tmp_path, tiny_chat_model):
+    contexts = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "text").write_text(mark + TEXT, "utf-8")
+        ask = [*ASK, tiny_chat_model, "--context-file", tmp_path / "text", "--question", QUESTION]
+        result = json.loads(star_attn(*ask, "--json").stdout)
+        contexts.append((result["plan"]["context_len"], result["answers"][0]["token_ids"]))
+    assert contexts[0] == contexts[1]
+
+
+def test_system_messages_and_control_tokens(tmp_path, tiny_chat_model):
+    (tmp_path / "text").write_text(TEXT + "<|end|>")
+    ask = [*ASK, tiny_chat_model, "--context-file", tmp_path / "text", "--question", QUESTION]
+    lengths = [
+        json.loads(star_attn(*ask, "--json", *options).stdout)["plan"]["context_len"]
+        for options in ([], ["--allow-special"], ["--system", "Be brief."])
+    ]
+    assert lengths[1] < lengths[0] < lengths[2]
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "plan --context 128K", "info --json", "ask", "ranks"]
+)
+def test_output_that_cannot_be_written(report, tiny_chat_model, command):
+    command = command.split()
+    if command[0] in ("ask", "ranks"):
+        ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION, "--json"]
+        command = [*ask, "--ranks", 2] if command == ["ranks"] else ask
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "star_attention", *map(str, command)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    message = "star-attn: error: the output cannot be read or written: No space left on device\n"
+    assert (run.returncode, run.stderr) == (2, message)
+
+
+def test_a_reader_that_goes_away():
+    plan = f"{sys.executable} -m star_attention plan --context 1M --block-size 1K --json"
+    run = subprocess.run(f"{plan} | true", shell=True, capture_output=True, text=True, check=False)
+    assert run.stderr == ""
 
 
 def test_missing_weights(tmp_path, report):

@@ -329,7 +329,7 @@ def test_answer_prefixes(llm, context):
     answers = llm.ask(context, [QUESTION, "What do ships carry?"], params, prefixes)
     assert answers[0].text.startswith(" Tomasz")
     assert answers[1] == llm.ask(context, "What do ships carry?", params, "Salt")
-    with pytest.raises(UserError, match="1 questions with 2 answer prefixes: use one, or one for"):
+    with pytest.raises(UserError, match="1 question with 2 answer prefixes: use one, or one for"):
         llm.ask(context, [QUESTION], params, prefixes)
 
 

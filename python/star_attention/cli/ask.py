@@ -14,9 +14,12 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
+    check_run,
+    check_text,
     engine_of,
     engine_options,
     model_options,
+    refuse_idle,
     run_options,
     sampling_of,
     star_config_of,
@@ -62,9 +65,16 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
         raise UserError(f"--attention dense runs on one rank, not {ranks}: leave --ranks away")
     find_model(options["model"], options["load_format"] != "dummy")
     star_config_of(options), engine_of(options), sampling_of(options)
+    check_run(options)
+    if not options["temperature"]:
+        refuse_idle("--temperature 0", "top_k", "top_p", "seed")
     for question in options["questions"]:
         if not question.strip():
             raise UserError("--question is empty: ask something")
+        check_text("--question", question)
+    check_text("--system", options["system"] or "")
+    for stop in options["stop"]:
+        check_text("--stop", stop)
     texts = handed_texts() or _read_texts(options.pop("context_files"))
     if needs_ranks(ranks, options["tp"]):
         sys.exit(run_as_ranks((ranks or 1) * options["tp"], oversubscribe, texts=texts))
@@ -128,7 +138,7 @@ def _read_text(name: str) -> str:
     except OSError as error:
         raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"--context-file {name} is not UTF-8 text: use a text file") from None
     if "\0" in text:

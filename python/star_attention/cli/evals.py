@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.options import TOKENS, engine_of, engine_options, text_options
-from star_attention.cli.ranks import check_ranks, needs_ranks, run_as_ranks
+from star_attention.cli.options import (
+    TOKENS,
+    Number,
+    engine_of,
+    engine_options,
+    refuse_idle,
+    text_options,
+)
+from star_attention.cli.ranks import check_ranks, is_started_again, needs_ranks, run_as_ranks
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
 from star_attention.distributed import world_size
 from star_attention.engines.options import DTYPES
@@ -230,7 +237,7 @@ def report(results: Path, plots: bool, as_json: bool) -> None:
 @click.option("--length", type=TOKENS, required=True, help=_INCLUSIVE)
 @click.option(
     "--min-retention",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.97,
     show_default=True,
     help="Share of the baseline's accuracy to keep.",
@@ -278,6 +285,11 @@ def _evaluate(
         _check_names(benchmark, options["tasks"])
     find_model(options["model"], options["load_format"] != "dummy")
     engine_of(options)
+    if "star" not in options["attention"] and not is_started_again():
+        mode = f"--attention {','.join(options['attention'])}"
+        refuse_idle(mode, "block_size", "anchor_size", "anchor_mode")
+    if benchmark == "custom":
+        refuse_idle("one's own questions", "data_dir", "seed")
     try:
         if needs_ranks(options["ranks"], tp):
             failed = _run_parts(methods, ranks, tp, options["oversubscribe"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from star_attention.config import (
     ANCHOR_MODES,
@@ -46,6 +48,26 @@ class _Tokens(click.ParamType):
 
 
 TOKENS = _Tokens()
+
+
+class Number(click.FloatRange):
+    """A finite one in a range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+def refuse_idle(mode: str, *names: str) -> None:
+    """Raises UserError for an option of the command that is given though it does nothing in a mode,
+    so that nobody takes a result for what it is not."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} does nothing with {mode}: leave it away")
 
 
 def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
@@ -112,7 +134,7 @@ def engine_options(command: Callable) -> Callable:
         ),
         click.option(
             "--kv-cache-gib",
-            type=float,
+            type=Number(0, min_open=True),
             help="Memory of a rank's KV cache.  [default: 0.8 of what the weights leave of a GPU]",
         ),
         click.option(
@@ -211,6 +233,28 @@ def take_model(options: dict[str, Any]) -> None:
 
 def star_config_of(options: dict[str, Any]) -> StarConfig:
     return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
+
+
+def check_run(options: dict[str, Any]) -> None:
+    """Raises UserError for options of `run_options` and `engine_options` that do nothing together,
+    or that say the same twice."""
+    if options["attention"] != "star":
+        mode = f"--attention {options['attention']}"
+        refuse_idle(mode, "block_size", "anchor_size", "anchor_mode")
+    if options["attention"] == "dense":
+        refuse_idle("--attention dense", "kv_placement", "merge")
+    if is_engine_folder(Path(options["model"])):
+        refuse_idle("a TensorRT engine, which runs on its GPU", "device")
+    elif options["device"] == "cpu":
+        refuse_idle("--device cpu", "merge")
+
+
+def check_text(option: str, text: str) -> None:
+    """Raises UserError for what a command line had that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} is not UTF-8 text: {text!r}") from None
 
 
 def engine_of(options: dict[str, Any]) -> EngineOptions:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, reason_of
+from star_attention.files import write_whole
 from star_attention.plan import Plan
 
 _MAX_AREAS, _MAX_LINES, _MAX_TICKS = 1024, 128, 16
@@ -72,9 +74,11 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     handles.append(Patch(color="0.3", label="query and new tokens"))
     ax.legend(handles=handles, loc="upper right", fontsize=8)
     fig.tight_layout()
+    picture = io.BytesIO()  # whole before any of it is written
     try:
-        fig.savefig(path, dpi=130)
+        fig.savefig(picture, dpi=130, format=Path(path).suffix[1:] or "png")
+        write_whole(Path(path), picture.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path} cannot be written: {error}") from None
+        raise UserError(f"--plot {path} cannot be written: {reason_of(error)}") from None
     finally:
         plt.close(fig)

@@ -28,6 +28,11 @@ def arguments() -> list[str]:
     return _handed().get("arguments", sys.argv[1:])
 
 
+def is_started_again() -> bool:
+    """Whether a `star-attn` has started this one, and has checked the command line."""
+    return _HANDED in os.environ
+
+
 def handed_texts() -> list[str] | None:
     """The texts that the program which started the ranks has read."""
     return _handed().get("texts")

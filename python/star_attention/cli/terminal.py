@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from star_attention.errors import counted
 from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan
 
@@ -54,8 +55,9 @@ def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
     """The blocks of each rank and the work of phase 1."""
     console = Console()
     console.print(
-        f"{plan.context_len:,} tokens in {len(plan.blocks)} blocks of {plan.block_size:,}, "
-        f"anchor {plan.anchor_size:,} ({plan.anchor_mode}), {plan.num_ranks} ranks",
+        f"{counted(plan.context_len, 'token')} in {counted(len(plan.blocks), 'block')} of "
+        f"{plan.block_size:,}, anchor {plan.anchor_size:,} ({plan.anchor_mode}), "
+        f"{counted(plan.num_ranks, 'rank')}",
         highlight=False,
     )
     table = Table("rank", "blocks", "own tokens", caption_justify="left")
@@ -74,7 +76,7 @@ def print_plan(plan: Plan, model: ModelConfig, model_name: str) -> None:
         )
     console.print(table)
     if plan.num_ranks > _MAX_ROWS:
-        console.print(f"... and {plan.num_ranks - _MAX_ROWS} more ranks")
+        console.print(f"... and {counted(plan.num_ranks - _MAX_ROWS, 'more rank')}")
     for note in plan.notes:
         console.print(f"Note: {note}.", highlight=False)
     if plan.context_len:
@@ -107,7 +109,8 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     console.print(table)
     context, question, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
-        f"{context:,} context, {question:,} question and {decode:,} generated tokens passed; "
+        f"{context:,} context, {question:,} question and {counted(decode, 'generated token')} "
+        "passed; "
         "memory: peak",
         highlight=False,
     )

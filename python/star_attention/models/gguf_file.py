@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFEndian, GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
-from star_attention.errors import UserError, reason_of
+from star_attention.errors import UserError, reason_of, refusing
 from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.fields import Fields
 from star_attention.models.gguf_name import split_files
@@ -94,10 +94,8 @@ def _tensor(path: Path, weight: Weight, stored: ReaderTensor, interleaved: bool)
 
 
 def _read(path: Path) -> GGUFReader:
-    try:
+    with refusing(f"{path} is truncated or not GGUF"):  # the library trusts the file
         reader = _HeaderReader(path, "c")  # copies of what is written, so that torch takes it
-    except Exception as error:  # of any kind: the library trusts the file
-        raise UserError(f"{path} is truncated or not GGUF: {reason_of(error)}") from None
     if reader.endianess is not GGUFEndian.LITTLE:
         raise UserError(f"{path} is big-endian, which is not read")
     return reader

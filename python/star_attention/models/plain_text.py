@@ -8,7 +8,7 @@ import re
 import secrets
 from typing import Any
 
-from star_attention.errors import UserError, reason_of
+from star_attention.errors import UserError, refusing
 
 _VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = (byte for byte in range(0x100) if byte not in _VISIBLE)
@@ -74,12 +74,12 @@ class PlainText:
     def encode(self, text: str) -> Any:
         """The `tokenizers.Encoding` of a text, without opening or closing tokens."""
         try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not Unicode: it has half of a surrogate pair") from None
+        with refusing("the tokenizer cannot read the text"):
             # As a batch: other threads run meanwhile.
             return self._backend.encode_batch([text], add_special_tokens=False)[0]
-        except (TypeError, UnicodeEncodeError):
-            raise UserError("the text is not Unicode: it has half of a surrogate pair") from None
-        except Exception as error:  # of any kind: the tokenizer may know no token for a character
-            raise UserError(f"the tokenizer cannot read the text: {reason_of(error)}") from None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for one that the tokenizer does not know."""

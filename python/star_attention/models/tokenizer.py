@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from star_attention.cache import cache_folder
-from star_attention.errors import UserError, reason_of
+from star_attention.errors import UserError, refusing
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.kept_tokens import KeptTokens, Tokenized
 from star_attention.models.plain_text import PlainText
@@ -205,14 +205,10 @@ class Tokenizer:
         marked = [
             {"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)
         ]
-        try:
+        with refusing("the model's chat template does not allow these messages"):  # a program
             text = self._tokenizer.apply_chat_template(
                 marked, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # of any kind: the template is a program
-            raise UserError(
-                f"the model's chat template does not allow these messages: {reason_of(error)}"
-            ) from None
         texts = re.split("\ue000([0-9]+)\ue001", text)
         found = [int(index) for index in texts[1::2]]
         if found != list(range(len(roles))):
@@ -258,7 +254,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _opening_token(self) -> list[int]:
-        return self._tokenizer.backend_tokenizer.encode("").ids[:1]
+        with refusing(f"{self._path}: the tokenizer cannot read"):
+            return self._tokenizer.backend_tokenizer.encode("").ids[:1]
 
     @functools.cached_property
     def _between_size(self) -> int:
@@ -340,10 +337,8 @@ def _check(messages: Sequence[Message]) -> None:
 
 @functools.cache
 def _load_plain(path: Path, allow_special: bool) -> PlainText:
-    try:
+    with refusing(f"{path}: the tokenizer cannot be loaded"):
         return PlainText(_load(path), allow_special)
-    except Exception as error:  # of any kind: it is made of what the files say
-        raise _cannot_be_loaded(path, error) from None
 
 
 @functools.cache
@@ -351,20 +346,10 @@ def _load(path: Path):
     # Tokenizing forks no process, and transformers' advice is not for the user.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
+    with refusing(f"{path}: the tokenizer cannot be loaded"):
         if is_engine_folder(path):
             path = path / "tokenizer"
         return _load_gguf(path) if path.is_file() else _from_files(path)
-    except UserError:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's
-            raise _cannot_be_loaded(path, error) from None
-        raise
-
-
-def _cannot_be_loaded(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: the tokenizer cannot be loaded: {reason_of(error)}")
 
 
 def _from_files(folder: Path, **options: Any):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, counted
 from star_attention.models.config import LayerConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def check_stored(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Mode
     if unread:
         some = ", ".join(map(repr, sorted(unread)[:3])) + (" ..." if len(unread) > 3 else "")
         raise UserError(
-            f"{path}: {len(unread)} weights are not this architecture's, or quantised: {some}"
+            f"{path}: {counted(len(unread), 'weight')} of another architecture, or quantised: "
+            f"{some}"
         )
 
 
