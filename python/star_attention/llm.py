@@ -290,8 +290,8 @@ class LLM:
         return self._pieces(contexts, questions, token_ids, params)
 
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
-        """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
-        `question` and `decode` took since the last `reset`."""
+        """Of every process: seconds that loading the model took, peak memory in bytes, pages in
+        use, and what the phases `context`, `question` and `decode` took since the last `reset`."""
         self._tidy()
         return self._leader.execute(Report(reset))
 

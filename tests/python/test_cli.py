@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def test_ask_streams_an_answer_and_reports(report):
     assert "Tomasz" in run.stdout
     assert "phase 1" in run.stderr
     assert "generated tokens" in run.stderr
+    assert re.search(r"the model was loaded in \d+\.\d s", run.stderr)
 
 
 def test_ask_over_ranks_from_standard_input(smollm2_folder):
@@ -122,6 +124,7 @@ def test_ask_over_ranks_from_standard_input(smollm2_folder):
     assert "Tomasz" in result["answers"][0]["text"]
     assert len(result["ranks"]) == 2
     assert all(rank["peak_memory_bytes"] > 1e8 for rank in result["ranks"])
+    assert all(0 < rank["load_seconds"] < 300 for rank in result["ranks"])
 
 
 def test_what_mpirun_would_take_for_its_own(tmp_path, tiny_chat_model):

@@ -10,6 +10,7 @@ from star_attention.files import write_whole
 from star_attention.plan import Plan
 
 _MAX_AREAS, _MAX_LINES, _MAX_TICKS = 1024, 128, 16
+_EDGE, _TICK = 1.5, 0.02  # points; the share of the axis that a label takes
 
 
 def plot_plan(plan: Plan, path: str | Path) -> None:
@@ -42,8 +43,12 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         own.append([(start, start), (start, end), (end, end)])
         queries.append([(start, n), (end, n), (end, n + query), (start, n + query)])
     of_blocks = [colors[block.rank % len(colors)] for block in shown]
-    for shapes, alpha in ((anchors, 0.45), (own, None), (queries, 0.7)):
-        ax.add_collection(PolyCollection(shapes, facecolors=of_blocks, alpha=alpha, lw=0))
+    # What is narrower than a pixel has an edge, or nothing would be seen of it.
+    edge = _EDGE if len(plan.blocks) > _MAX_LINES else 0
+    for shapes, alpha, lw in ((anchors, 0.45, edge), (own, None, edge), (queries, 0.7, 0)):
+        areas = PolyCollection(shapes, facecolors=of_blocks, edgecolors=of_blocks, lw=lw)
+        areas.set_alpha(alpha)
+        ax.add_collection(areas)
     if len(plan.blocks) <= _MAX_LINES:
         ax.hlines([block.start for block in shown], 0, n + query, color="0.85", lw=0.5, zorder=0)
     ax.add_patch(Polygon([(n, n), (n, n + query), (n + query, n + query)], color="0.3", lw=0))
@@ -55,7 +60,8 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     ax.set_ylim(n + query, 0)
     ax.set_aspect("equal")
     starts = {block.start for block in plan.blocks} if len(plan.blocks) <= _MAX_TICKS else set()
-    ticks = sorted({0, min(plan.anchor_size, n), n} | starts)
+    wanted = sorted({0, min(plan.anchor_size, n)} | starts)
+    ticks = [*(t for t in wanted if not t or _TICK * n < t < (1 - _TICK) * n), n]
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=60, fontsize=8)
     ax.set_yticks([*ticks, n + query / 2], [*(f"{tick:,}" for tick in ticks), "query"], fontsize=8)
     ax.set_xlabel("token that is seen")

@@ -110,7 +110,7 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     context, question, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
         f"{context:,} context, {question:,} question and {counted(decode, 'generated token')} "
-        "passed; "
+        f"passed; the model was loaded in {max(rank['load_seconds'] for rank in ranks):.1f} s; "
         "memory: peak",
         highlight=False,
     )

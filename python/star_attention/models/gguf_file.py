@@ -94,7 +94,8 @@ def _tensor(path: Path, weight: Weight, stored: ReaderTensor, interleaved: bool)
 
 
 def _read(path: Path) -> GGUFReader:
-    with refusing(f"{path} is truncated or not GGUF"):  # the library trusts the file
+    # The library trusts the file.
+    with refusing(f"{path} is truncated or not GGUF"), np.errstate(all="raise"):
         reader = _HeaderReader(path, "c")  # copies of what is written, so that torch takes it
     if reader.endianess is not GGUFEndian.LITTLE:
         raise UserError(f"{path} is big-endian, which is not read")
