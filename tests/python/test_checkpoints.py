@@ -1,9 +1,12 @@
 """Files that are not what they seem: read as Hugging Face and llama.cpp do, or refused by name."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import save_tiny_model
+from helpers import save_tiny_model, train_tokenizer
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.config import ModelConfig
+from star_attention.models.fingerprint import fingerprint
+from star_attention.models.tokenizer import Tokenizer
 from test_models import edit_config, hf_causal_logits, load, logits_of, write_gguf
 
 
@@ -447,3 +452,50 @@ def test_hub_names_are_those_of_the_local_cache(tmp_path, tiny, variable):
 def test_names_that_are_none(name):
     with pytest.raises(UserError, match="--model"):
         find_model(name)
+
+
+@pytest.fixture
+def nobody(tiny):
+    """A copy of the model in a folder that everybody may enter, and a user who may do no more."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        folder = shutil.copytree(tiny[0], Path(name) / "model")
+        train_tokenizer(folder, "llama3")
+        write_gguf(folder.parent / "m.gguf", tiny[1], "llama")
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
+
+
+def withdraw(path):
+    user = os.geteuid()
+    if os.getuid() == 0:
+        os.seteuid(0)
+    path.chmod(0)
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "config.json", "model.safetensors", "tokenizer.json", "../m.gguf"]
+)
+def test_files_that_may_not_be_read(nobody, name):
+    path = (nobody / name).resolve()
+    withdraw(path)
+    model = path if path.suffix == ".gguf" else nobody
+
+    def read():
+        found = find_model(str(model))
+        open_checkpoint(found)
+        Tokenizer(found, "none")
+
+    with pytest.raises(UserError, match=r"cannot be (read|loaded): .*([Pp]ermission|tokenizer)"):
+        read()
+
+
+def test_fingerprints_of_files_that_may_not_be_read(nobody):
+    withdraw(nobody)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        fingerprint(nobody)

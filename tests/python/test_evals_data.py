@@ -378,6 +378,10 @@ def test_custom(tmp_path):
     assert (task.name, task.indices, task.max_tokens) == ("mine", ["a", 1], 7)
     assert task.score("ann", task.sample("a")) == 1
     assert task.score("b", task.sample(1)) == 0.5
+    row = {"input_context": "Text", "input_query": "What?", "outputs": "BC", "answer_prefix": "A"}
+    path.write_text("\ufeff" + json.dumps(row), "utf-8")
+    sample = custom.load_task(path, 7).sample(0)
+    assert (list(sample.outputs), sample.answer_prefix) == (["BC"], "A")
 
 
 @pytest.mark.parametrize(
@@ -390,6 +394,14 @@ def test_custom(tmp_path):
         ('{"input_context": "a", "output": "b"}', "lacks 'input_query'"),
         ('{"input_context": "a", "input_query": "q", "outputs": []}', "row 0 needs a text"),
         ('{"input_context": "a", "input_query": "q", "output": 3}', "row 0 needs a text"),
+        (
+            '{"input_context": 1, "input_query": "q", "output": "b"}',
+            "input_context is 1: it should",
+        ),
+        ('{"input_context": "a", "input_query": [], "output": "b"}', "input_query is .*a text"),
+        ('{"index": [], "input_context": "a", "input_query": "q", "output": "b"}', "the index .."),
+        ("[" * 100000, "is not JSON"),
+        ('{"input_context": ' + "[" * 100000, "line 1 is not JSON"),
         ('{"index": 1, "input_context": "", "input_query": "", "output": "x"}\n' * 2, "index 1"),
     ],
 )

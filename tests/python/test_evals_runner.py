@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import signal
 from dataclasses import replace
 
 import matplotlib.image
@@ -420,3 +422,33 @@ def test_tune(made_up, capsys):
     assert "--block-size 1024 --anchor-size 1024\n" in capsys.readouterr().out
     tune.print_choice(rows, 0.97)
     assert "No setting keeps 97%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_full_disk(tmp_path, kept):
+    """A record is written whole or not at all, and the run says what is wrong."""
+    results = open_results(tmp_path, configuration())
+    record = {"task": "t", "length": None, "index": 0, "score": 1.0}
+    results.append(record)
+    before = results.path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + kept, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"--results .* cannot be used: (No space|File too)"):
+            results.append({**record, "index": 1})
+        with pytest.raises(UserError, match=r"--results .* cannot be used: File too large"):
+            results.write_scores()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert results.path.read_bytes() == before
+    assert len(json.loads(results.path.with_suffix(".json").read_text())["scores"]) == 0
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"length": [], "task": "t", "index": 0}'])
+def test_records_of_the_wrong_shape(tmp_path, line):
+    path = open_results(tmp_path, configuration()).path
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is damaged: remove the line"):
+        load_results(tmp_path)

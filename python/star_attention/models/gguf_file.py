@@ -42,6 +42,7 @@ def read_header(path: Path) -> Fields:
 
     Raises:
         UserError: the file is truncated or not GGUF.
+        OSError: it cannot be read.
     """
     return _header(path, _read(path))
 
@@ -53,6 +54,7 @@ def open_gguf(path: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, truncated or not GGUF, its architecture is not supported, or
             there are other weights than it asks for.
+        OSError: a file cannot be read.
     """
     readers = _read_parts(path)
     header = _header(path, readers[0])
@@ -94,6 +96,7 @@ def _tensor(path: Path, weight: Weight, stored: ReaderTensor, interleaved: bool)
 
 
 def _read(path: Path) -> GGUFReader:
+    path.open("rb").close()  # or why not
     # The library trusts the file.
     with refusing(f"{path} is truncated or not GGUF"), np.errstate(all="raise"):
         reader = _HeaderReader(path, "c")  # copies of what is written, so that torch takes it

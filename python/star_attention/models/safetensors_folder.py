@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from star_attention.errors import UserError, reason_of
+from star_attention.errors import UserError, reason_of, refusing
 from star_attention.models.config import ModelConfig
 from star_attention.models.fields import Fields, read_json
 from star_attention.models.weights import Checkpoint, check_stored
@@ -31,6 +31,7 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
     Raises:
         UserError: the model or the way its weights are stored is not supported, a file is missing
             or damaged, or there are other weights than the config asks for.
+        OSError: one cannot be read.
     """
     config = _read_config(folder)
     shards = _open_shards(folder) if with_weights else {}
@@ -111,8 +112,6 @@ def _open_shards(folder: Path) -> dict[str, safe_open]:
 def _open(path: Path) -> safe_open:
     if not path.exists():
         raise UserError(f"{path.parent}: the shard {path.name} is missing")
-    try:
+    path.open("rb").close()  # or why not
+    with refusing(f"{path} is truncated or not safetensors"):
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        reason = reason_of(error)
-        raise UserError(f"{path} is truncated or not safetensors: {reason}") from None
