@@ -111,8 +111,9 @@ class LLM:
     `LLM(...)` until it ends, and exit.
 
     Args:
-        model: a Hugging Face folder with safetensors, a GGUF file, a hub name, `smollm2`, or the
-            folder of a TensorRT engine, which runs on the GPU in the engine's dtype.
+        model: a Hugging Face folder with safetensors, a GGUF file, `org/name` of the local Hugging
+            Face cache, `smollm2`, or the folder of a TensorRT engine, which runs on the GPU in the
+            engine's dtype.
         config: how contexts are divided, unless `encode` is told otherwise; what it leaves open is
             as a TensorRT engine was built for.
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.

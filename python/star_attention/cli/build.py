@@ -24,7 +24,7 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     "--model",
     "--checkpoint_dir",
     required=True,
-    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2.",
+    help="A Hugging Face folder (safetensors) or name in its cache, a GGUF file, or smollm2.",
 )
 @click.option(
     "--output_dir",

@@ -73,7 +73,7 @@ def run_options(
         click.option(
             "--model",
             required=True,
-            help="A Hugging Face folder, a GGUF file, a hub name, or smollm2.",
+            help="A Hugging Face folder or name in its cache, a GGUF file, or smollm2.",
         ),
         click.option(
             "--samples",
