@@ -219,6 +219,22 @@ def test_bad_options(report, tiny_chat_model, options):
     check_refusal(star_attn(*ask, *options.split()), BAD_OPTIONS[options])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--disk-cache-gib 3",
+            "--disk-cache-gib does nothing without --context-dir: leave it away",
+        ),
+        ("--attention dense --block-size 128", "--block-size does nothing with --attention dense"),
+        ("--max-gap nan", "nan is not a finite number"),
+        ("--host-cache-gib inf", "inf is not a finite number"),
+    ],
+)
+def test_bad_options_of_the_server(tiny_chat_model, options, message):
+    check_refusal(star_attn("serve", "--model", tiny_chat_model, *options.split()), message)
+
+
 def check_refusal(run, message):
     assert run.returncode == 2, run.stderr
     assert run.stderr.startswith("star-attn: error: "), run.stderr

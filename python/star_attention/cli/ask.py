@@ -67,7 +67,7 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     star_config_of(options), engine_of(options), sampling_of(options)
     check_run(options)
     if not options["temperature"]:
-        refuse_idle("--temperature 0", "top_k", "top_p", "seed")
+        refuse_idle("with --temperature 0", "top_k", "top_p", "seed")
     for question in options["questions"]:
         if not question.strip():
             raise UserError("--question is empty: ask something")

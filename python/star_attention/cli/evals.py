@@ -286,10 +286,10 @@ def _evaluate(
     find_model(options["model"], options["load_format"] != "dummy")
     engine_of(options)
     if "star" not in options["attention"] and not is_started_again():
-        mode = f"--attention {','.join(options['attention'])}"
-        refuse_idle(mode, "block_size", "anchor_size", "anchor_mode")
+        when = f"with --attention {','.join(options['attention'])}"
+        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
     if benchmark == "custom":
-        refuse_idle("one's own questions", "data_dir", "seed")
+        refuse_idle("with one's own questions", "data_dir", "seed")
     try:
         if needs_ranks(options["ranks"], tp):
             failed = _run_parts(methods, ranks, tp, options["oversubscribe"])

@@ -60,14 +60,18 @@ class Number(click.FloatRange):
         return number
 
 
-def refuse_idle(mode: str, *names: str) -> None:
-    """Raises UserError for an option of the command that is given though it does nothing in a mode,
-    so that nobody takes a result for what it is not."""
+def refuse_idle(when: str, *names: str) -> None:
+    """Raises UserError for an option of the command that is given though it does nothing, so that
+    nobody takes a result for what it is not.
+
+    Args:
+        when: it does nothing, such as `with --device cpu`.
+    """
     context = click.get_current_context()
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} does nothing with {mode}: leave it away")
+            raise UserError(f"{option} does nothing {when}: leave it away")
 
 
 def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
@@ -236,17 +240,17 @@ def star_config_of(options: dict[str, Any]) -> StarConfig:
 
 
 def check_run(options: dict[str, Any]) -> None:
-    """Raises UserError for options of `run_options` and `engine_options` that do nothing together,
-    or that say the same twice."""
+    """Raises UserError for options of `run_options` and `engine_options` that do nothing beside one
+    another."""
     if options["attention"] != "star":
-        mode = f"--attention {options['attention']}"
-        refuse_idle(mode, "block_size", "anchor_size", "anchor_mode")
+        when = f"with --attention {options['attention']}"
+        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
     if options["attention"] == "dense":
-        refuse_idle("--attention dense", "kv_placement", "merge")
+        refuse_idle("with --attention dense", "kv_placement", "merge")
     if is_engine_folder(Path(options["model"])):
-        refuse_idle("a TensorRT engine, which runs on its GPU", "device")
+        refuse_idle("with a TensorRT engine, which runs on its GPU", "device")
     elif options["device"] == "cpu":
-        refuse_idle("--device cpu", "merge")
+        refuse_idle("with --device cpu", "merge")
 
 
 def check_text(option: str, text: str) -> None:

@@ -179,7 +179,7 @@ def serve(**options: Any) -> int:
         raise UserError("--attention dense runs on one rank: leave --ranks away")
     check_run(options)
     if not options["context_dir"]:
-        refuse_idle("no --context-dir", "disk_cache_gib")
+        refuse_idle("without --context-dir", "disk_cache_gib")
     if meeting := meeting_of_rank0():
         _serve_front(meeting.wait_for_front(), options)
         return 0
