@@ -371,7 +371,7 @@ def test_gguf_tokenizers_are_kept(tmp_path, monkeypatch, smollm2):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     read, kept = (_load.__wrapped__(smollm2) for _ in range(2))
     (folder,) = (tmp_path / "star_attention" / "tokenizers").iterdir()
-    assert (read.name_or_path, kept.name_or_path) == (str(smollm2.parent), str(folder))
+    assert kept.name_or_path == str(folder) != read.name_or_path
     assert kept.get_vocab() == read.get_vocab()
     assert kept.special_tokens_map == read.special_tokens_map
     turn = [{"role": "user", "content": "Hi, 2\u00a0you \U0001f600!"}]
@@ -438,7 +438,7 @@ def test_stop_strings_across_tokens(smollm2_plain, text, stop):
         assert shown == text
 
 
-def write_gguf_tokenizer(path, folder, pre):
+def write_gguf_tokenizer(path, folder, pre, is_sentencepiece=False, **flags):
     """The tokenizer of a folder as llama.cpp's converter writes it."""
     import gguf
 
@@ -446,12 +446,25 @@ def write_gguf_tokenizer(path, folder, pre):
     special = {token["id"] for token in state["added_tokens"]}
     pieces = {**state["model"]["vocab"], **{t["content"]: t["id"] for t in state["added_tokens"]}}
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
+    names = sorted(pieces, key=pieces.get)
     if pre:
         writer.add_tokenizer_pre(pre)
-    writer.add_token_list(sorted(pieces, key=pieces.get))
-    writer.add_token_types([3 if index in special else 1 for index in range(len(pieces))])
-    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    if is_sentencepiece:
+        merged = ["".join(merge) for merge in state["model"]["merges"]]
+        rank = {piece: index for index, piece in enumerate(merged)}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(rank.get(name, 1e6)) for name in names])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    writer.add_token_list(names)
+    kinds = {name: 6 for name in names if name.startswith("<0x")} | {"<unk>": 2}
+    normal = [3 if pieces[name] in special else 1 for name in names]
+    writer.add_token_types([kinds.get(n, kind) for n, kind in zip(names, normal, strict=True)])
+    writer.add_bos_token_id(pieces["<s>"])
+    writer.add_eos_token_id(pieces["<|end|>"])
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -484,6 +497,26 @@ def test_gguf_tokenizers_cut_texts_as_hugging_face_does(tmp_path, monkeypatch, p
     ours, theirs = Tokenizer(tmp_path / "m.gguf", "none"), Tokenizer(folder, "none")
     text = "".join(CORPUS[:3]) + "I'LL  pay 1234567 in 2026!\r\n\n\tcafe\u0301 ..//x <s>"
     assert ours.question_tokens(text) == theirs.question_tokens(text)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_space_prefix": True}, {"add_space_prefix": False}])
+def test_gguf_tokenizers_of_sentencepiece(tmp_path, monkeypatch, flags):
+    """Are those of the folder that they come from, and not of another one beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = train_tokenizer(tmp_path / "hf", "llama2")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    if not flags.get("add_space_prefix", True):
+        del state["normalizer"]["normalizers"][0]
+        del state["decoder"]["decoders"][-1]
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+    path = train_tokenizer(tmp_path / "other", "llama3") / "m.gguf"
+    write_gguf_tokenizer(path, folder, "default", is_sentencepiece=True, **flags)
+    ours, theirs = Tokenizer(path, "none"), Tokenizer(folder, "none")
+    for text in ("The quick brown fox", "  The  dog\nIt's", "\u00e9\u4f60 <s> x", "\n a"):
+        tokens = ours.question_tokens(text)
+        assert tokens == theirs.question_tokens(text)
+        assert ours.decode(tokens) == text
+    assert ours.text_tokens("a")[0] == ours._tokenizer.bos_token_id  # llama.cpp's default
 
 
 @pytest.mark.parametrize("pre", ["default", "chatglm-bpe", None])

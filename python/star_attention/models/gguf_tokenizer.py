@@ -6,6 +6,7 @@ Source: llama.cpp's src/llama-vocab.cpp, the models' own tokenizer.json.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,23 +63,27 @@ def read_gguf_tokenizer(path: Path, load: Callable[..., Any]) -> Any:
     """The file's tokenizer, as transformers'.
 
     Args:
-        load: AutoTokenizer's way to read it, of the file's folder.
+        load: AutoTokenizer's way to read it, of a folder.
 
     Raises:
         UserError: it is of a kind that is not known.
     """
     header = read_header(path)
     kind = header.word("tokenizer.ggml.model", "(none)")
-    if kind == "llama":  # SentencePiece's, which cuts at spaces only
-        return load(gguf_file=path.name)
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise UserError(f"{path}: tokenizer.ggml.model is {kind!r}: use gpt2 or llama")
-    cut = _cut_of(path, header)
+    cut = _cut_of(path, header) if kind == "gpt2" else None
     options = {}
-    if cut.opens and "tokenizer.ggml.add_bos_token" not in header:
+    if cut and cut.opens and "tokenizer.ggml.add_bos_token" not in header:
         options["add_bos_token"] = True
-    tokenizer = load(gguf_file=path.name, **options)
-    _apply(cut, tokenizer.backend_tokenizer)
+    with tempfile.TemporaryDirectory() as alone:  # a tokenizer.json beside it would win
+        (Path(alone) / "model.gguf").symlink_to(path.resolve())
+        tokenizer = load(Path(alone), gguf_file="model.gguf", **options)
+    if cut:
+        _cut(cut, tokenizer.backend_tokenizer)
+    else:
+        prefix = "tokenizer.ggml.add_space_prefix"
+        _cut_at_spaces(tokenizer.backend_tokenizer, prefix not in header or header.flag(prefix))
     return tokenizer
 
 
@@ -92,7 +97,7 @@ def _cut_of(path: Path, header: Fields) -> _Cut:
     return _CUTS[name]
 
 
-def _apply(cut: _Cut, backend: Any) -> None:
+def _cut(cut: _Cut, backend: Any) -> None:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     steps = [pre_tokenizers.Digits(individual_digits=True)] if cut.single_digits else []
@@ -103,3 +108,17 @@ def _apply(cut: _Cut, backend: Any) -> None:
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
     backend.model.ignore_merges = cut.whole_words
+
+
+def _cut_at_spaces(backend: Any, has_prefix: bool) -> None:
+    """As SentencePiece: spaces are written as a sign, and with a prefix there is one in front."""
+    from tokenizers import decoders, normalizers
+
+    signs = [normalizers.Replace(" ", "\u2581")]
+    texts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if has_prefix:
+        signs.insert(0, normalizers.Prepend("\u2581"))
+        texts.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(signs)
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(texts)

@@ -30,7 +30,7 @@ ROLES = ("system", "user", "assistant")
 # merge never join a single line break with what follows it, nor read it differently at the end of
 # a text: the tokens of both parts are those of the whole.
 _BETWEEN = "\n"
-_KEPT_FORMAT = 2  # of tokenizers out of GGUF files; the number grows when one is made otherwise
+_KEPT_FORMAT = 3  # of tokenizers out of GGUF files; the number grows when one is made otherwise
 _LONG = 4096  # characters of a text whose tokens are kept
 
 
@@ -376,7 +376,7 @@ def _load_gguf(path: Path):
         kept = cache_folder() / "tokenizers" / f"{path.stem}-{key}"
         if kept.exists():
             return _from_files(kept)
-    tokenizer = read_gguf_tokenizer(path, functools.partial(_from_files, path.parent))
+    tokenizer = read_gguf_tokenizer(path, _from_files)
     with contextlib.suppress(Exception):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
