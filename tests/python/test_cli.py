@@ -282,8 +282,11 @@ def test_long_context_is_a_warning(tmp_path, tiny_chat_model):
     assert "made for 2048" in run.stderr
 
 
-def test_no_model_at_all(report):
-    run = star_attn("ask", "--model", "", "--context-file", report, "--question", QUESTION)
+@pytest.mark.parametrize(
+    "command", ["ask --context-file REPORT --question Why?", "plan --context 4K", "serve"]
+)
+def test_no_model_at_all(report, command):
+    run = star_attn(*command.replace("REPORT", str(report)).split(), "--model", "")
     check_refusal(run, "--model is empty: name a folder")
 
 

@@ -232,7 +232,8 @@ def take_model(options: dict[str, Any]) -> None:
         raise UserError("give --model or --engine_dir, one of them")
     if engine_dir is not None and not is_engine_folder(Path(engine_dir)):
         raise UserError(f"--engine_dir {engine_dir}: no engine there: star-attn build makes one")
-    options["model"] = options["model"] or engine_dir
+    if engine_dir is not None:
+        options["model"] = engine_dir
 
 
 def star_config_of(options: dict[str, Any]) -> StarConfig:

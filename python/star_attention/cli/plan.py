@@ -26,7 +26,7 @@ def plan(
 ) -> None:
     """Show how a context would be cut into blocks and spread over ranks, and what it costs."""
     shape, name = LLAMA_3_1_8B, "Llama-3.1-8B"
-    if model:
+    if model is not None:
         from star_attention.models.checkpoint import find_model, open_checkpoint
 
         shape, name = open_checkpoint(find_model(model)).config, model
