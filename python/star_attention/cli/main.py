@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from star_attention.cli.ranks import arguments
+from star_attention.cli.ranks import arguments, print_where_started
 from star_attention.distributed import world_size
 from star_attention.errors import RankError, UserError, say
 
@@ -63,6 +63,7 @@ def main() -> None:
     """Runs the command; under mpirun on rank 0, for which the other ranks work."""
     if world_size() > 1:
         _job()
+        print_where_started()
     try:
         code = cli(arguments() or ["--help"], standalone_mode=False)
         if sys.stdout:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,25 +89,17 @@ class RankJob:
         last_signal = signal.SIGTERM if launcher else signal.SIGKILL
         self.last_words = ""
         self._apart, self._is_one, self._is_ended = apart, num_ranks == 1, False
-        self._output_error: OSError | None = None
         self._process = subprocess.Popen(
             [*launcher, *command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,  # mpirun would pass over what it cannot write
             stderr=subprocess.PIPE,
             env={**_without_rank(os.environ), **environment},
             start_new_session=apart,
             preexec_fn=functools.partial(_end_with_parent, last_signal),
         )
-        self._output = threading.Thread(target=self._pass_output_on, daemon=True)
-        self._output.start()
 
     def wait(self) -> int:
-        """The exit code.
-
-        Raises:
-            OSError: what the ranks print cannot be written; they are ended then.
-        """
+        """The exit code."""
         explained, was_stopped, untold = False, False, []
         for is_message, text in _split_messages(self._process.stderr):
             if is_message:
@@ -123,9 +114,6 @@ class RankJob:
         code = self._process.wait()
         if self._apart:
             _kill_session(self._process.pid)
-        self._output.join()
-        if self._output_error:
-            raise self._output_error
         if code < 0 and self._is_one and not self._is_ended:
             self._pass_on(f"{_OURS}{_obituary('0', -code, signal.strsignal(-code))}\n".encode())
         elif code and not explained:
@@ -147,16 +135,6 @@ class RankJob:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def _pass_output_on(self) -> None:
-        try:
-            while chunk := os.read(self._process.stdout.fileno(), 65536):
-                if sys.stdout:
-                    sys.stdout.buffer.write(chunk)
-                    sys.stdout.buffer.flush()
-        except OSError as error:
-            self._output_error = error
-            self.terminate()
-
     def _pass_on(self, text: bytes) -> None:
         if text.startswith(_OURS.encode()):
             self.last_words = text.decode(errors="replace").removeprefix(_OURS).strip()
@@ -168,7 +146,7 @@ class RankJob:
 def run_ranks(
     command: Sequence[str], num_ranks: int, oversubscribe: bool = False, **environment: str
 ) -> int:
-    """Runs `command` as a `RankJob` to its end and returns its exit code. Raises as `wait`."""
+    """Runs `command` as a `RankJob` to its end and returns its exit code."""
     job = RankJob(command, num_ranks, oversubscribe, **environment)
     try:
         return job.wait()
