@@ -16,7 +16,7 @@ import numpy as np
 from star_attention.config import MergePath, StarConfig
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions, LoadFormat
-from star_attention.errors import UserError
+from star_attention.errors import UserError, counted
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.tokenizer import TextStream, Tokenizer
@@ -111,21 +111,23 @@ class LLM:
     `LLM(...)` until it ends, and exit.
 
     Args:
-        model: a Hugging Face folder with safetensors, a GGUF file, a hub name, `smollm2`, or the
-            folder of a TensorRT engine, which runs on the GPU in the engine's dtype.
+        model: a Hugging Face folder with safetensors, a GGUF file, `org/name` of the local Hugging
+            Face cache, `smollm2`, or the folder of a TensorRT engine, which runs on the GPU in the
+            engine's dtype.
         config: how contexts are divided, unless `encode` is told otherwise; what it leaves open is
             as a TensorRT engine was built for.
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         device: `cpu` or `cuda` (kernels built, head_dim 64 or 128, pages of 64 or 128); ranks of a
             machine take its GPUs in turn.
-        template: `chat`, `none` (base models), `auto`: `chat` where the model has a template, or
-            `written`: the texts contain the template.
+        template: `chat`, `none` (base models), or `auto`: `chat` where the model has a template.
         load_format: `dummy`: random weights for the model's config, to try speed and memory.
         kv_cache_gib: memory of the KV cache; by default 0.8 of what the weights leave of a GPU, and
             on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share one model (tensor parallelism); a rank is that many of them.
         strict: refuse text beyond the model's maximum position, instead of a warning.
+        system: what the chat template's system message says.
+        allow_special: texts may spell control tokens; otherwise they are text like any other.
 
     Raises:
         UserError: the model cannot be loaded, on any rank.
@@ -144,13 +146,15 @@ class LLM:
         merge: MergePath = "auto",
         tp: int = 1,
         strict: bool = False,
+        system: str | None = None,
+        allow_special: bool = False,
     ) -> None:
         self._job = current_job()
         self._strict = strict
         options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
         path = find_model(str(model), load_format != "dummy")
         self.config = division_of(path, config or StarConfig(), options)
-        self._tokenizer = Tokenizer(path, template)
+        self._tokenizer = Tokenizer(path, template, system=system, allow_special=allow_special)
         self._number, worker, limits = self._job.load(path, self.config.tokens_per_block, options)
         self.model_config: ModelConfig = worker.engine.config
         self._end_tokens = frozenset(
@@ -186,7 +190,7 @@ class LLM:
             UserError: the text is empty, a size is not right for it, or it does not fit.
         """
         config = replace(config or self.config, tokens_per_block=self.config.tokens_per_block)
-        if not text.strip():
+        if not isinstance(text, str) or not text.strip():
             raise UserError("the context is empty: give it some text")
         token_ids = np.array(self._tokenizer.context_tokens(text), np.int32)
         if not len(token_ids):
@@ -223,7 +227,11 @@ class LLM:
 
     @overload
     def ask(
-        self, context: EncodedContext, questions: str, params: SamplingParams | None = None
+        self,
+        context: EncodedContext,
+        questions: str,
+        params: SamplingParams | None = None,
+        answer_prefix: str = "",
     ) -> Answer: ...
 
     @overload
@@ -232,17 +240,22 @@ class LLM:
         context: EncodedContext | Sequence[EncodedContext],
         questions: Sequence[str],
         params: SamplingParams | None = None,
+        answer_prefix: str | Sequence[str] = "",
     ) -> list[Answer]: ...
 
-    def ask(self, context, questions, params=None):
+    def ask(self, context, questions, params=None, answer_prefix=""):
         """Phase 2: answers one question, or several together that do not see one another, over one
         context or each over its own.
+
+        Args:
+            answer_prefix: how the answers begin, or each of them: the model goes on from there, and
+                its text does not repeat it.
 
         Raises:
             UserError: a question is empty, or longer than the model or the KV cache allows.
         """
         answers = {}
-        for piece in self.stream(context, questions, params):
+        for piece in self.stream(context, questions, params, answer_prefix):
             answers[piece.index] = piece.answer
         if isinstance(questions, str):
             return answers[0]
@@ -253,16 +266,23 @@ class LLM:
         context: EncodedContext | Sequence[EncodedContext],
         questions: str | Sequence[str],
         params: SamplingParams | None = None,
+        answer_prefix: str | Sequence[str] = "",
     ) -> Iterator[TextPiece]:
         """`ask`, a token at a time. Questions are over when the iterator is exhausted or closed."""
         params = params or SamplingParams()
         questions = [questions] if isinstance(questions, str) else list(questions)
         is_one = isinstance(context, EncodedContext)
         contexts = [context] * len(questions) if is_one else list(context)
-        if len(contexts) != len(questions):
-            problem = f"{len(questions)} questions over {len(contexts)} contexts"
-            raise UserError(f"{problem}: use one context, or one for each")
-        token_ids = [self._question_tokens(text) for text in questions]
+        is_one = isinstance(answer_prefix, str)
+        prefixes = [answer_prefix] * len(questions) if is_one else list(answer_prefix)
+        for given, *what in (
+            (contexts, "context"),
+            (prefixes, "answer prefix", "answer prefixes"),
+        ):
+            if len(given) != len(questions):
+                problem = f"{counted(len(questions), 'question')} with {counted(len(given), *what)}"
+                raise UserError(f"{problem}: use one, or one for each")
+        token_ids = [self._question_tokens(*each) for each in zip(questions, prefixes, strict=True)]
         for each, tokens in zip(contexts, token_ids, strict=True):
             if each._leader is not self._leader:
                 raise UserError("the context was encoded by another LLM: ask that one")
@@ -271,8 +291,8 @@ class LLM:
         return self._pieces(contexts, questions, token_ids, params)
 
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
-        """Of every process: peak memory in bytes, pages in use, and what the phases `context`,
-        `question` and `decode` took since the last `reset`."""
+        """Of every process: seconds that loading the model took, peak memory in bytes, pages in
+        use, and what the phases `context`, `question` and `decode` took since the last `reset`."""
         self._tidy()
         return self._leader.execute(Report(reset))
 
@@ -337,10 +357,11 @@ class LLM:
                 scheduler.release_context(self._dropped.popleft())
             self._leader.flush()
 
-    def _question_tokens(self, text: str) -> np.ndarray:
-        if not text.strip():
+    def _question_tokens(self, text: str, answer_prefix: str = "") -> np.ndarray:
+        if not isinstance(text, str) or not text.strip():
             raise UserError("a question is empty: ask something")
-        tokens = np.array(self._tokenizer.question_tokens(text), np.int32)
+        tokens = np.array(self._tokenizer.question_tokens(text, answer_prefix), np.int32)
+        self.model_config.check_tokens(tokens.tolist())
         if not len(tokens):
             raise UserError("a question has no tokens for this model's tokenizer: ask otherwise")
         if len(tokens) > self.model_config.max_position:

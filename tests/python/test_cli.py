@@ -124,6 +124,7 @@ def test_ask_streams_an_answer_and_reports(report):
     assert "Tomasz" in run.stdout
     assert "phase 1" in run.stderr
     assert "generated tokens" in run.stderr
+    assert re.search(r"the model was loaded in \d+\.\d s", run.stderr)
 
 
 @pytest.mark.parametrize("attention", ["dense", "ring"])
@@ -148,6 +149,7 @@ def test_ask_over_ranks_from_standard_input(smollm2_folder):
     assert "Tomasz" in result["answers"][0]["text"]
     assert len(result["ranks"]) == 2
     assert all(rank["peak_memory_bytes"] > 1e8 for rank in result["ranks"])
+    assert all(0 < rank["load_seconds"] < 300 for rank in result["ranks"])
 
 
 def test_what_mpirun_would_take_for_its_own(tmp_path, tiny_chat_model):
@@ -206,6 +208,21 @@ BAD_OPTIONS = {
     "--ranks 999": "--ranks is 999, but there are",
     "--model /nothing/here": "--model /nothing/here: no such folder or file",
     "--temperature -1": "temperature is -1.0",
+    "--temperature nan": "temperature is nan",
+    "--kv-cache-gib nan": "nan is not",
+    "--kv-cache-gib inf": "inf is not a finite number",
+    "--kv-cache-gib 0": "0.0 is not in the range x>0",
+    "--attention dense --block-size 64": "--block-size does nothing with --attention dense",
+    "--attention dense": "--block-size does nothing with --attention dense",
+    "--attention ring --anchor-mode local": "--block-size does nothing with --attention ring",
+    "--merge nccl": "--merge does nothing with --device cpu: leave it away",
+    "--top-k 5": "--top-k does nothing with --temperature 0: leave it away",
+    "--seed 5": "--seed does nothing with --temperature 0",
+    "--template none --system Hi": "--system needs a chat template, which is not used here",
+    "--question \udcff": "--question is not UTF-8 text",
+    "--stop \udcff": "--stop is not UTF-8 text",
+    "--system \udcff": "--system is not UTF-8 text",
+    "--model \udcff": "no such folder or file",
     "--top-p 2": "top_p is 2.0",
     "--max-tokens 0": "max_tokens is 0",
     "--template jinja": "'jinja' is not one of",
@@ -224,6 +241,22 @@ def test_bad_options(report, tiny_chat_model, options):
             pytest.skip("this machine has a GPU")
     ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION]
     check_refusal(star_attn(*ask, *options.split()), BAD_OPTIONS[options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--disk-cache-gib 3",
+            "--disk-cache-gib does nothing without --context-dir: leave it away",
+        ),
+        ("--attention dense --block-size 128", "--block-size does nothing with --attention dense"),
+        ("--max-gap nan", "nan is not a finite number"),
+        ("--host-cache-gib inf", "inf is not a finite number"),
+    ],
+)
+def test_bad_options_of_the_server(tiny_chat_model, options, message):
+    check_refusal(star_attn("serve", "--model", tiny_chat_model, *options.split()), message)
 
 
 def check_refusal(run, message):
@@ -271,6 +304,61 @@ def test_long_context_is_a_warning(tmp_path, tiny_chat_model):
     assert run.returncode == 0, run.stderr
     assert "star-attn: warning: context have" in run.stderr
     assert "made for 2048" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["ask --context-file REPORT --question Why?", "plan --context 4K", "serve"]
+)
+def test_no_model_at_all(report, command):
+    run = star_attn(*command.replace("REPORT", str(report)).split(), "--model", "")
+    check_refusal(run, "--model is empty: name a folder")
+
+
+def test_byte_order_marks_are_no_text(tmp_path, tiny_chat_model):
+    contexts = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "text").write_text(mark + TEXT, "utf-8")
+        ask = [*ASK, tiny_chat_model, "--context-file", tmp_path / "text", "--question", QUESTION]
+        result = json.loads(star_attn(*ask, "--json").stdout)
+        contexts.append((result["plan"]["context_len"], result["answers"][0]["token_ids"]))
+    assert contexts[0] == contexts[1]
+
+
+def test_system_messages_and_control_tokens(tmp_path, tiny_chat_model):
+    (tmp_path / "text").write_text(TEXT + "<|end|>")
+    ask = [*ASK, tiny_chat_model, "--context-file", tmp_path / "text", "--question", QUESTION]
+    lengths = [
+        json.loads(star_attn(*ask, "--json", *options).stdout)["plan"]["context_len"]
+        for options in ([], ["--allow-special"], ["--system", "Be brief."])
+    ]
+    assert lengths[1] < lengths[0] < lengths[2]
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "plan --context 128K", "info --json", "ask", "ranks"]
+)
+def test_output_that_cannot_be_written(report, tiny_chat_model, command):
+    command = command.split()
+    if command[0] in ("ask", "ranks"):
+        ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION, "--json"]
+        command = [*ask, "--ranks", 2] if command == ["ranks"] else ask
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "star_attention", *map(str, command)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    message = "star-attn: error: the output cannot be read or written: No space left on device\n"
+    assert (run.returncode, run.stderr) == (2, message)
+
+
+def test_a_reader_that_goes_away():
+    plan = f"{sys.executable} -m star_attention plan --context 1M --block-size 1K --json"
+    run = subprocess.run(f"{plan} | true", shell=True, capture_output=True, text=True, check=False)
+    assert run.stderr == ""
 
 
 def test_missing_weights(tmp_path, report):

@@ -188,6 +188,10 @@ BAD_OPTIONS = {
     "infinitebench --data-dir .": "--data-dir . has no file of any task",
     "infinitebench --tasks passkey": "passkey.jsonl is missing in --data-dir (not given)",
     "custom --file /nothing": "'/nothing' does not exist",
+    "ruler --attention dense --anchor-size page": "--anchor-size does nothing with --attention de",
+    "ruler --attention ring,dense --block-size 64": "--block-size does nothing with --attention ri",
+    "ruler --kv-cache-gib nan": "nan is not",
+    "custom --file mine.jsonl --seed 3": "--seed does nothing with one's own questions",
     "report /nothing": "'/nothing' does not exist",
 }
 
@@ -195,6 +199,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options(here, tiny_chat_model, tmp_path, options, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("{}")
     command, *rest = options.split()
     if command != "report":
         rest = [*SMALL, tiny_chat_model, "--results", tmp_path / "results", *rest]

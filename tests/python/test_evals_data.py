@@ -126,37 +126,14 @@ def test_ruler_prompts(prompts):
     assert sample.answer_prefix == (
         f" The special magic number for {key} mentioned in the provided text is"
     )
-    assert prompts.context(sample).endswith(sample.context)
-    assert prompts.query(sample).endswith(f"<|im_start|>assistant\n{sample.answer_prefix}")
+    question = prompts.question_tokens(sample.query, sample.answer_prefix)
+    text = prompts._tokenizer.decode(question)
+    assert text == f"{sample.query}<|im_end|>\n<|im_start|>assistant\n{sample.answer_prefix}"
     several = ruler_task("niah_multiquery", prompts).sample(0)
     assert several.context.startswith("Some special magic numbers are hidden within")
     assert several.query.count(", ") == 3
     assert ", and " in several.query
     assert several.answer_prefix.endswith(" mentioned in the provided text are")
-
-
-def test_templates(tmp_path):
-    """A tokenizer that writes the opening token itself does not get it from the template too."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    folder, sample = train_tokenizer(tmp_path, "llama3"), custom_sample()
-    assert PromptTokenizer(folder).context(sample) == "<s><|user|>\nSome text."
-    base = PromptTokenizer(folder, "none")
-    assert (base.context(sample), base.query(sample)) == ("Some text.", "A question? Answer:")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-    tokenizer.backend_tokenizer.post_processor = opening
-    tokenizer.save_pretrained(tmp_path / "opening")
-    opened = PromptTokenizer(tmp_path / "opening")
-    assert opened.context(sample) == "<|user|>\nSome text."
-    assert opened.context_tokens(opened.context(sample)).count(tokenizer.bos_token_id) == 1
-
-
-def custom_sample():
-    from star_attention.evals.sample import Sample
-
-    return Sample(0, "Some text.", "A question?", ["An answer"], " Answer:")
 
 
 def test_variable_tracking(prompts):
@@ -172,7 +149,7 @@ def test_variable_tracking(prompts):
         assert list(sample.depths) == sorted(sample.depths)
         for name, depth in zip(names, sample.depths, strict=True):
             assert sample.context[round(depth * len(sample.context)) :].startswith(f"VAR {name} =")
-        assert len(prompts.question_tokens(example)) <= 510
+        assert len(prompts.text_tokens(example)) <= 510
         assert re.search(r"they are:  [A-Z]{3}( [A-Z]{3}){4}$", example)
 
 
@@ -401,6 +378,10 @@ def test_custom(tmp_path):
     assert (task.name, task.indices, task.max_tokens) == ("mine", ["a", 1], 7)
     assert task.score("ann", task.sample("a")) == 1
     assert task.score("b", task.sample(1)) == 0.5
+    row = {"input_context": "Text", "input_query": "What?", "outputs": "BC", "answer_prefix": "A"}
+    path.write_text("\ufeff" + json.dumps(row), "utf-8")
+    sample = custom.load_task(path, 7).sample(0)
+    assert (list(sample.outputs), sample.answer_prefix) == (["BC"], "A")
 
 
 @pytest.mark.parametrize(
@@ -413,6 +394,14 @@ def test_custom(tmp_path):
         ('{"input_context": "a", "output": "b"}', "lacks 'input_query'"),
         ('{"input_context": "a", "input_query": "q", "outputs": []}', "row 0 needs a text"),
         ('{"input_context": "a", "input_query": "q", "output": 3}', "row 0 needs a text"),
+        (
+            '{"input_context": 1, "input_query": "q", "output": "b"}',
+            "input_context is 1: it should",
+        ),
+        ('{"input_context": "a", "input_query": [], "output": "b"}', "input_query is .*a text"),
+        ('{"index": [], "input_context": "a", "input_query": "q", "output": "b"}', "the index .."),
+        ("[" * 100000, "is not JSON"),
+        ('{"input_context": ' + "[" * 100000, "line 1 is not JSON"),
         ('{"index": 1, "input_context": "", "input_query": "", "output": "x"}\n' * 2, "index 1"),
     ],
 )

@@ -2,13 +2,16 @@
 
 import json
 import re
+import resource
+import signal
 from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from star_attention import LLM, StarConfig, UserError
+from helpers import save_tiny_model, train_tokenizer
+from star_attention import LLM, SamplingParams, StarConfig, UserError
 from star_attention.engines.base import Limits
 from star_attention.errors import RankError
 from star_attention.evals import custom, plots, ruler, tune
@@ -16,7 +19,7 @@ from star_attention.evals import report as comparison
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
 from star_attention.evals.runner import Method, Run, evaluate
-from star_attention.evals.sample import Task
+from star_attention.evals.sample import Sample, Task
 
 CONFIGURATION = {
     "benchmark": "ruler",
@@ -40,7 +43,7 @@ def configuration(**changes):
 
 @pytest.fixture(scope="module")
 def llm(tiny_chat_model):
-    return LLM(tiny_chat_model, StarConfig(tokens_per_block=32), template="written")
+    return LLM(tiny_chat_model, StarConfig(tokens_per_block=32))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,36 @@ def test_sizes(method, length, sizes):
     assert (config.block_size, config.anchor_size) == sizes
 
 
+@pytest.mark.parametrize("template", ["auto", "none"])
+@pytest.mark.parametrize("opens", [True, False])
+def test_prompts_are_those_of_ask(tmp_path, template, opens):
+    """Also where the tokenizer writes an opening token itself, and for texts that spell it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    save_tiny_model(tmp_path, vocab_size=700, max_position_embeddings=2048)
+    tokenizer = AutoTokenizer.from_pretrained(train_tokenizer(tmp_path, "llama3"))
+    bos = tokenizer.bos_token_id
+    if opens:
+        opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+        tokenizer.backend_tokenizer.post_processor = opening
+        tokenizer.save_pretrained(tmp_path)
+    prompts = PromptTokenizer(tmp_path, template)
+    for context in ("Some text.", "<s> Some text <|end|>"):
+        sample = Sample(0, context, "A question?", ["An answer"], " Answer:")
+        asked = prompts.context_tokens(context) + prompts.question_tokens(sample.query, " Answer:")
+        assert prompts.count(sample) == len(asked)
+        assert asked.count(bos) == (template == "auto" or opens)
+        task = Task("t", None, 4, lambda *_: 0.0, {0: sample}.__getitem__, [0])
+        llm = LLM(tmp_path, StarConfig(tokens_per_block=32), template=template)
+        plain = llm.encode(context)
+        answer = llm.ask(plain, sample.query, SamplingParams(4), " Answer:")
+        folder = tmp_path / f"results of {len(context)}"
+        (record,) = recorded(llm, prompts, run_of(folder, task, Method("dense")))
+        assert record["pred"] == answer.text
+        assert record["context_tokens"] == plain.plan.context_len
+
+
 def test_one_block_is_dense(llm, prompts, short_task, tmp_path):
     """Sample by sample."""
     dense = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
@@ -92,9 +125,8 @@ def test_one_block_is_dense(llm, prompts, short_task, tmp_path):
     assert [r["score"] for r in star] == [r["score"] for r in dense]
     assert [r["pred"] for r in other] != [r["pred"] for r in dense]
     assert other[0]["block_size"] == 160
-    assert other[0]["context_tokens"] == len(
-        prompts.context_tokens(prompts.context(short_task.sample(0)))
-    )
+    context = short_task.sample(0).context
+    assert other[0]["context_tokens"] == len(prompts.context_tokens(context))
     assert 0 < other[0]["context_seconds"] < other[0]["seconds"]
 
 
@@ -390,3 +422,33 @@ def test_tune(made_up, capsys):
     assert "--block-size 1024 --anchor-size 1024\n" in capsys.readouterr().out
     tune.print_choice(rows, 0.97)
     assert "No setting keeps 97%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_full_disk(tmp_path, kept):
+    """A record is written whole or not at all, and the run says what is wrong."""
+    results = open_results(tmp_path, configuration())
+    record = {"task": "t", "length": None, "index": 0, "score": 1.0}
+    results.append(record)
+    before = results.path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + kept, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"--results .* cannot be used: (No space|File too)"):
+            results.append({**record, "index": 1})
+        with pytest.raises(UserError, match=r"--results .* cannot be used: File too large"):
+            results.write_scores()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert results.path.read_bytes() == before
+    assert len(json.loads(results.path.with_suffix(".json").read_text())["scores"]) == 0
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"length": [], "task": "t", "index": 0}'])
+def test_records_of_the_wrong_shape(tmp_path, line):
+    path = open_results(tmp_path, configuration()).path
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is damaged: remove the line"):
+        load_results(tmp_path)

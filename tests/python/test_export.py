@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from safetensors.torch import load_file, save_file
 
 from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
@@ -171,9 +172,10 @@ def test_other_dtypes_are_converted(tmp_path):
 
 def test_nothing_is_left_of_a_failure(tmp_path):
     save_tiny_model(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
-    with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \[97, 64\]"):
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"norm\.weight is stored as I8"):
         export_graph(tmp_path / "model", tmp_path / "graph", "float32")
     assert [path.name for path in tmp_path.iterdir() if path.name != "model"] in ([], ["graph"])
     assert not any((tmp_path / "graph").iterdir())

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from helpers import HERE, forced_logits, run_job
+from helpers import HERE, forced_logits, run_job, save_tiny_model, train_tokenizer
 from star_attention import LLM, SamplingParams, StarConfig, UserError
 from star_attention.runtime import interrupts
 
@@ -60,7 +60,7 @@ def test_each_question_over_its_own_context(llm, context):
     together = llm.ask(contexts, [QUESTION] * 3, params)
     assert together == [llm.ask(context, QUESTION, params) for context in contexts]
     assert ["Peter" in answer.text for answer in together] == [False, False, True]
-    with pytest.raises(UserError, match="2 questions over 3 contexts: use one context, or one for"):
+    with pytest.raises(UserError, match="2 questions with 3 contexts: use one, or one for"):
         llm.ask(contexts, [QUESTION] * 2)
 
 
@@ -320,3 +320,39 @@ def test_ranks_give_the_same_answers(smollm2_folder):
     assert "Tomasz" in jobs[0]
     assert jobs[1] == jobs[0]
     assert jobs[2] == jobs[0]
+
+
+def test_answer_prefixes(llm, context):
+    """The model goes on from there."""
+    params = SamplingParams(max_tokens=8)
+    prefixes = ["The keeper is called", "Salt"]
+    answers = llm.ask(context, [QUESTION, "What do ships carry?"], params, prefixes)
+    assert answers[0].text.startswith(" Tomasz")
+    assert answers[1] == llm.ask(context, "What do ships carry?", params, "Salt")
+    with pytest.raises(UserError, match="1 question with 2 answer prefixes: use one, or one for"):
+        llm.ask(context, [QUESTION], params, prefixes)
+
+
+def test_system_messages_and_control_tokens(tmp_path, smollm2_folder):
+    text = TEXT + "<|im_end|>\n"
+    plain = LLM(smollm2_folder).encode(text).plan.context_len
+    special = LLM(smollm2_folder, allow_special=True).encode(text).plan.context_len
+    assert special < plain
+    system = LLM(smollm2_folder, system="Be brief, be kind, and never say the word harbour.")
+    assert system.encode(text).plan.context_len != plain
+
+
+def test_tokens_that_the_model_does_not_know(tmp_path):
+    """Of a tokenizer that is another model's: before the text is read, and for questions too."""
+    save_tiny_model(tmp_path, vocab_size=300, max_position_embeddings=2048)
+    train_tokenizer(tmp_path, "llama3")
+    message = "token 3.., but the model knows 300 tokens: its tokenizer is another model's"
+    llm = LLM(tmp_path, StarConfig(tokens_per_block=32), template="none")
+    with pytest.raises(UserError, match=message):
+        llm.encode("The quick brown fox jumps over the lazy dog.")
+    with pytest.raises(UserError, match=message):
+        llm.encode("a", questions=["jumps over"])
+    context = llm.encode("a b c")
+    with pytest.raises(UserError, match=message):
+        llm.ask(context, "jumps over")
+    assert len(llm.ask(context, "a", SamplingParams(max_tokens=3)).token_ids) == 3

@@ -86,12 +86,16 @@ def test_llama3_rope_matches_hf():
     torch.testing.assert_close(rotary_frequencies(rope, 128), wanted)
 
 
-def write_gguf(path, hf_model, architecture):
-    """A GGUF file of a tiny model, as llama.cpp's converter lays it out."""
+def write_gguf(path, hf_model, architecture, split=0, **metadata):
+    """A GGUF file of a tiny model, as llama.cpp's converter lays it out; `split` into files of so
+    many tensors."""
     import gguf
 
     config = hf_model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split, small_first_shard=False)
+    for name, value in metadata.items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_string
+        add(name.replace("__", "."), value)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -1,5 +1,8 @@
+import errno
 import itertools
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -405,6 +408,30 @@ def test_plot_of_many_blocks(tmp_path):
     pixels = plt.imread(path)[..., :3].reshape(-1, 3)
     for color in plt.get_cmap("tab10").colors[:8]:
         assert (abs(pixels - color) < 0.01).all(axis=1).sum() > 300
+
+
+@pytest.mark.parametrize("old", [None, b"an older picture"])
+def test_no_half_pictures(tmp_path, monkeypatch, old):
+    path = tmp_path / "plan.png"
+    if old:
+        path.write_bytes(old)
+
+    def half(self, data):
+        write(self, data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(UserError, match=r"plan\.png cannot be written: .*No space left on device"):
+        plot_plan(make_plan(10), path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_pictures_of_pipes_and_links(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "plan.png")
+    plot_plan(make_plan(10), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    plot_plan(make_plan(10), "/dev/null")
 
 
 def test_plot_refusals(tmp_path):

@@ -48,8 +48,22 @@ def test_top_p(top_p, kept):
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": ("",)}, "stop is"),
+        ({"stop": ""}, "stop is"),
+        ({"stop": (1,)}, "stop is"),
+        ({"stop": 1}, "stop is 1: use strings"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"top_p": None}, "top_p is None"),
+        ({"max_tokens": True}, "max_tokens is True"),
     ],
 )
 def test_refusals(params, message):
     with pytest.raises(UserError, match=message):
         SamplingParams(**params)
+
+
+def test_stop_may_be_one_string():
+    assert SamplingParams(stop="red").stop == ("red",)
+    assert SamplingParams(stop=["red", "blue"]).stop == ("red", "blue")

@@ -92,7 +92,7 @@ def test_model_folders(bench, tmp_path):
 
     bench.make_model("8b", tmp_path)
     path = find_model(str(tmp_path), with_weights=False)
-    config, tokenizer = open_checkpoint(path).config, Tokenizer(path)
+    config, tokenizer = open_checkpoint(path, with_weights=False).config, Tokenizer(path)
     assert (config.num_layers, config.head_dim) == (32, 128)
     assert config.rope == LLAMA_3_1_8B.rope
     assert tokenizer.vocab_size == config.vocab_size == LLAMA_3_1_8B.vocab_size

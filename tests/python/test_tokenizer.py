@@ -1,4 +1,5 @@
 import json
+import re
 import unicodedata
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import train_tokenizer
+from helpers import CORPUS, LLAMA3_SPLIT, train_tokenizer
 from star_attention.errors import UserError
 from star_attention.models import plain_text
 from star_attention.models.plain_text import PlainText
@@ -171,11 +172,85 @@ def test_texts_spell_no_control_tokens(tokenizer):
         assert text_of(base, tokens).replace(" ", "") == name + name
 
 
-def test_written_templates_have_their_control_tokens(smollm2):
-    text = "<|im_start|>user\nHi<|im_end|>\n"
-    tokenizer = Tokenizer(smollm2, "written")
-    assert tokenizer.context_tokens(text) == tokenizer._tokenizer(text).input_ids
-    assert tokenizer.question_tokens(text) == tokenizer._tokenizer(text).input_ids
+def test_special_tokens_that_are_allowed(tokenizer):
+    """Are those of Hugging Face's tokenizer, template and text alike."""
+    allowed = Tokenizer(tokenizer._path, allow_special=True)
+    for name in controls(tokenizer).values():
+        turn = [Message("system", (name,)), user(f"{name} a{name}", f"b {name}")]
+        assert allowed.chat(turn).token_ids == template_tokens(allowed, turn)
+    name = next(iter(controls(tokenizer).values()))
+    base = Tokenizer(tokenizer._path, "none", allow_special=True)
+    assert base.text_tokens(name) == base._tokenizer(name).input_ids
+
+
+def test_system_messages(tokenizer):
+    """The parts are the template of the whole, and the text spells no control tokens."""
+    names = "".join(controls(tokenizer).values())
+    for system in ("Be brief.\n", f" {names} "):
+        with_system = Tokenizer(tokenizer._path, system=system)
+        turn = [Message("system", (system,)), user("A text", "A question?")]
+        parts = with_system.context_tokens("A text"), with_system.question_tokens("A question?")
+        assert parts[0] + parts[1] == tokenizer.chat(turn).token_ids
+
+
+def test_system_messages_that_are_refused(tmp_path, smollm2):
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    train_tokenizer(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").write_text(needs + plain)
+    with pytest.raises(UserError, match="no system: give it a system message with --system"):
+        Tokenizer(tmp_path)
+    assert Tokenizer(tmp_path, system="Hi").uses_chat
+    _load.cache_clear()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match=r"text of message 1, .*: leave --system away"):
+        Tokenizer(tmp_path, system="Hi")
+    with pytest.raises(UserError, match="--system needs a chat template"):
+        Tokenizer(smollm2, "none", system="Hi")
+    with pytest.raises(UserError, match="--system is empty"):
+        Tokenizer(smollm2, system=" ")
+
+
+BAD_TEMPLATES = {
+    "{{ raise_exception('never') }}": "does not allow these messages: never: use --template none",
+    "{% for m in messages %}": "does not allow these messages: .*use --template none",
+    "{{ unknown.field.other }}": "does not allow these messages: .*use --template none",
+    "{{ 1 / 0 }}": "does not allow these messages: division by zero",
+    "{% for a in range(10000000000) %}{% endfor %}": "does not allow these messages: Range too big",
+}
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES)
+def test_templates_that_fail(tmp_path, template):
+    train_tokenizer(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=BAD_TEMPLATES[template]) as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    tokens = Tokenizer(tmp_path, "none").context_tokens("The dog")
+    assert Tokenizer(tmp_path, "none").decode(tokens) == "The dog"
+
+
+def test_templates_with_dates_tools_and_variants(tmp_path):
+    """Llama 3.1's and 3.2's have such parts: what is not given is left out."""
+    dated = "{{ strftime_now('%Y') }} {{ date_string or '26 Jul 2024' }} "
+    tools = "{% if tools is not none and tools %}{{ tools | tojson }}{% endif %}"
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    train_tokenizer(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").write_text(dated + tools + plain)
+    tokenizer = Tokenizer(tmp_path)
+    text = tokenizer.decode(tokenizer.context_tokens("The dog"))
+    assert re.fullmatch(r"20\d\d 26 Jul 2024 The dog\n", text)
+    _load.cache_clear()
+    path = tmp_path / "tokenizer_config.json"
+    (tmp_path / "chat_template.jinja").unlink()
+    several = [
+        {"name": "tool_use", "template": "{{ 1 / 0 }}"},
+        {"name": "default", "template": plain},
+    ]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.context_tokens("The dog")) == "The dog\n"
 
 
 def test_added_tokens_of_the_template_are_control_tokens(tmp_path):
@@ -299,14 +374,22 @@ def test_gguf_tokenizers_are_kept(tmp_path, monkeypatch, smollm2):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     read, kept = (_load.__wrapped__(smollm2) for _ in range(2))
     (folder,) = (tmp_path / "star_attention" / "tokenizers").iterdir()
-    assert (read.name_or_path, kept.name_or_path) == (str(smollm2.parent), str(folder))
+    assert kept.name_or_path == str(folder) != read.name_or_path
     assert kept.get_vocab() == read.get_vocab()
     assert kept.special_tokens_map == read.special_tokens_map
     turn = [{"role": "user", "content": "Hi, 2\u00a0you \U0001f600!"}]
     assert kept.apply_chat_template(turn) == read.apply_chat_template(turn)
 
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    (folder / "tokenizer.json").write_text("{")  # as a full disk leaves it
     assert _load.__wrapped__(smollm2).get_vocab() == read.get_vocab()
+
+    def fail(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as the library says it
+
+    monkeypatch.setattr(type(read), "save_pretrained", fail)
+    for cache in ("/proc/nowhere", str(tmp_path / "full")):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        assert _load.__wrapped__(smollm2).get_vocab() == read.get_vocab()
 
 
 def stream(tokenizer, text, stop=()):
@@ -440,3 +523,111 @@ def test_a_huge_text_has_the_same_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(UserError, match="ended with code 1"):
         tokenizer.text_tokens(text)
+
+
+def write_gguf_tokenizer(path, folder, pre, is_sentencepiece=False, **flags):
+    """The tokenizer of a folder as llama.cpp's converter writes it."""
+    import gguf
+
+    state = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["id"] for token in state["added_tokens"]}
+    pieces = {**state["model"]["vocab"], **{t["content"]: t["id"] for t in state["added_tokens"]}}
+    writer = gguf.GGUFWriter(path, "llama")
+    names = sorted(pieces, key=pieces.get)
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    if is_sentencepiece:
+        merged = ["".join(merge) for merge in state["model"]["merges"]]
+        rank = {piece: index for index, piece in enumerate(merged)}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(rank.get(name, 1e6)) for name in names])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    writer.add_token_list(names)
+    kinds = {name: 6 for name in names if name.startswith("<0x")} | {"<unk>": 2}
+    normal = [3 if pieces[name] in special else 1 for name in names]
+    writer.add_token_types([kinds.get(n, kind) for n, kind in zip(names, normal, strict=True)])
+    writer.add_bos_token_id(pieces["<s>"])
+    writer.add_eos_token_id(pieces["<|end|>"])
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+CUTS = {
+    "llama-bpe": {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated"},
+    "qwen2": {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated"},
+    "smollm": {"type": "Digits", "individual_digits": True},
+    "gpt-2": None,
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_gguf_tokenizers_cut_texts_as_hugging_face_does(tmp_path, monkeypatch, pre):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = train_tokenizer(tmp_path / "hf", "llama3")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    is_split = pre in ("llama-bpe", "qwen2")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    cut = [{**CUTS[pre], "invert": False} if is_split else CUTS[pre]] if CUTS[pre] else []
+    cut += [{**level, "use_regex": not is_split}]
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
+    state["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
+    state["model"]["ignore_merges"] = pre == "llama-bpe"
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    write_gguf_tokenizer(tmp_path / "m.gguf", folder, pre)
+    ours, theirs = Tokenizer(tmp_path / "m.gguf", "none"), Tokenizer(folder, "none")
+    text = "".join(CORPUS[:3]) + "I'LL  pay 1234567 in 2026!\r\n\n\tcafe\u0301 ..//x <s>"
+    assert ours.question_tokens(text) == theirs.question_tokens(text)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_space_prefix": True}, {"add_space_prefix": False}])
+def test_gguf_tokenizers_of_sentencepiece(tmp_path, monkeypatch, flags):
+    """Are those of the folder that they come from, and not of another one beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = train_tokenizer(tmp_path / "hf", "llama2")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    if not flags.get("add_space_prefix", True):
+        del state["normalizer"]["normalizers"][0]
+        del state["decoder"]["decoders"][-1]
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+    path = train_tokenizer(tmp_path / "other", "llama3") / "m.gguf"
+    write_gguf_tokenizer(path, folder, "default", is_sentencepiece=True, **flags)
+    ours, theirs = Tokenizer(path, "none"), Tokenizer(folder, "none")
+    for text in ("The quick brown fox", "  The  dog\nIt's", "\u00e9\u4f60 <s> x", "\n a"):
+        tokens = ours.question_tokens(text)
+        assert tokens == theirs.question_tokens(text)
+        assert ours.decode(tokens) == text
+    assert ours.text_tokens("a")[0] == ours._tokenizer.bos_token_id  # llama.cpp's default
+
+
+@pytest.mark.parametrize("pre", ["default", "chatglm-bpe", None])
+def test_gguf_tokenizers_of_unknown_cuts_are_refused(tmp_path, pre):
+    write_gguf_tokenizer(tmp_path / "m.gguf", train_tokenizer(tmp_path / "hf", "llama3"), pre)
+    with pytest.raises(UserError, match=rf"tokenizer.ggml.pre is '{pre or '.none.'}', by which"):
+        Tokenizer(tmp_path / "m.gguf")
+
+
+def test_digits_of_smollm2_are_tokens_of_their_own(smollm2_plain):
+    assert len(smollm2_plain.question_tokens("7463343")) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("tokenizer.json", content) for content in ("", "[]", "{}", '{"model": 3}', "\xff")),
+        *(("tokenizer_config.json", content) for content in ("", "[]", "[" * 100000, "\xff")),
+        ("tokenizer.json", "[" * 100000),
+    ],
+)
+def test_tokenizer_files_of_the_wrong_shape(tmp_path, name, content):
+    train_tokenizer(tmp_path, "llama3")
+    (tmp_path / name).write_text(content, "latin-1")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded") as error:
+        Tokenizer(tmp_path, "none").context_tokens("The dog")
+    assert "\n" not in str(error.value)

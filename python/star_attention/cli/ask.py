@@ -14,9 +14,12 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
+    check_run,
+    check_text,
     engine_of,
     engine_options,
     model_options,
+    refuse_idle,
     run_options,
     sampling_of,
     star_config_of,
@@ -39,6 +42,7 @@ from star_attention.models.checkpoint import find_model
 @click.option(
     "--question", "questions", multiple=True, required=True, help="Several are asked together."
 )
+@click.option("--system", help="The system message, for models with a chat template.")
 @run_options
 @engine_options
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
@@ -59,9 +63,16 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     check_ranks(ranks, options["tp"])
     find_model(options["model"], options["load_format"] != "dummy")
     star_config_of(options), engine_of(options), sampling_of(options)
+    check_run(options)
+    if not options["temperature"]:
+        refuse_idle("with --temperature 0", "top_k", "top_p", "seed")
     for question in options["questions"]:
         if not question.strip():
             raise UserError("--question is empty: ask something")
+        check_text("--question", question)
+    check_text("--system", options["system"] or "")
+    for stop in options["stop"]:
+        check_text("--stop", stop)
     texts = handed_texts() or _read_texts(options.pop("context_files"))
     if needs_ranks(ranks, options["tp"]):
         sys.exit(run_as_ranks((ranks or 1) * options["tp"], oversubscribe, texts=texts))
@@ -73,8 +84,6 @@ def _ask(
     model: str,
     questions: tuple[str, ...],
     as_json: bool,
-    template: str,
-    strict: bool,
     **options: Any,
 ) -> None:
     from star_attention.llm import LLM
@@ -82,7 +91,8 @@ def _ask(
     params, config = sampling_of(options), star_config_of(options)
     engine = asdict(engine_of(options))
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
-    llm = LLM(model, config, template=template, strict=strict, **engine)
+    texts_as = {name: options[name] for name in ("template", "strict", "system", "allow_special")}
+    llm = LLM(model, config, **texts_as, **engine)
     with terminal.progress(not as_json) as on_progress:
         context = llm.encode(
             "\n".join(texts), on_progress=on_progress, questions=questions, params=params
@@ -126,7 +136,7 @@ def _read_text(name: str) -> str:
     except OSError as error:
         raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"--context-file {name} is not UTF-8 text: use a text file") from None
     if "\0" in text:

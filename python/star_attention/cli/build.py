@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from star_attention.cli.options import TOKENS
+from star_attention.cli.options import TOKENS, Number
 from star_attention.engines.tensorrt.build import (
     BUILD_DTYPES,
     GEMM_PLUGIN,
@@ -24,7 +24,7 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     "--model",
     "--checkpoint_dir",
     required=True,
-    help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2.",
+    help="A Hugging Face folder (safetensors) or name in its cache, a GGUF file, or smollm2.",
 )
 @click.option(
     "--output_dir",
@@ -79,7 +79,11 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     type=click.Path(path_type=Path, dir_okay=False),
     help="What TensorRT timed, kept between builds.  [default: in the user's cache folder]",
 )
-@click.option("--workspace_gib", type=float, help="Memory that a kernel may use.  [default: any]")
+@click.option(
+    "--workspace_gib",
+    type=Number(0, min_open=True),
+    help="Memory that a kernel may use.  [default: any]",
+)
 @click.option("--workers", type=int, help="Threads that build.")
 def build(model: str, output_dir: Path, **options: Any) -> None:
     """Build a TensorRT engine: one for all ranks, to be asked with `ask --engine_dir`."""

@@ -16,14 +16,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.options import TOKENS, engine_of, engine_options
-from star_attention.cli.ranks import check_ranks, needs_ranks, run_as_ranks
+from star_attention.cli.options import (
+    TOKENS,
+    Number,
+    engine_of,
+    engine_options,
+    refuse_idle,
+    text_options,
+)
+from star_attention.cli.ranks import check_ranks, is_started_again, needs_ranks, run_as_ranks
 from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
 from star_attention.distributed import world_size
 from star_attention.engines.options import DTYPES
 from star_attention.errors import UserError, say
 from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
-from star_attention.models.tokenizer import TEMPLATES
 
 if TYPE_CHECKING:
     from star_attention.evals.prompts import PromptTokenizer
@@ -67,7 +73,7 @@ def run_options(
         click.option(
             "--model",
             required=True,
-            help="A Hugging Face folder, a GGUF file, a hub name, or smollm2.",
+            help="A Hugging Face folder or name in its cache, a GGUF file, or smollm2.",
         ),
         click.option(
             "--samples",
@@ -113,7 +119,7 @@ def run_options(
             help="Ranks to run on; mpirun is started for you.  [default: 1]",
         ),
         click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores."),
-        click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True),
+        text_options,
         engine_options,
         click.option(
             "--results",
@@ -231,7 +237,7 @@ def report(results: Path, plots: bool, as_json: bool) -> None:
 @click.option("--length", type=TOKENS, required=True, help=_INCLUSIVE)
 @click.option(
     "--min-retention",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.97,
     show_default=True,
     help="Share of the baseline's accuracy to keep.",
@@ -279,6 +285,11 @@ def _evaluate(
         _check_names(benchmark, options["tasks"])
     find_model(options["model"], options["load_format"] != "dummy")
     engine_of(options)
+    if "star" not in options["attention"] and not is_started_again():
+        when = f"with --attention {','.join(options['attention'])}"
+        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
+    if benchmark == "custom":
+        refuse_idle("with one's own questions", "data_dir", "seed")
     try:
         if needs_ranks(options["ranks"], tp):
             code = run_as_ranks(ranks * tp, options["oversubscribe"], more=["--no-report"])
@@ -350,7 +361,8 @@ def _answer(
     llm = LLM(
         options["model"],
         StarConfig(tokens_per_block=options["tokens_per_block"]),
-        template="written",
+        template=options["template"],
+        allow_special=options["allow_special"],
         **asdict(engine_of(options)),
     )
     longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)
@@ -373,7 +385,8 @@ def _prepare(
     from star_attention.models.checkpoint import find_model
 
     path = find_model(options["model"], options["load_format"] != "dummy")
-    prompts = PromptTokenizer(path, options["template"])
+    special = options["allow_special"]
+    prompts = PromptTokenizer(path, options["template"], allow_special=special)
     device, dtype = _device_and_dtype(path, options)
     if benchmark == "custom":
         from star_attention.evals.custom import load_task
@@ -384,7 +397,7 @@ def _prepare(
     shared = {
         "benchmark": benchmark,
         "data": data,
-        **{name: options[name] for name in ("model", "template", "seed")},
+        **{name: options[name] for name in ("model", "template", "allow_special", "seed")},
         "device": device,
         "dtype": dtype,
         **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},

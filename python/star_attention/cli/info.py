@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from star_attention.distributed.launch import find_mpirun
-from star_attention.errors import UserError
+from star_attention.errors import UserError, counted
 
 
 @click.command()
@@ -48,7 +48,7 @@ def machine_info() -> list[Part]:
         Part(
             "star_attention",
             f"{importlib.metadata.version('star-attention-trt')}, Python "
-            f"{platform.python_version()}, {len(os.sched_getaffinity(0))} cores",
+            f"{platform.python_version()}, {counted(len(os.sched_getaffinity(0)), 'core')}",
             "",
         ),
         Part("torch", _version("torch"), "the model on CPU and CUDA"),

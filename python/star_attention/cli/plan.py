@@ -65,10 +65,10 @@ def plan(
     The default rates are those of NVIDIA H200s linked by NVLink, in bfloat16 (docs/results.md).
     """
     config = SHAPES[shape]
-    if model:
+    if model is not None:
         from star_attention.models.checkpoint import find_model, open_checkpoint
 
-        config = open_checkpoint(find_model(model)).config
+        config = open_checkpoint(find_model(model), with_weights=False).config
     division_plan = make_plan(context, StarConfig(**division), ranks, config)
     rates = Rates(gemm_tflops, attention_tflops, link_gbs)
     if as_json:

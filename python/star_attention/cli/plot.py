@@ -3,13 +3,15 @@ where it arrives from another rank."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, reason_of
+from star_attention.files import write_whole
 from star_attention.plan import Plan
 
 # At most so many blocks are drawn, have ticks, and slices of a block and ranks their own colours.
@@ -54,10 +56,12 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     fig, ax = plt.subplots(figsize=(7.5, 7))
     _draw(ax, plan, plt.get_cmap("tab10" if plan.num_ranks <= 10 else "tab20").colors)
     fig.tight_layout()
+    picture = io.BytesIO()  # whole before any of it is written
     try:
-        fig.savefig(path, dpi=130)
+        fig.savefig(picture, dpi=130, format=Path(path).suffix[1:] or "png")
+        write_whole(Path(path), picture.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path} cannot be written: {error}") from None
+        raise UserError(f"--plot {path} cannot be written: {reason_of(error)}") from None
     finally:
         plt.close(fig)
 

@@ -7,6 +7,7 @@ was read from a pipe cannot be read twice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from star_attention.distributed.launch import RankJob, run_ranks
 from star_attention.errors import UserError
 
 _HANDED = "STAR_ATTENTION_HANDED"
+_OUTPUT = "STAR_ATTENTION_OUTPUT"
 _COMMAND = (sys.executable, "-m", "star_attention")
 
 
@@ -28,9 +30,22 @@ def arguments() -> list[str]:
     return _handed().get("arguments", sys.argv[1:])
 
 
+def is_started_again() -> bool:
+    """Whether a `star-attn` has started this one, and has checked the command line."""
+    return _HANDED in os.environ
+
+
 def handed_texts() -> list[str] | None:
     """The texts that the program which started the ranks has read."""
     return _handed().get("texts")
+
+
+def print_where_started() -> None:
+    """What this rank prints goes to where the program that started the ranks writes, instead of
+    through mpirun, which passes over what cannot be written."""
+    if _OUTPUT in os.environ:
+        with contextlib.suppress(OSError):  # a socket
+            os.dup2(os.open(os.environ[_OUTPUT], os.O_WRONLY | os.O_APPEND), 1)
 
 
 def check_ranks(ranks: int | None, tp: int) -> None:
@@ -61,6 +76,7 @@ def run_as_ranks(
         texts: for `handed_texts`.
     """
     environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
+    environment[_OUTPUT] = f"/proc/{os.getpid()}/fd/1"
     environment |= _hand_over(arguments=[*arguments(), *more], texts=texts)
     return run_ranks(_COMMAND, processes, oversubscribe, **environment)
 

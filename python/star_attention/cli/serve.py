@@ -15,9 +15,12 @@ from typing import Any
 import click
 
 from star_attention.cli.options import (
+    Number,
+    check_run,
     engine_of,
     engine_options,
     model_options,
+    refuse_idle,
     run_options,
     star_config_of,
     take_model,
@@ -30,7 +33,7 @@ from star_attention.models.checkpoint import find_model
 
 _HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_POSITIVE = Number(min=0, min_open=True)
 
 
 @click.command()
@@ -123,14 +126,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option(
     "--host-cache-gib",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.0,
     show_default=True,
     help="Memory of each rank for contexts that have left its GPU; 0: none.",
 )
 @click.option(
     "--disk-cache-gib",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=64.0,
     show_default=True,
     help="What each rank may keep in --context-dir.",
@@ -157,7 +160,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option(
     "--shutdown-timeout",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that requests in flight have to end after SIGTERM.",
@@ -172,6 +175,9 @@ def serve(**options: Any) -> int:
         ) from None
     take_model(options)
     check_ranks(options["ranks"], options["tp"])
+    check_run(options)
+    if not options["context_dir"]:
+        refuse_idle("without --context-dir", "disk_cache_gib")
     if meeting := meeting_of_rank0():
         _serve_front(meeting.wait_for_front(), options)
         return 0
@@ -277,7 +283,7 @@ def _run_front(options: dict[str, Any]) -> int:
     )
     return run_front(
         make_engine,
-        Tokenizer(path, options["template"]),
+        Tokenizer(path, options["template"], allow_special=options["allow_special"]),
         serve_options,
         options["port"],
         options["shutdown_timeout"],

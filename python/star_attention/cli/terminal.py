@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from star_attention.config import StarConfig
+from star_attention.errors import counted
 from star_attention.plan import Plan, make_plan
 from star_attention.predict import Prediction, Rates, predict
 
@@ -82,15 +83,16 @@ def print_plan(plan: Plan, model_name: str, rates: Rates) -> None:
     """What each rank computes in phase 1, keeps and waits for, and how long that would take."""
     console = Console()
     console.print(
-        f"{plan.context_len:,} tokens in {len(plan.blocks)} blocks of {plan.block_size:,}, "
-        f"anchor {plan.anchor_size:,} ({plan.anchor_mode}), {plan.num_ranks} ranks",
+        f"{counted(plan.context_len, 'token')} in {counted(len(plan.blocks), 'block')} of "
+        f"{plan.block_size:,}, anchor {plan.anchor_size:,} ({plan.anchor_mode}), "
+        f"{counted(plan.num_ranks, 'rank')}",
         highlight=False,
     )
     predictions = _predictions(plan, rates)
     predicted, blocks = predictions[plan.attention], _blocks_by_rank(plan)
     console.print(_table_of_ranks(plan, blocks, predicted.received_bytes))
     if plan.num_ranks > _MAX_ROWS:
-        console.print(f"... and {plan.num_ranks - _MAX_ROWS} more ranks")
+        console.print(f"... and {counted(plan.num_ranks - _MAX_ROWS, 'more rank')}")
     for note in _notes(plan, blocks.get(None), predicted.received_bytes is not None):
         console.print(f"Note: {note}.", highlight=False)
     if not plan.context_len:
@@ -195,7 +197,8 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     console.print(table)
     context, question, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
-        f"{context:,} context, {question:,} question and {decode:,} generated tokens passed; "
+        f"{context:,} context, {question:,} question and {counted(decode, 'generated token')} "
+        f"passed; the model was loaded in {max(rank['load_seconds'] for rank in ranks):.1f} s; "
         "memory: peak",
         highlight=False,
     )

@@ -69,8 +69,9 @@ def load_engine(
     from star_attention.engines.torch.load import load_torch_engine
     from star_attention.models.loading import load_weights
 
-    checkpoint = agree(comm.world, lambda: open_checkpoint(path))
-    if options.load_format == "dummy":
+    is_dummy = options.load_format == "dummy"
+    checkpoint = agree(comm.world, lambda: open_checkpoint(path, with_weights=not is_dummy))
+    if is_dummy:
         return dummy_engine(checkpoint.config, comm, tokens_per_block, options)
     load = functools.partial(load_weights, checkpoint)
     return load_torch_engine(checkpoint.config, load, comm, tokens_per_block, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,8 +54,8 @@ class EngineOptions:
                 f"--dtype is {self.dtype!r} with --device {self.device}: "
                 f"use {' or '.join(DTYPES[self.device])}"
             )
-        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
-            raise UserError(f"--kv-cache-gib is {self.kv_cache_gib}: use more than 0")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
+            raise UserError(f"--kv-cache-gib is {self.kv_cache_gib}: use a number above 0")
         if self.tp < 1:
             raise UserError(f"--tp is {self.tp}: use 1 or more")
         if self.tp > 1 and self.device == "cpu" and self.dtype not in (None, "float32"):

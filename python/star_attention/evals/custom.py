@@ -7,7 +7,7 @@ from pathlib import Path
 from star_attention.errors import UserError
 from star_attention.evals import metrics
 from star_attention.evals.sample import Sample, Task
-from star_attention.evals.texts import field_of, read_rows
+from star_attention.evals.texts import field_of, read_rows, text_of
 
 
 def load_task(path: Path, max_tokens: int) -> Task:
@@ -21,17 +21,21 @@ def load_task(path: Path, max_tokens: int) -> Task:
     samples = {}
     for number, row in enumerate(read_rows(path)):
         outputs = row["outputs"] if "outputs" in row else [field_of(row, "output", path)]
-        if not outputs or not all(isinstance(output, str) and output for output in outputs):
+        if not isinstance(outputs, list) or not outputs:
+            outputs = [outputs]
+        if not all(isinstance(output, str) and output for output in outputs):
             raise UserError(f"{path}: row {number} needs a text, or several, as its output")
         index = row.get("index", number)
+        if not isinstance(index, int | str):
+            raise UserError(f"{path}: row {number} has the index {index!r}: use a number or a text")
         if index in samples:
             raise UserError(f"{path}: two rows have the index {index}")
         samples[index] = Sample(
             index,
-            field_of(row, "input_context", path),
-            field_of(row, "input_query", path),
+            text_of(row, "input_context", path),
+            text_of(row, "input_query", path),
             outputs,
-            row.get("answer_prefix", ""),
+            text_of({"answer_prefix": "", **row}, "answer_prefix", path),
             extra={key: row[key] for key in ("input_context", "input_query")},
         )
     return Task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 
 from star_attention.errors import UserError
 from star_attention.evals.report import Row
+from star_attention.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +54,10 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     for name, picture in pictures.items():
         path = folder / f"{name}.png"
         figure = picture()
+        picture = io.BytesIO()
         try:
-            figure.savefig(path, dpi=130)
+            figure.savefig(picture, dpi=130)
+            write_whole(path, picture.getvalue())
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         finally:

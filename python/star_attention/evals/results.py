@@ -3,6 +3,7 @@ of scores."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from statistics import mean, median
 from typing import Any
 
 from star_attention.errors import UserError
+from star_attention.files import write_whole
 
 # A sample within a configuration: length, task, index.
 Key = tuple[int | None, str, int | str]
@@ -47,8 +49,14 @@ class Results:
         """Adds a line, whole or not at all."""
         self.records[_key(record)] = record
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _cannot_be_used(self.path.parent, error) from None
 
     def write_scores(self) -> None:
         """Replaces the scores file: mean score in per cent and median seconds of each task."""
@@ -69,11 +77,12 @@ class Results:
                     "seconds": round(median(times), 3) if times else None,
                 }
             )
-        path = self.path.with_suffix(".json")
-        written = path.with_suffix(".tmp")
         content = {"configuration": self.configuration, "scores": scores}
-        written.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(written, path)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        try:
+            write_whole(self.path.with_suffix(".json"), text.encode())
+        except OSError as error:
+            raise _cannot_be_used(self.path.parent, error) from None
 
 
 @contextmanager
@@ -173,7 +182,7 @@ def _check_same(path: Path, configuration: dict[str, Any], keys: tuple[str, ...]
 def _configuration(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))["configuration"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not of star-attn eval: use another --results folder") from None
 
 
@@ -186,7 +195,7 @@ def _read(path: Path) -> dict[Key, dict[str, Any]]:
         try:
             record = json.loads(line)
             records[_key(record)] = record
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number} is damaged: remove the line") from None
     return records
 

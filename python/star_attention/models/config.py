@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from star_attention.errors import UserError
+from star_attention.models.fields import Fields
 
-# Hugging Face architecture -> whether its QKV projection has a bias.
+_MOST_LAYERS, _MOST_HEAD_DIM = 4096, 4096
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What Hugging Face's class of a model means by a config that leaves something out.
+
+    Attributes:
+        kv_heads: without `num_key_value_heads`; None: as many as query heads.
+        window: without `sliding_window`; None: every token sees all before it.
+        window_is_optional: whether windows only count with `use_sliding_window`.
+    """
+
+    qkv_bias: bool = False
+    kv_heads: int | None = None
+    window: int | None = None
+    window_is_optional: bool = True
+
+
 ARCHITECTURES = {
-    "LlamaForCausalLM": False,
-    "MistralForCausalLM": False,
-    "Qwen2ForCausalLM": True,
+    "LlamaForCausalLM": Architecture(),
+    "MistralForCausalLM": Architecture(kv_heads=8, window=4096, window_is_optional=False),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, kv_heads=32, window=4096),
 }
 
 
@@ -75,10 +94,25 @@ class ModelConfig:
         return cls(**{**tuples(values), "rope": RopeConfig(**tuples(values["rope"]))})
 
     def __post_init__(self) -> None:
+        if self.num_layers > _MOST_LAYERS:
+            raise UserError(f"the model has {self.num_layers} layers: use at most {_MOST_LAYERS}")
+        if self.head_dim % 2 or not 0 < self.head_dim <= _MOST_HEAD_DIM:
+            raise UserError(
+                f"the model's head_dim is {self.head_dim}: use an even one up to {_MOST_HEAD_DIM}"
+            )
         if self.num_q_heads % self.num_kv_heads:
             raise UserError(
                 f"the model has {self.num_q_heads} query heads, "
                 f"which its {self.num_kv_heads} KV heads do not divide"
+            )
+
+    def check_tokens(self, token_ids: Iterable[int]) -> None:
+        """Raises UserError for a token that the model's vocabulary does not have."""
+        largest = max(token_ids, default=0)
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"the text has token {largest}, but the model knows {self.vocab_size} tokens: "
+                "its tokenizer is another model's"
             )
 
     @property
@@ -123,67 +157,90 @@ class ModelConfig:
         return 4 * self.num_layers * self.num_q_heads * self.head_dim
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads a Hugging Face `config.json`. Raises UserError for what is not supported."""
-        architecture = (config.get("architectures") or ["(none)"])[0]
-        if architecture not in ARCHITECTURES:
+        fields = Fields(config, "the model's config.json")
+        names = fields.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            shown = name if isinstance(name, str) and name.isidentifier() else repr(name)
             raise UserError(
-                f"architecture {architecture} is not supported: use {', '.join(ARCHITECTURES)}"
+                f"architecture {shown} is not supported: use {', '.join(ARCHITECTURES)}"
             )
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act {config['hidden_act']!r} is not supported: use silu")
+        architecture = ARCHITECTURES[name]
+        if fields.get("quantization_config") is not None:
+            quantization = fields.fields("quantization_config")
+            method = quantization.word("quant_method", "unnamed method")
+            raise UserError(
+                f"the model's weights are quantised ({method!r}): use a safetensors folder in "
+                "float32, bfloat16 or float16, or a GGUF file"
+            )
+        if (activation := fields.word("hidden_act", "silu")) != "silu":
+            raise UserError(f"hidden_act {activation!r} is not supported: use silu")
         for flag in ("attention_bias", "mlp_bias"):
-            if config.get(flag):
-                raise UserError(f"{flag} is not supported for {architecture}")
-        max_position = _need(config, "max_position_embeddings")
-        window = config.get("sliding_window")
-        windowed = architecture == "MistralForCausalLM" or config.get("use_sliding_window")
-        if windowed and window is not None and window < max_position:
-            raise UserError(f"sliding_window {window} is not supported: use a model without one")
-        num_q_heads = _need(config, "num_attention_heads")
-        hidden_size = _need(config, "hidden_size")
-        eos = config.get("eos_token_id")
+            if fields.flag(flag):
+                raise UserError(f"{flag} is not supported for {name}")
+        max_position = fields.whole("max_position_embeddings")
+        _check_window(fields, architecture, max_position)
+        num_q_heads = fields.whole("num_attention_heads")
+        hidden_size = fields.whole("hidden_size")
+        kv_heads = architecture.kv_heads if "num_key_value_heads" not in fields else None
         return cls(
-            num_layers=_need(config, "num_hidden_layers"),
+            num_layers=fields.whole("num_hidden_layers"),
             hidden_size=hidden_size,
-            intermediate_size=_need(config, "intermediate_size"),
+            intermediate_size=fields.whole("intermediate_size"),
             num_q_heads=num_q_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_q_heads,
-            head_dim=config.get("head_dim") or hidden_size // num_q_heads,
-            vocab_size=_need(config, "vocab_size"),
+            num_kv_heads=fields.whole("num_key_value_heads", kv_heads or num_q_heads),
+            head_dim=fields.whole("head_dim", hidden_size // num_q_heads),
+            vocab_size=fields.whole("vocab_size"),
             max_position=max_position,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(config),
-            qkv_bias=ARCHITECTURES[architecture],
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=_rope_from_hf(fields),
+            qkv_bias=architecture.qkv_bias,
+            tie_embeddings=fields.flag("tie_word_embeddings"),
+            eos_token_ids=fields.tokens("eos_token_id"),
         )
 
 
-def _need(config: dict[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise UserError(f"the model's config.json lacks {key!r}")
-    return config[key]
+def _check_window(fields: Fields, architecture: Architecture, max_position: int) -> None:
+    """Raises UserError if there are tokens that do not see all tokens before them."""
+    layers, first = fields.whole("num_hidden_layers"), fields.whole("max_window_layers", 28, 0)
+    is_used = fields.flag("use_sliding_window") and first < layers
+    is_null = "sliding_window" in fields and fields.get("sliding_window") is None
+    window = architecture.window
+    if is_null or (architecture.window_is_optional and not is_used):
+        window = None
+    elif window is not None:
+        window = fields.whole("sliding_window", window)
+    kinds = fields.get("layer_types") or ()
+    if not isinstance(kinds, Sequence) or any(kind != "full_attention" for kind in kinds):
+        raise UserError("layer_types other than full_attention are not supported")
+    if window is not None and window < max_position:
+        said = "" if "sliding_window" in fields else ", the default of this architecture,"
+        raise UserError(
+            f"sliding_window {window}{said} is not supported: use a model without one "
+            "(its config.json says null), or one whose max_position_embeddings it does not limit"
+        )
 
 
-def _rope_from_hf(config: dict[str, Any]) -> RopeConfig:
+def _rope_from_hf(fields: Fields) -> RopeConfig:
     # transformers 5 writes "rope_parameters", which includes theta; 4 wrote the two fields apart.
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta") or config.get("rope_theta", 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling = fields.fields("rope_parameters" if fields.get("rope_parameters") else "rope_scaling")
+    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
+    for each in (fields, scaling):
+        if (share := each.number("partial_rotary_factor", 1.0)) != 1:
+            raise UserError(f"partial_rotary_factor {share} is not supported: use 1")
+    kind = scaling.word("rope_type", scaling.word("type", "default"))
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, "linear", factor=_need(scaling, "factor"))
+        return RopeConfig(theta, "linear", factor=scaling.number("factor"))
     if kind == "llama3":
-        return RopeConfig(
-            theta,
-            "llama3",
-            factor=_need(scaling, "factor"),
-            low_freq_factor=_need(scaling, "low_freq_factor"),
-            high_freq_factor=_need(scaling, "high_freq_factor"),
-            original_max_position=_need(scaling, "original_max_position_embeddings"),
-        )
+        low, high = (scaling.number(f"{name}_freq_factor") for name in ("low", "high"))
+        if low >= high:
+            raise UserError(f"low_freq_factor is {low}: use less than high_freq_factor, {high}")
+        original = scaling.whole("original_max_position_embeddings")
+        return RopeConfig(theta, "llama3", scaling.number("factor"), low, high, original)
     raise UserError(f"rope scaling {kind!r} is not supported: use default, linear or llama3")
 
 

@@ -6,22 +6,24 @@ import hashlib
 from pathlib import Path
 
 from star_attention.errors import UserError
+from star_attention.models.checkpoint import model_files
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _SUFFIXES = {".json", ".safetensors", ".gguf", ".plan", ".engine", ".bin"}
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of the names, sizes and some of the bytes of a model's files: a folder's, or one
-    file's. Not of all bytes, which would take as long as loading them.
+    """A hash of the names, sizes and some of the bytes of a model's files. Not of all bytes, which
+    would take as long as loading them.
 
     Raises:
         UserError: a file cannot be read.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES)
     digest = hashlib.sha256()
     try:
-        for file in files:
+        for file in model_files(path):
+            if file.suffix not in _SUFFIXES:
+                continue
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
             with file.open("rb") as data:

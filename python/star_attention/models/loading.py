@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.models.weights import (
     Checkpoint,
@@ -17,21 +16,6 @@ from star_attention.models.weights import (
     assemble,
     weight_table,
 )
-
-
-def read_weight(checkpoint: Checkpoint, weight: Weight) -> torch.Tensor:
-    """One whole weight as it is stored.
-
-    Raises:
-        UserError: it is missing, or has not the shape that the config asks for.
-    """
-    stored = checkpoint.tensor(weight.name)
-    if stored.shape != weight.shape:
-        raise UserError(
-            f"{checkpoint.path}: {weight.name} has shape {list(stored.shape)}, "
-            f"the config asks for {list(weight.shape)}"
-        )
-    return stored
 
 
 def load_weights(
@@ -44,11 +28,11 @@ def load_weights(
     """Reads and fuses a checkpoint's weights, or one of `parts` GPUs' part of them.
 
     Raises:
-        UserError: as `read_weight`, or they cannot be divided so.
+        UserError: one cannot be read, or they cannot be divided so.
     """
     return _load(
         checkpoint.config,
-        lambda weight: read_weight(checkpoint, weight),
+        lambda weight: checkpoint.tensor(weight.name),
         dtype,
         device,
         part,
@@ -104,11 +88,18 @@ def _load(
     def take(weight: Weight) -> torch.Tensor:
         whole = read(weight)
         if weight.split is not None and parts > 1:
-            whole = whole.chunk(parts, weight.split)[part]
-        return whole.to(device=device, dtype=dtype).contiguous()
+            return whole.chunk(parts, weight.split)[part]
+        return whole
 
     def make(weights: Sequence[Weight]) -> torch.Tensor:
-        taken = [take(weight) for weight in weights]
-        return torch.cat(taken) if len(taken) > 1 else taken[0]
+        """One that is stored as it is wanted stays in the file's memory; others are copied, a
+        stored one at a time."""
+        if len(weights) == 1:
+            return take(weights[0]).to(device=device, dtype=dtype).contiguous()
+        rows = [w.shape[0] // (1 if w.split is None else parts) for w in weights]
+        made = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=device)
+        for weight, place in zip(weights, made.split(rows), strict=True):
+            place.copy_(take(weight))
+        return made
 
     return assemble(config, make, lambda embedding: embedding.chunk(parts)[part])

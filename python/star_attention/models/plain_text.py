@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from star_attention.errors import UserError
+from star_attention.errors import UserError, refusing
 from star_attention.models.apart import encode_apart, first_tokens
 from star_attention.models.kept_tokens import Tokenized
 
@@ -35,11 +35,16 @@ class PlainText:
     Control tokens are the special ones, and added ones that the chat template writes. The copy
     differs in nothing else, so text has the tokens that it always had, unless it spells a control
     token: then it has those of its characters.
+
+    Args:
+        allow_special: texts may spell control tokens; nothing is hidden then.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, allow_special: bool = False) -> None:
         from tokenizers import Tokenizer as Backend
 
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("there is no tokenizer.json, nor one that can be made a fast one")
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         model = state["model"]
         self._is_byte_level = '"ByteLevel"' in json.dumps(state["decoder"])
@@ -49,13 +54,16 @@ class PlainText:
         # Some trainers list the bytes of a byte fallback as special tokens.
         added = [token for token in state["added_tokens"] if token["content"] not in self._bytes]
         self._added = {token["id"]: token["content"] for token in added}
-        written = _written(tokenizer)
+        written = "" if allow_special else _written(tokenizer)
         controls = {
             token["content"]: token["id"]
             for token in added
-            if token["special"]
-            or token["content"] in tokenizer.all_special_tokens
-            or (token["content"].strip() and token["content"] in written)
+            if not allow_special
+            and (
+                token["special"]
+                or token["content"] in tokenizer.all_special_tokens
+                or (token["content"].strip() and token["content"] in written)
+            )
         }
         secret = secrets.token_hex(16)
         self._secrets = {name: f"{secret}{index:06}" for index, name in enumerate(controls)}
@@ -87,10 +95,12 @@ class PlainText:
     def encode(self, text: str) -> Any:
         """The `tokenizers.Encoding` of a text, without opening or closing tokens."""
         try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _not_unicode() from None
+        with refusing("the tokenizer cannot read the text"):
             # As a batch: other threads run meanwhile.
             return self._backend.encode_batch([text], add_special_tokens=False)[0]
-        except (TypeError, UnicodeEncodeError):
-            raise _not_unicode() from None
 
     def tokenized(self, text: str, begins: Sequence[int]) -> Tokenized:
         """A text's tokens, and the index of the first at or behind each of these characters."""

@@ -12,25 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from star_attention.cache import cache_folder
-from star_attention.errors import UserError
+from star_attention.errors import UserError, refusing
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.kept_tokens import KeptTokens, Tokenized
 from star_attention.models.plain_text import PlainText
 
-# `written`: the texts contain the chat template, its control tokens included.
-Template = Literal["auto", "chat", "none", "written"]
-TEMPLATES: tuple[Template, ...] = ("auto", "chat", "none")  # of the command line
+Template = Literal["auto", "chat", "none"]
+TEMPLATES: tuple[Template, ...] = get_args(Template)
 ROLES = ("system", "user", "assistant")
 
 # What stands between context and question in the user's turn. Tokenizers that split before they
 # merge never join a single line break with what follows it, nor read it differently at the end of
 # a text: the tokens of both parts are those of the whole.
 _BETWEEN = "\n"
+_KEPT_FORMAT = 3  # of tokenizers out of GGUF files; the number grows when one is made otherwise
 _LONG = 4096  # characters of a text whose tokens are kept
 
 
@@ -64,34 +64,43 @@ class Tokenizer:
     it. White space around context and question is dropped. Without a template (base models), both
     are tokenised as they are, the context with the model's opening token in front.
 
-    Only the template gives control tokens: a text that spells one has the tokens of its characters.
+    Only the template gives control tokens: a text that spells one has the tokens of its characters,
+    unless `allow_special` says otherwise.
 
     Args:
         path: the folder or file.
-        template: `chat`, `none`, `auto`: `chat` where the model has a chat template, or `written`:
-            as `none`, for texts that contain the template and so may spell control tokens.
+        template: `chat`, `none`, or `auto`: `chat` where the model has a chat template.
+        system: what the template's system message says, in front of the context.
+        allow_special: texts may spell control tokens.
 
     Raises:
-        UserError: there is no tokenizer, or no chat template where one is asked for.
+        UserError: there is no tokenizer, no chat template where one is asked for, or it does not
+            allow a user's message, or one behind the system message.
     """
 
-    def __init__(self, path: Path, template: Template = "auto") -> None:
-        if template not in get_args(Template):
+    def __init__(
+        self,
+        path: Path,
+        template: Template = "auto",
+        *,
+        system: str | None = None,
+        allow_special: bool = False,
+    ) -> None:
+        if template not in TEMPLATES:
             raise UserError(f"--template is {template!r}: use one of {', '.join(TEMPLATES)}")
-        self._path = path
+        if system is not None and not system.strip():
+            raise UserError("--system is empty: give it some text, or leave it away")
+        self._path, self._system, self._allow_special = path, system, allow_special
         self._tokenizer = _load(path)
         has_template = bool(self._tokenizer.chat_template)
         if template == "chat" and not has_template:
             raise UserError(f"{path} has no chat template: use --template none")
-        self._opening, self._closing = "", ""
-        self._is_written = template == "written"
         self._kept = KeptTokens()
         self.uses_chat = has_template and template in ("auto", "chat")
         if self.uses_chat:
-            try:
-                self._opening, self._closing = self._around(["user"])
-            except UserError as error:
-                raise UserError(f"{path}: {error}: use --template none") from None
+            self._front, self._closing = self._around_user()
+        elif system is not None:
+            raise UserError("--system needs a chat template, which is not used here")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -106,15 +115,15 @@ class Tokenizer:
     def context_tokens(self, text: str) -> list[int]:
         """The tokens in front of the question."""
         if self.uses_chat:
-            return self._encode(self._plain.control(self._opening) + text.strip() + _BETWEEN)
+            return self._encode(self._opening + text.strip() + _BETWEEN)
         return self._opening_token + self._encode(text)
 
-    def question_tokens(self, text: str) -> list[int]:
-        """The tokens behind the context, up to where the answer begins."""
+    def question_tokens(self, text: str, answer_prefix: str = "") -> list[int]:
+        """The tokens behind the context, up to where the answer goes on behind its prefix."""
         if not self.uses_chat:
-            return self._encode(text)
+            return self._encode(text + answer_prefix)
         # Behind a line break, so that a tokenizer that marks a text's beginning does not see one.
-        text = _BETWEEN + text.strip() + self._plain.control(self._closing)
+        text = _BETWEEN + text.strip() + self._plain.control(self._closing) + answer_prefix
         return self._encode(text)[self._between_size :]
 
     def text_tokens(self, text: str) -> np.ndarray:
@@ -172,6 +181,28 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         return self._plain.token_bytes(token)
 
+    def _around_user(self) -> tuple[list[str], str]:
+        """What the template writes up to the user's text, cut where the system message stands, and
+        what behind it."""
+        roles = ["user"] if self._system is None else ["system", "user"]
+        try:
+            *front, closing = self._around(roles)
+            return front, closing
+        except UserError as error:
+            advice = "use --template none"
+            if self._system is not None:
+                advice = "leave --system away"
+            else:
+                with contextlib.suppress(UserError):
+                    self._around(["system", "user"])
+                    advice = "give it a system message with --system"
+            raise UserError(f"{self._path}: {error}: {advice}") from None
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What stands in front of the user's text, as `_encode` wants it."""
+        return (self._system or "").strip().join(map(self._plain.control, self._front))
+
     def _around(self, roles: Sequence[str]) -> list[str]:
         """What the template writes before, between and behind messages of these roles.
 
@@ -180,15 +211,10 @@ class Tokenizer:
         marked = [
             {"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)
         ]
-        try:
+        with refusing("the model's chat template does not allow these messages"):  # a program
             text = self._tokenizer.apply_chat_template(
                 marked, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # of any kind: the template is a program
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"the model's chat template does not allow these messages: {reason}"
-            ) from None
         texts = re.split("\ue000([0-9]+)\ue001", text)
         found = [int(index) for index in texts[1::2]]
         if found != list(range(len(roles))):
@@ -226,19 +252,18 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain(self) -> PlainText:
-        return _load_plain(self._path)
+        return _load_plain(self._path, self._allow_special)
 
     @functools.cached_property
     def _opening_token(self) -> list[int]:
-        return self._tokenizer("").input_ids[:1]
+        with refusing(f"{self._path}: the tokenizer cannot read"):
+            return self._tokenizer.backend_tokenizer.encode("").ids[:1]
 
     @functools.cached_property
     def _between_size(self) -> int:
         return len(self._encode(_BETWEEN))
 
     def _encode(self, text: str) -> list[int]:
-        if self._is_written:
-            return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return self._plain.encode(text).ids
 
 
@@ -313,8 +338,9 @@ def _check(messages: Sequence[Message]) -> None:
 
 
 @functools.cache
-def _load_plain(path: Path) -> PlainText:
-    return PlainText(_load(path))
+def _load_plain(path: Path, allow_special: bool) -> PlainText:
+    with refusing(f"{path}: the tokenizer cannot be loaded"):
+        return PlainText(_load(path), allow_special)
 
 
 @functools.cache
@@ -322,30 +348,38 @@ def _load(path: Path):
     # Tokenizing forks no process, and transformers' advice is not for the user.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-
-    try:
+    with refusing(f"{path}: the tokenizer cannot be loaded"):
         if is_engine_folder(path):
             path = path / "tokenizer"
-        return _load_gguf(path) if path.is_file() else AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+        return _load_gguf(path) if path.is_file() else _from_files(path)
+
+
+def _from_files(folder: Path, **options: Any):
+    """Without programs that come with the model, and without the network."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True, **options
+    )
 
 
 def _load_gguf(path: Path):
     """Reading one out of a GGUF file takes seconds: it is kept in Hugging Face's format."""
-    from transformers import AutoTokenizer, __version__
+    from transformers import __version__
+
+    from star_attention.models.gguf_tokenizer import read_gguf_tokenizer
 
     state = path.stat()
-    source = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} transformers {__version__}"
-    key = hashlib.sha256(source.encode()).hexdigest()[:16]
-    kept = cache_folder() / "tokenizers" / f"{path.stem}-{key}"
-    if kept.exists():
-        with contextlib.suppress(OSError, ValueError):  # damaged
-            return AutoTokenizer.from_pretrained(kept)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    with contextlib.suppress(OSError):  # the folder is not to be had, or another process was first
+    versions = f"transformers {__version__} {_KEPT_FORMAT}"
+    source = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {versions}"
+    key = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:16]
+    # The folder may not be to be had, full, or damaged, or another process was first.
+    with contextlib.suppress(Exception):
+        kept = cache_folder() / "tokenizers" / f"{path.stem}-{key}"
+        if kept.exists():
+            return _from_files(kept)
+    tokenizer = read_gguf_tokenizer(path, _from_files)
+    with contextlib.suppress(Exception):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
             tokenizer.save_pretrained(Path(unfinished) / kept.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from star_attention.errors import UserError, counted
 from star_attention.models.config import LayerConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -73,13 +74,38 @@ class Checkpoint:
     Attributes:
         path: the folder or the GGUF file.
         config: its shape.
-        tensor: reads one weight by its Hugging Face name, in its stored or dequantised dtype;
-            raises UserError when the file lacks it.
+        tensor: reads one weight by its Hugging Face name, of the shape that the config asks for,
+            in its stored or dequantised dtype; raises UserError if it cannot be read.
     """
 
     path: Path
     config: ModelConfig
     tensor: Callable[[str], torch.Tensor]
+
+
+def check_stored(path: Path, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Raises UserError if a checkpoint lacks weights, has one of another shape than the config asks
+    for, or has some that would not be read.
+
+    Args:
+        shapes: of what it has, by Hugging Face's names.
+    """
+    unread = set(shapes)
+    for weight in weight_table(config):
+        if weight.name not in shapes:
+            raise UserError(f"{path}: the weights lack {weight.name}")
+        if shapes[weight.name] != weight.shape:
+            raise UserError(
+                f"{path}: {weight.name} has shape {list(shapes[weight.name])}, "
+                f"the config asks for {list(weight.shape)}"
+            )
+        unread.remove(weight.name)
+    if unread:
+        some = ", ".join(map(repr, sorted(unread)[:3])) + (" ..." if len(unread) > 3 else "")
+        raise UserError(
+            f"{path}: {counted(len(unread), 'weight')} of another architecture, or quantised: "
+            f"{some}"
+        )
 
 
 def weight_table(config: ModelConfig) -> Iterator[Weight]:

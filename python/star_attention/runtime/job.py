@@ -11,6 +11,7 @@ import contextlib
 import functools
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,6 +201,8 @@ def _load(load: Load, comm: Communicator) -> tuple[Worker, Limits]:
     found = agree(comm, lambda: fingerprint(path))
     require_same(comm, **{f"{path}": found})
     ranks = star_ranks(comm, load.options.tp)
+    begin = time.perf_counter()
     engine = load_engine(path, ranks, load.tokens_per_block, load.options)
+    seconds = time.perf_counter() - begin
     limits = Limits.common(comm.gather_objects(engine.limits))
-    return Worker(engine, ranks), limits
+    return Worker(engine, ranks, seconds), limits

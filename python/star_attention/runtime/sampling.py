@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,15 +39,21 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, Iterable):
+            object.__setattr__(self, "stop", tuple(self.stop))
         for name, valid, right in (
             ("max_tokens", _is_whole(self.max_tokens) and self.max_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            (
+                "temperature",
+                _is_real(self.temperature) and self.temperature >= 0,
+                "0 (greedy) or more",
+            ),
             ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", _is_whole(self.seed) and self.seed >= 0, "0 or more"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", _are_texts(self.stop), "strings that are not empty"),
             (
                 "logprobs",
                 self.logprobs is None or (_is_whole(self.logprobs) and self.logprobs >= 0),
@@ -69,6 +75,15 @@ class TokenLogprobs:
 
     token: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def _is_real(value: object) -> bool:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return is_number and bool(np.isfinite(value))
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, tuple) and all(isinstance(v, str) and v for v in values)
 
 
 def _is_whole(value: object) -> bool:

@@ -125,8 +125,10 @@ class Scheduler:
                 Others wait for one another.
 
         Raises:
-            UserError: the plan is not possible, or does not fit beside the contexts that are kept.
+            UserError: the plan is not possible, does not fit beside the contexts that are kept, or
+                the model does not know a token.
         """
+        self._model.check_tokens(token_ids.tolist())
         plan = self._room.plan(len(token_ids), config)
         keys: list[bytes | None] = [None] * len(plan.parts)
         if self._shares_blocks:
@@ -164,9 +166,10 @@ class Scheduler:
         """A question, int32 [n], to answer.
 
         Raises:
-            UserError: the context was released, or question and answer are too long for the
-                engine or the KV cache.
+            UserError: the context was released, question and answer are too long for the engine
+                or the KV cache, or the model does not know a token.
         """
+        self._model.check_tokens(token_ids.tolist())
         if context.is_released:
             raise UserError("the context was released: encode the text again")
         most = self._check(context, [(len(token_ids), params.max_tokens)])

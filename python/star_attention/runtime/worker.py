@@ -63,14 +63,16 @@ class Worker:
     Args:
         engine: the model.
         comm: connects the ranks that have the same part of the model; their number is the plans'.
+        load_seconds: what loading the engine took.
 
     Attributes:
         stats: time, tokens and traffic of the phases `context`, `question` and `decode`.
     """
 
-    def __init__(self, engine: ModelEngine, comm: Communicator) -> None:
+    def __init__(self, engine: ModelEngine, comm: Communicator, load_seconds: float = 0.0) -> None:
         self.engine = engine
         self.comm = comm
+        self._load_seconds = load_seconds
         self.pool = PagePool(engine)
         self._reading: dict[int, _Reading] = {}
         self._blocks: dict[int, list[int]] = {}  # pages of those that this rank holds
@@ -298,6 +300,7 @@ class Worker:
         phases = {name: asdict(stats) for name, stats in self.stats.items()}
         mine = {
             "rank": self.comm.world.rank,
+            "load_seconds": self._load_seconds,
             "peak_memory_bytes": self.engine.peak_memory_bytes,
             "pages_in_use": self.pool.pages_in_use,
             "graph_steps": self.engine.graph_steps,

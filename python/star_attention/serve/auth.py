@@ -29,7 +29,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     keys = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
     if path is not None:
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"--api-key-file {path} cannot be read: {reason}") from None

@@ -304,12 +304,10 @@ class _Weights:
         """Weights one behind the other: offset and bytes."""
         import torch
 
-        from star_attention.models.loading import read_weight
-
         self._own.write(b"\0" * (-self._own.tell() % _ALIGNMENT))
         offset = self._own.tell()
         for weight in weights:
-            stored = read_weight(self._checkpoint, weight)
+            stored = self._checkpoint.tensor(weight.name)
             data = stored.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
             self._own.write(data.tobytes())
         return offset, self._own.tell() - offset
@@ -331,10 +329,12 @@ _SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _safetensors_places(folder: Path) -> dict[str, _Place]:
-    """The place of every tensor in files that are no links. Source: the safetensors format, 8 bytes
+    """The place of every weight in files that are no links. Source: the safetensors format, 8 bytes
     of length and a JSON header."""
+    from star_attention.models.safetensors_folder import weight_files
+
     places = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         if file.is_symlink() or file.stat().st_nlink > 1:
             continue
         with file.open("rb") as stream:

@@ -1,0 +1,501 @@
+"""Files that are not what they seem: read as Hugging Face and llama.cpp do, or refused by name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import save_tiny_model, train_tokenizer
+from star_attention.errors import UserError
+from star_attention.models.checkpoint import find_model, open_checkpoint
+from star_attention.models.config import ModelConfig
+from star_attention.models.fingerprint import fingerprint
+from star_attention.models.tokenizer import Tokenizer
+from test_models import edit_config, hf_causal_logits, load, logits_of, write_gguf
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, save_tiny_model(folder)
+
+
+@pytest.fixture
+def model(tmp_path, tiny):
+    """A copy to change."""
+    return shutil.copytree(tiny[0], tmp_path / "model")
+
+
+def edit_weights(folder, change):
+    """`change` edits the tensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def hf_says(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+# Of checkpoints that people have: which method their config.json names.
+QUANTISED = [
+    ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "'fp8'"),
+    ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "'compressed-tensors'"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
+    ({"bits": 4, "group_size": 128}, "'unnamed method'"),
+]
+
+
+@pytest.mark.parametrize(("quantization", "method"), QUANTISED)
+def test_quantised_configs(model, quantization, method):
+    edit_config(model, quantization_config=quantization)
+    with pytest.raises(UserError, match=f"weights are quantised .{method}"):
+        open_checkpoint(model)
+    edit_config(model, quantization_config=None)
+    load(model)
+
+
+def test_quantised_by_modelopt(model):
+    described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (model / "hf_quant_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"weights are quantised .'FP8' in hf_quant_config"):
+        open_checkpoint(model)
+
+
+PROJECTION = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (f"{PROJECTION}_scale", torch.ones(1), r"1 weight of another .*: '.*weight_scale'"),
+        (PROJECTION, torch.ones(96, 64).to(torch.float8_e4m3fn), "stored as F8_E4M3, which is not"),
+        (PROJECTION, torch.ones(96, 64).to(torch.int8), "stored as I8, which is not read"),
+        (PROJECTION, None, f"the weights lack {PROJECTION}"),
+        (PROJECTION, torch.ones(96, 32), "up_proj.weight has shape .96, 32., the config asks for"),
+        (
+            "model.layers.3.mlp.up_proj.weight",
+            torch.ones(96, 64),
+            "1 weight of another architecture",
+        ),
+        ("model.layers.0.self_attn.o_proj.bias", torch.ones(64), "o_proj.bias"),
+    ],
+)
+def test_other_weights(model, name, tensor, message):
+    def change(tensors):
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+
+    edit_weights(model, change)
+    with pytest.raises(UserError, match=message):
+        load(model)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(model, tiny):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(model, lambda tensors: tensors.update({name: torch.ones(8)}))
+    np.testing.assert_allclose(logits_of(model), hf_causal_logits(tiny[1]), atol=1e-4)
+
+
+def test_architecture_is_refused_before_weights_are_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    with pytest.raises(UserError, match="architecture MambaForCausalLM is not supported: use Lla"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("others", ["consolidated.safetensors", "stale index"])
+def test_model_safetensors_wins(model, tiny, tmp_path, others):
+    stale = save_tiny_model(tmp_path / "stale", shards=True, num_hidden_layers=2)
+    if others == "stale index":
+        for path in (tmp_path / "stale").glob("model*safetensors*"):
+            shutil.copy(path, model)
+    else:
+        save_file({"tok_embeddings.weight": torch.ones(97, 64)}, model / others)
+        save_file(dict(stale.state_dict()), model / "zzz.safetensors")
+    wanted = hf_causal_logits(hf_says(model))
+    np.testing.assert_allclose(logits_of(model), wanted, atol=1e-4)
+    np.testing.assert_allclose(wanted, hf_causal_logits(tiny[1]), atol=1e-6)
+
+
+def test_the_index_wins_over_other_files(tmp_path):
+    model = save_tiny_model(tmp_path, shards=True)
+    save_file({"x": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    np.testing.assert_allclose(logits_of(tmp_path), hf_causal_logits(model), atol=1e-4)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"neither model.safetensors nor model.* but consolidated"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "[" * 100000, "\xff"),
+        *('{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": ""}}'),
+    ],
+)
+def test_damaged_index(model, index):
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(index, "latin-1")
+    with pytest.raises(UserError, match=r"index.json") as error:
+        load(model)
+    assert "\n" not in str(error.value)
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from star_attention.models.checkpoint import open_checkpoint
+from star_attention.models.loading import load_weights
+
+def own_memory():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+def watch():
+    while not done:
+        peak.append(own_memory())
+        time.sleep(1e-3)
+
+torch.ones(1 << 10) @ torch.ones(1 << 10)
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+before, peak, done = own_memory(), [], []
+watcher = threading.Thread(target=watch)
+watcher.start()
+weights = load_weights(checkpoint, getattr(torch, sys.argv[2]), torch.device("cpu"))
+done.append(True)
+watcher.join()
+print(max(peak) - before)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.5), ("float32", 1.1)])
+def test_memory_that_loading_takes(tmp_path, dtype, share):
+    """At no time more than the weights as they are computed with; those that are stored like that,
+    and are not stacked, stay in the file."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 32000}
+    save_tiny_model(tmp_path, dtype=torch.bfloat16, num_hidden_layers=6, **sizes)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEMORY, tmp_path, dtype]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < share * stored * getattr(torch, dtype).itemsize / 2
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    save_tiny_model(tmp_path, shards=True)
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    tensors = load_file(second)
+    save_file({**tensors, next(iter(load_file(first))): torch.ones(1)}, second)
+    with pytest.raises(UserError, match="is in two files"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_stored(tmp_path, equal):
+    save_tiny_model(tmp_path, tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 if equal else 2)
+
+    edit_weights(tmp_path, change)
+    np.testing.assert_allclose(logits_of(tmp_path), hf_causal_logits(hf_says(tmp_path)), atol=1e-4)
+
+
+def test_end_tokens_of_both_configs(model):
+    edit_config(model, eos_token_id=2)
+    path = model / "generation_config.json"
+    path.write_text('{"eos_token_id": [5, 2, 7]}')
+    assert open_checkpoint(model).config.eos_token_ids == (2, 5, 7)
+    path.unlink()
+    assert open_checkpoint(model).config.eos_token_ids == (2,)
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is '</s>': use tok"):
+        open_checkpoint(model)
+
+
+BASE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 640,
+    "intermediate_size": 64,
+    "num_attention_heads": 64,
+    "vocab_size": 10,
+    "max_position_embeddings": 32768,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 8}, 64),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 8),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32768}, 8),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window 4096, the default of this arc"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "sliding_window 8 is not"),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}, 32),
+        ({"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": None}, 64),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, 32),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            "sliding_window 4096, the default",
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "layer_types other than full_attention are not supported",
+        ),
+    ],
+)
+def test_what_a_config_leaves_out(config, kv_heads):
+    """Is as in Hugging Face's class."""
+    import transformers
+
+    if isinstance(kv_heads, str):
+        with pytest.raises(UserError, match=kv_heads):
+            ModelConfig.from_hf({**BASE, **config})
+        return
+    assert ModelConfig.from_hf({**BASE, **config}).num_kv_heads == kv_heads
+    name = config["architectures"][0].replace("ForCausalLM", "Config")
+    theirs = getattr(transformers, name)(**{**BASE, **config})
+    assert theirs.num_key_value_heads == kv_heads
+
+
+WRONG_VALUES = [
+    ("hidden_size", "64"),
+    ("hidden_size", 0),
+    ("hidden_size", -64),
+    ("hidden_size", 64.0),
+    ("num_hidden_layers", True),
+    ("num_hidden_layers", 10**9),
+    ("vocab_size", 1 << 70),
+    ("num_attention_heads", [4]),
+    ("head_dim", 15),
+    ("rms_norm_eps", "1e-5"),
+    ("rms_norm_eps", float("nan")),
+    ("rms_norm_eps", 10**400),
+    ("rope_theta", -1),
+    ("tie_word_embeddings", "false"),
+    ("hidden_act", None.__class__.__name__),
+    ("eos_token_id", {}),
+    ("architectures", {}),
+    ("architectures", [["LlamaForCausalLM"]]),
+    ("architectures", ["two\nlines"]),
+    ("quantization_config", []),
+    ("rope_parameters", "linear"),
+    ("rope_parameters", {"rope_type": "llama3", "factor": 0}),
+    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("layer_types", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES)
+def test_wrong_values_in_config(model, name, value):
+    edit_config(model, **{name: value})
+    with pytest.raises(UserError) as error:
+        load(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{", "[" * 100000, "\xff", '{"a": "\\ud800"}']
+)
+def test_configs_that_are_none(model, content):
+    (model / "config.json").write_text(content, "latin-1")
+    with pytest.raises(UserError) as error:
+        load(model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_with_a_byte_order_mark(model):
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text("\ufeff" + text, "utf-8")
+    load(model)
+
+
+def gguf_parts(folder, hf_model, **metadata):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_gguf(folder / "m.gguf", hf_model, "llama", split=10, **metadata)
+    return sorted(folder.glob("*.gguf"))
+
+
+def test_split_gguf(tmp_path, tiny):
+    parts = gguf_parts(tmp_path, tiny[1])
+    assert [part.name for part in parts][1:] == ["m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]
+    for named in (tmp_path, *parts):
+        assert find_model(str(named)) == parts[0]
+    np.testing.assert_allclose(logits_of(parts[0]), hf_causal_logits(tiny[1]), atol=1e-4)
+
+
+def test_split_gguf_that_is_incomplete(tmp_path, tiny):
+    parts = gguf_parts(tmp_path / "parts", tiny[1])
+    parts[2].rename(tmp_path / "elsewhere")
+    for named in (tmp_path / "parts", *parts[:2]):
+        with pytest.raises(UserError, match=r"m-00003-of-00003.gguf is missing, of the 3 files"):
+            load(named)
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(UserError, match="is part 2 of 3, which is not its name"):
+        load(parts[0])
+    (tmp_path / "elsewhere").replace(parts[2])
+    shutil.copy(parts[0], tmp_path / "whole.gguf")
+    with pytest.raises(UserError, match="is part 1 of 3, which is not its name"):
+        load(tmp_path / "whole.gguf")
+
+
+def test_two_models_in_one_folder(tmp_path, tiny):
+    gguf_parts(tmp_path, tiny[1])
+    write_gguf(tmp_path / "other.gguf", tiny[1], "llama")
+    with pytest.raises(UserError, match=r"has 2 .gguf models: name one"):
+        find_model(str(tmp_path))
+
+
+def test_gguf_attention_biases(tmp_path):
+    """As llama.cpp writes a Llama with biases of Q, K and V: their rows in its order too."""
+    hf_model = save_tiny_model(tmp_path, "qwen2")
+    write_gguf(tmp_path / "m.gguf", hf_model, "llama")
+    np.testing.assert_allclose(
+        logits_of(tmp_path / "m.gguf"), hf_causal_logits(hf_model), atol=1e-4
+    )
+
+
+def test_gguf_weights_that_would_not_be_read(tmp_path):
+    hf_model = save_tiny_model(tmp_path, attention_bias=True)
+    write_gguf(tmp_path / "m.gguf", hf_model, "llama")
+    with pytest.raises(UserError, match=r"3 weights of another .*'blk.0.attn_output.bias'"):
+        load(tmp_path / "m.gguf")
+
+
+def test_gguf_end_tokens(tmp_path, tiny):
+    ends = {
+        f"tokenizer.ggml.{name}_token_id": 5 + n for n, name in enumerate(("eos", "eot", "eom"))
+    }
+    write_gguf(tmp_path / "m.gguf", tiny[1], "llama", **ends)
+    assert open_checkpoint(tmp_path / "m.gguf").config.eos_token_ids == (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.expert_count": 8}, "llama.expert_count is 8: not supported"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8: use 16"),
+        ({"llama.attention.sliding_window": 64}, "sliding_window 64 is not supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.attention.value_length": 32}, "value_length is 32: use 16"),
+        ({"llama.attention.key_length": "x"}, "key_length is 'x': use a whole number"),
+    ],
+)
+def test_gguf_models_that_are_others(tmp_path, tiny, metadata, message):
+    write_gguf(tmp_path / "m.gguf", tiny[1], "llama", **metadata)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "m.gguf")
+
+
+def test_gguf_types_that_are_not_read(tmp_path, tiny):
+    write_gguf(tmp_path / "m.gguf", tiny[1], "llama")
+    data = (tmp_path / "m.gguf").read_bytes()
+    name = b"blk.0.ffn_up.weight"
+    place = data.index(name) + len(name) + 4 + 2 * 8
+    kind = int(gguf.GGMLQuantizationType.I32).to_bytes(4, "little")
+    (tmp_path / "m.gguf").write_bytes(data[:place] + kind + data[place + 4 :])
+    with pytest.raises(UserError, match=r"blk.0.ffn_up.weight is stored as I32, which is not read"):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_hub_names_are_those_of_the_local_cache(tmp_path, tiny, variable):
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--org--tiny" / "snapshots" / "abc"
+    shutil.copytree(tiny[0], snapshot)
+    (hub / "models--org--tiny" / "refs").mkdir()
+    (hub / "models--org--tiny" / "refs" / "main").write_text("abc")
+    value = {"HF_HOME": tmp_path, "HF_HUB_CACHE": hub}[variable]
+    code = (
+        "import socket\n"
+        "socket.socket.connect = None  # no network\n"
+        "from star_attention.errors import UserError\n"
+        "from star_attention.models.checkpoint import find_model\n"
+        "print(find_model('org/tiny'))\n"
+        "try:\n    find_model('org/other')\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), variable: str(value)},
+    )
+    assert run.stdout == (
+        f"{snapshot}\n--model org/other: no such folder, and not in the Hugging Face cache {hub}: "
+        "hf download org/other puts it there\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "~nobody-has-this-name/x"])
+def test_names_that_are_none(name):
+    with pytest.raises(UserError, match="--model"):
+        find_model(name)
+
+
+@pytest.fixture
+def nobody(tiny):
+    """A copy of the model in a folder that everybody may enter, and a user who may do no more."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        folder = shutil.copytree(tiny[0], Path(name) / "model")
+        train_tokenizer(folder, "llama3")
+        write_gguf(folder.parent / "m.gguf", tiny[1], "llama")
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
+
+
+def withdraw(path):
+    user = os.geteuid()
+    if os.getuid() == 0:
+        os.seteuid(0)
+    path.chmod(0)
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "config.json", "model.safetensors", "tokenizer.json", "../m.gguf"]
+)
+def test_files_that_may_not_be_read(nobody, name):
+    path = (nobody / name).resolve()
+    withdraw(path)
+    model = path if path.suffix == ".gguf" else nobody
+
+    def read():
+        found = find_model(str(model))
+        open_checkpoint(found)
+        Tokenizer(found, "none")
+
+    with pytest.raises(UserError, match=r"cannot be (read|loaded): .*([Pp]ermission|tokenizer)"):
+        read()
+
+
+def test_fingerprints_of_files_that_may_not_be_read(nobody):
+    withdraw(nobody)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        fingerprint(nobody)
