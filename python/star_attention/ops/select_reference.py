@@ -374,7 +374,7 @@ def chosen_mask(pages: torch.Tensor, counts: torch.Tensor, num_pages: int) -> to
     holds = torch.arange(pages.shape[-1], device=pages.device) < counts[..., None]
     mask = torch.zeros(*pages.shape[:2], num_pages, dtype=torch.bool, device=pages.device)
     # Slots that do not hold repeat page 0, which may hold elsewhere in the list.
-    return mask.scatter_reduce_(2, pages.long(), holds, "amax", include_self=True)
+    return mask.byte().scatter_reduce(2, pages.long(), holds.byte(), "amax").bool()
 
 
 # --- attention
