@@ -5,34 +5,31 @@
     star                               blocks of an eighth, an anchor of 512 tokens
     SCORE[/pages=16][/block=8]...      `star` and pages that are chosen by a score
 
-A score is SUMMARY[.ROWS][.LSE][.sum], of which the parts are, for instance:
+A score is KEYS[.ROWS][.LSE][.sum], of which the parts are, for instance:
 
-    all mean16 far16 cluster8 quest16 peak16 low32    what stands for a page's keys
-    rows4 heads4 last16 every4 need64                 what stands for a tile's rows (default: all)
-    local full none                                   the LSE that is subtracted (default: local)
-    sum                                               the sum over rows and keys, not the largest
+    all mean16 quest16                 a page's keys, means of 16, bounds of 16 (Quest)
+    rows4 heads4                       means of 4 rows, and of the group's heads too (default: all)
+    local full none rough              the LSE that is subtracted (default: local)
+    sum                                the sum over rows and keys, not the largest
 
 or one of `max` (all.full, the ceiling), `mass` (all.full.sum), `random`, `nearest`, `diagonal16`
-(XAttention), `flash` (FlashPrefill), `prism`. FIRST>SECOND chooses by the second score among the
-`short` times `pages` best pages of the first.
+(XAttention), `flash` (FlashPrefill). FIRST>SECOND chooses by the second score among the `short`
+times `pages` best pages of the first. Options: `Method`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from star_attention import ops
 from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.attention import Attention
-from star_attention.models.config import ModelConfig
-from star_attention.models.rotary import rotary_frequencies
 from star_attention.ops import select_reference as select
 
 ALIASES = {"max": "all.full", "mass": "all.full.sum", "flash": "mean128.none.sum"}
-_ROWS = {"rows": "mean", "heads": "heads", "last": "last", "every": "every", "need": "need"}
 
 
 @dataclass(frozen=True)
@@ -86,35 +83,31 @@ class Method:
         return select.Division(tokens, block, anchor, page, self.tile)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """What scores are computed from, in one layer. See `select_reference`.
+    """What scores are computed from, in one layer.
 
     Attributes:
+        q: [T, Hq, D].
+        k: [T, Hkv, D].
         lse: by name, float32 [T, Hq].
-        maps: of `sketch_maps`, kept for all contexts: those of the first one's tokens.
     """
 
-    config: ModelConfig
     layer: int
     q: torch.Tensor
     k: torch.Tensor
     lse: dict[str, torch.Tensor]
-    maps: dict[tuple[int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
-
-    @property
-    def scale(self) -> float:
-        return self.config.head_dim**-0.5
+    scale: float
 
 
 def lse_names(score: str) -> set[str]:
-    """Which LSEs a score needs."""
+    """Which LSEs of attention a score needs."""
     names = set()
     for part in score.split(">"):
-        fields = ALIASES.get(part, part).split(".")
-        special = re.fullmatch(r"random|nearest|prism|diagonal\d+", fields[0])
-        if not special and "none" not in fields:
-            names.add("full" if "full" in fields else "local")
+        options = ALIASES.get(part, part).split(".")
+        special = re.fullmatch(r"random|nearest|diagonal\d+", options[0])
+        if not special and not {"none", "rough"} & set(options):
+            names.add("full" if "full" in options else "local")
     return names
 
 
@@ -136,72 +129,91 @@ def lists_of(
 
 def scores_of(score: str, inputs: Inputs, division: select.Division) -> torch.Tensor:
     """float32 [Hkv, tiles, pages]."""
-    config, q, k, scale = inputs.config, inputs.q, inputs.k, inputs.scale
+    q, k, scale = inputs.q, inputs.k, inputs.scale
     summary, *options = ALIASES.get(score, score).split(".")
-    kind, size = re.fullmatch(r"([a-z]+)(\d*)", summary).groups()
-    n = int(size or 0)
+    kind, size = _split(summary)
     if kind in ("random", "nearest"):
-        shape = config.num_kv_heads, division.tiles, division.pages
-        generator = torch.Generator(q.device).manual_seed(inputs.layer)
-        scores = (
-            torch.rand(shape, generator=generator, device=q.device)
-            if kind == "random"
-            else torch.arange(division.pages, device=q.device).float().expand(shape)
-        )
-        return scores.masked_fill(~division.candidates(q.device), -torch.inf)
+        return _without_keys(kind, k.shape[1], inputs.layer, division, q.device)
     if kind == "diagonal":
-        return select.antidiagonal_scores(q, k, division, scale, n)
-    keys = select.page_keys(k, division.page)
-    if kind == "prism":
-        # Each band's softmax at its own temperature: the band's share of the variance of q k.
-        fast = rotary_frequencies(config.rope, config.head_dim) * division.page > 6.2832
-        fast = fast.repeat(2).to(q.device)
-        bands = []
-        for band in (~fast, fast):
-            rows, lse = select.pool_rows(
-                q[..., band],
-                q.new_zeros(q.shape[:2], dtype=torch.float32),
-                len(keys),
-                division.tile,
-            )
-            wider = scale * (len(band) / int(band.sum())) ** 0.5
-            pooled = select.means(keys[..., band], division.page)
-            bands.append(select.page_scores(rows, lse, pooled, division, wider, total=True))
-        return select.union_scores(*bands)
-    lse = inputs.lse.get("full" if "full" in options else "local")
-    if "none" in options:
-        lse = q.new_zeros(q.shape[:2], dtype=torch.float32)
-    pooling = "all"
+        return antidiagonal_scores(q, k, division, scale, size)
+    pooling = {"rows": 1, "heads": False}
     for option in options:
-        name, count = re.fullmatch(r"([a-z]+)(\d*)", option).groups()
-        if name in _ROWS:
-            pooling = f"{_ROWS[name]}:{count}"
-    rows, lse = select.pool_rows(q, lse, len(keys), division.tile, pooling)
-    total = "sum" in options
-    return select.page_scores(
-        rows, lse, _summary(kind, n, keys, inputs), division, scale, total=total
-    )
-
-
-def _summary(kind: str, n: int, keys: torch.Tensor, inputs: Inputs) -> select.Summary:
-    if kind == "all":
-        return select.all_keys(keys)
+        name, count = _split(option)
+        if name in ("rows", "heads"):
+            pooling = {"rows": count, "heads": name == "heads"}
+        elif name not in ("local", "full", "none", "rough", "sum"):
+            raise ValueError(f"{score}: {name} is no part of a score")
+    rows = select.pool_rows(q, k.shape[1], division.tile, **pooling)
+    vectors = select.page_keys(k, division.page)
     if kind == "mean":
-        return select.means(keys, n)
-    if kind == "far":
-        return select.representatives(keys, n)
-    if kind == "cluster":
-        return select.clusters(keys, n)
-    if kind == "quest":
-        return select.Bounds(keys, n)
-    if kind == "peak":
-        return select.Peaks(keys, n, 2.0)
-    if kind == "low":
-        place = inputs.layer, n
-        if place not in inputs.maps:
-            inputs.maps[place] = select.sketch_maps(inputs.q, inputs.k, n)
-        return select.Sketch(keys, *inputs.maps[place])
-    raise ValueError(f"{kind} is no summary of keys")
+        vectors = select.means(vectors, size)
+    elif kind == "quest":
+        rows, vectors = bound_rows(rows), bounds(vectors, size)
+    elif kind != "all":
+        raise ValueError(f"{score}: {kind} is not all, mean, quest, random, nearest or diagonal")
+    if "rough" in options:
+        lse = select.rough_lse(rows, vectors, division, scale)
+    elif "none" in options:
+        lse = rows.new_zeros(rows.shape[:3], dtype=torch.float32)
+    else:
+        lse = inputs.lse["full" if "full" in options else "local"]
+        lse = select.pool_rows(lse, k.shape[1], division.tile, **pooling)
+    return select.page_scores(rows, lse, vectors, division, scale, total="sum" in options)
+
+
+def _split(name: str) -> tuple[str, int]:
+    """mean16: mean, 16."""
+    found = re.fullmatch(r"([a-z]+)(\d*)", name)
+    if not found:
+        raise ValueError(f"{name} is no part of a score")
+    return found[1], int(found[2] or 0)
+
+
+def _without_keys(
+    kind: str, kv_heads: int, layer: int, division: select.Division, device: torch.device
+) -> torch.Tensor:
+    shape = kv_heads, division.tiles, division.pages
+    if kind == "random":
+        generator = torch.Generator(device).manual_seed(layer)
+        scores = torch.rand(shape, generator=generator, device=device)
+    else:
+        scores = torch.arange(division.pages, device=device).float().expand(shape)
+    return scores.masked_fill(~division.candidates(device), -torch.inf)
+
+
+def bounds(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """The largest and smallest elements of `size` keys [Hkv, pages, page, D]: [Hkv, pages,
+    page / size, 2 D]. Their products with `bound_rows` are the largest that a key between them
+    could have. Source: Quest, arXiv 2406.10774, section 3.3."""
+    parts = keys.unflatten(2, (-1, size))
+    return torch.cat((parts.amax(3), parts.amin(3)), dim=-1)
+
+
+def bound_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[..., D] as [..., 2 D]: what is above 0, and what is below."""
+    return torch.cat((rows.clamp(min=0), rows.clamp(max=0)), dim=-1)
+
+
+def antidiagonal_scores(
+    q: torch.Tensor, k: torch.Tensor, division: select.Division, scale: float, stride: int = 16
+) -> torch.Tensor:
+    """XAttention's: products of rows and keys summed along antidiagonals of `stride`, their
+    softmax over all keys up to the tile, summed over tile and page; float32 [Hkv, tiles, pages].
+
+    Source: arXiv 2503.16428, section 2.1, algorithm 1.
+    """
+    kv_heads = k.shape[1]
+    rows = select.tile_rows(q, kv_heads, division.tile)
+    rows = rows.unflatten(3, (-1, stride)).flip(4).flatten(4).flatten(2, 3)
+    keys = select.page_keys(k, division.page).unflatten(2, (-1, stride)).flatten(3)
+    tiles, count = rows.shape[1:3]
+    scores = select.multiply(rows.flatten(1, 2), keys).mul_(scale / stride).logsumexp(-1)
+    scores = scores.unflatten(1, (tiles, count))
+    own = torch.arange(1, tiles + 1, device=q.device) * division.tile - 1
+    seen = torch.arange(division.pages, device=q.device) <= (own // division.page)[:, None]
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    scores = (scores - scores.logsumexp(-1, keepdim=True)).logsumexp(2)
+    return scores.masked_fill(~division.candidates(q.device), -torch.inf)
 
 
 def _over_heads(method: Method, scores: torch.Tensor) -> torch.Tensor:
@@ -214,23 +226,17 @@ class StudyAttention(Attention):
     Args:
         tokens: of the context, without padding.
         length: of the prompt, from which the block follows.
-        maps: see `Inputs`.
+
     """
 
     def __init__(
-        self,
-        method: Method,
-        config: ModelConfig,
-        tokens: int,
-        length: int,
-        maps: dict,
-        device: torch.device,
+        self, method: Method, scale: float, tokens: int, length: int, device: torch.device
     ) -> None:
-        super().__init__(SingleProcess(), config.head_dim**-0.5, device)
-        self._method, self._config, self._maps = method, config, maps
-        self._tokens, self._length = tokens, length
+        super().__init__(SingleProcess(), scale, device)
+        self._method, self._tokens, self._length = method, tokens, length
         self._layer = 0
         self._lists: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._counts: list[torch.Tensor] = []
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         method = self._method
@@ -249,9 +255,15 @@ class StudyAttention(Attention):
                 lse["full"] = attend_densely(q, pool, self._scale)[1]
             if "local" in needed:
                 lse["local"] = pages.attend(q, division, None, self._scale)[1]
-            inputs = Inputs(self._config, layer, q, pages.keys, lse, self._maps)
+            inputs = Inputs(layer, q, pages.keys, lse, self._scale)
             self._lists = lists_of(method, inputs, division)
+        places = division.candidates(q.device).any(-1).sum() * pool.shape[2]
+        self._counts.append(self._lists[1].sum() / places.clamp(min=1))
         return pages.attend(q, division, self._lists, self._scale)[0]
+
+    def pages(self) -> float:
+        """Pages of a KV head and tile that may choose, on average."""
+        return torch.stack(self._counts).mean().item() if self._counts else 0.0
 
 
 def attend_densely(

@@ -39,6 +39,7 @@ class Reader:
             tensors = {name: threads.submit(checkpoint.tensor, name) for name in names}
             read = replace(checkpoint, tensor=lambda name: tensors.pop(name).result())
             self._weights = load_weights(read, self.dtype, self.device)
+        self.scale = self.config.head_dim**-0.5
         self._pages = -(-length // PAGE) + 1
         shape = self.config.kv_shape(batch * self._pages, PAGE)
         # Zeros: what a page holds behind its tokens is masked, but must be finite.
@@ -119,7 +120,7 @@ class Reader:
         return decode(operators, self._weights)
 
     def _attention(self, tables: PagedTables) -> Attention:
-        return PagedAttention(tables, SingleProcess(), self.config.head_dim**-0.5)
+        return PagedAttention(tables, SingleProcess(), self.scale)
 
     def _tables(
         self, table: torch.Tensor, starts: np.ndarray, kv_lens: np.ndarray, most: int

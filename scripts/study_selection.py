@@ -32,6 +32,7 @@ from selection_methods import (
     StudyAttention,
     attend_densely,
     lists_of,
+    scores_of,
 )
 from selection_model import PAGE, Reader
 from selection_samples import Tokens, load, max_tokens, prepare, score
@@ -40,16 +41,14 @@ from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.attention import Attention
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.models.checkpoint import find_model
-from star_attention.models.config import ModelConfig, RopeConfig
 from star_attention.models.tokenizer import Tokenizer, save_tokenizer
 from star_attention.ops import select_reference as select
 
 STRONG = 0.1
 METRICS = ("top", "max", "strong", "mass", "link")
 CHECKED = (
-    "dense,star,max,mass,all.local,random,nearest,diagonal16,flash,prism,quest16,mean16,peak16,"
-    "far16,cluster16,low32,mean16.rows4,mean16.heads4,all.last16,all.every4,all.need64,"
-    "mean16>all.none"
+    "dense,star,max,mass,all.local,random,nearest,diagonal16,flash,quest16,mean16,mean16.rows4,"
+    "mean16.heads4,mean16.rough,mean16>all.local"
 )
 _BEGIN = time.perf_counter()
 
@@ -70,15 +69,14 @@ class RecallAttention(Attention):
         self,
         methods: list[Method],
         sums: dict[str, torch.Tensor],
-        config: ModelConfig,
+        scale: float,
         sample: Tokens,
         length: int,
-        maps: dict,
         device: torch.device,
     ) -> None:
-        super().__init__(SingleProcess(), config.head_dim**-0.5, device)
-        self._methods, self._sums, self._config = methods, sums, config
-        self._sample, self._length, self._maps = sample, length, maps
+        super().__init__(SingleProcess(), scale, device)
+        self._methods, self._sums = methods, sums
+        self._sample, self._length = sample, length
         self._layer = 0
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
@@ -96,15 +94,8 @@ class RecallAttention(Attention):
         keys = heads.keys
         local = heads.attend(q, division, None, self._scale)[1]
         lse = {"full": full, "local": local}
-        inputs = Inputs(self._config, layer, q, keys, lse, self._maps)
-        paged = select.page_keys(keys, PAGE)
-        rows = select.pool_rows(q, full, len(paged), division.tile)
-        largest, mass = (
-            select.page_scores(
-                *rows, select.all_keys(paged), division, self._scale, total=total
-            ).exp()
-            for total in (False, True)
-        )
+        inputs = Inputs(layer, q, keys, lse, self._scale)
+        largest, mass = (scores_of(name, inputs, division).exp() for name in ("max", "mass"))
         allowed = division.candidates(q.device)
         links = self._links(division, q.device)
         for method in self._methods:
@@ -147,7 +138,6 @@ def run_recall(options: argparse.Namespace) -> None:
     say("model loaded")
     methods = [Method.parse(name) for name in options.scores]
     args = reader.config.num_layers, len(METRICS), 2
-    maps: dict = {}
     results: dict[str, dict] = {}
     for task in options.tasks:
         sums = defaultdict(lambda: torch.zeros(args, dtype=torch.float64, device=reader.device))
@@ -158,10 +148,9 @@ def run_recall(options: argparse.Namespace) -> None:
             attention = RecallAttention(
                 methods,
                 sums,
-                reader.config,
+                reader.scale,
                 sample,
                 options.length,
-                maps,
                 reader.device,
             )
             reader.read(0, sample.context, attention, _unit(methods))
@@ -180,8 +169,7 @@ def run_accuracy(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(options.data / "tokenizer", "none")
     reader = Reader(options.model, options.device, options.batch, options.length)
     ends = frozenset((*reader.config.eos_token_ids, *tokenizer.eos_token_ids))
-    say("model loaded")
-    maps: dict = {}
+    say(f"model loaded, {_machine(reader.device)}")
     done = _done(options.out)
     for task in options.tasks:
         samples = list(enumerate(load(options.data, task, options.length)))[: options.samples]
@@ -194,18 +182,20 @@ def run_accuracy(options: argparse.Namespace) -> None:
                     say("the budget is spent")
                     return
                 batch = pending[first : first + options.batch]
-                records = _answer(reader, method, batch, task, options.length, maps, ends)
+                records = _answer(reader, method, batch, task, options.length, ends)
                 with options.out.open("a") as out:
                     for record in records:
                         text = tokenizer.decode(record.pop("tokens"))
                         record |= {"pred": text, "score": score(task, text, record["outputs"])}
                         done[task, name, record["index"]] = record["score"]
                         out.write(json.dumps(record) + "\n")
-            got = np.mean([done[task, name, index] for index, _ in samples])
-            dense = np.mean([done.get((task, "dense", index), np.nan) for index, _ in samples])
+            got = np.array([done[task, name, index] for index, _ in samples])
+            dense = np.array([done.get((task, "dense", index), np.nan) for index, _ in samples])
+            off = (
+                f"{np.mean(got - dense):+.3f}, {(got > dense).sum()} up {(got < dense).sum()} down"
+            )
             seconds = time.perf_counter() - begin
-            kept = f"{got / dense:.3f} of dense" if dense else ""
-            say(f"{task:16} {name:44} {got:.3f}  {kept}  n={len(samples)}  {seconds:.1f} s")
+            say(f"{task:16} {name:36} {got.mean():.3f}  {off}  n={len(got)}  {seconds:.1f} s")
 
 
 def _answer(
@@ -214,14 +204,13 @@ def _answer(
     batch: list[tuple[int, Tokens]],
     task: str,
     length: int,
-    maps: dict,
     ends: frozenset[int],
 ) -> list[dict]:
+    pages = []
     for place, (_, sample) in enumerate(batch):
-        attention = StudyAttention(
-            method, reader.config, len(sample.context), length, maps, reader.device
-        )
+        attention = StudyAttention(method, reader.scale, len(sample.context), length, reader.device)
         reader.read(place, sample.context, attention, _unit([method]))
+        pages.append(round(attention.pages(), 2))
     answers = reader.answer(
         [len(sample.context) for _, sample in batch],
         [sample.question for _, sample in batch],
@@ -234,10 +223,11 @@ def _answer(
             "length": length,
             "method": method.name,
             "index": index,
+            "pages": count,
             "outputs": sample.outputs,
             "tokens": tokens,
         }
-        for (index, sample), tokens in zip(batch, answers, strict=True)
+        for (index, sample), tokens, count in zip(batch, answers, pages, strict=True)
     ]
 
 
@@ -253,13 +243,17 @@ def _done(path: Path) -> dict[tuple[str, str, int], float]:
     return {(each["task"], each["method"], each["index"]): each["score"] for each in records}
 
 
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}"
+
+
 def _late(options: argparse.Namespace) -> bool:
     return time.perf_counter() - _BEGIN > options.budget_seconds
 
 
 def run_check(options: argparse.Namespace) -> None:
     """Every score on random vectors, on the GPU and the CPU."""
-    config = ModelConfig(2, 512, 512, 4, 2, 128, 512, 4096, 1e-6, RopeConfig())
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2048, 4, 128, generator=generator).bfloat16()
     pool = torch.randn(16, 2, 2, 128, 128, generator=generator).bfloat16()
@@ -267,7 +261,7 @@ def run_check(options: argparse.Namespace) -> None:
         method = Method.parse(name + "/pages=4/anchor=128" * (name not in ("dense", "star")))
         outputs = []
         for device, dtype in ((options.device, torch.bfloat16), ("cpu", torch.float32)):
-            attention = StudyAttention(method, config, 2000, 2048, {}, torch.device(device))
+            attention = StudyAttention(method, 128**-0.5, 2000, 2048, torch.device(device))
             on_device = (x.to(device, dtype, copy=True) for x in (q, pool))
             outputs.append(attention(*on_device)[:2000].float().cpu())
         off = (outputs[0] - outputs[1]).abs().flatten(1).amax(1)

@@ -47,6 +47,68 @@ def seen(division: select.Division, mask: torch.Tensor) -> torch.Tensor:
     return (j <= i) & (star | chosen)
 
 
+def chosen_by_loops(q, k, lse, division, size, rows, heads, count):
+    """[KV head][tile] -> pages, and their scores, one number at a time."""
+    group = HEADS // KV_HEADS
+    lists = []
+    for head in range(KV_HEADS):
+        lists.append([])
+        for first in range(0, division.tokens, division.tile):
+            at = [min(row, len(q) - 1) for row in range(first, first + division.tile)]
+            runs = [at[i : i + rows] for i in range(0, division.tile, rows)]
+            own = list(range(head * group, (head + 1) * group))
+            members = [own] if heads else [[one] for one in own]
+            asking = [
+                (q[run][:, some].mean((0, 1)), lse[run][:, some].mean())
+                for some in members
+                for run in runs
+            ]
+            block = first // division.block * division.block
+            scores = {}
+            for page in range(division.anchor // PAGE, block // PAGE):
+                keys = k[page * PAGE : (page + 1) * PAGE, head].unflatten(0, (-1, size)).mean(1)
+                scores[page] = max(float((keys @ x * SCALE).max() - y) for x, y in asking)
+            best = sorted(scores, key=lambda page: (-scores[page], page))[:count]
+            lists[-1].append(sorted(best))
+    return lists
+
+
+@pytest.mark.parametrize(
+    ("tile", "size", "rows", "heads"),
+    [(64, 16, 1, False), (128, 16, 4, False), (128, 8, 16, True), (128, 64, 128, True)],
+)
+@pytest.mark.parametrize("tokens", [1024, 1000])
+def test_lists_are_those_of_plain_loops(tile, size, rows, heads, tokens):
+    # Small whole numbers: sums are exact in any order, and many scores are equal.
+    division = select.Division(1024, block=256, anchor=64, page=PAGE, tile=tile)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(-1, 2, (tokens, HEADS, DIM), generator=generator).float()
+    k = torch.randint(-1, 2, (division.tokens, KV_HEADS, DIM), generator=generator).float()
+    lse = torch.randint(0, 3, (tokens, HEADS), generator=generator).float()
+    summaries = select.means(select.page_keys(k, PAGE), size)
+    pages, counts = select.select_pages(
+        q, summaries, lse, division, scale=SCALE, count=3, rows=rows, heads=heads
+    )
+    assert pages.dtype == counts.dtype == torch.int32
+    found = [
+        [listed[:count].tolist() for listed, count in zip(*head, strict=True)]
+        for head in zip(pages, counts, strict=True)
+    ]
+    assert found == chosen_by_loops(q, k, lse, division, size, rows, heads, 3)
+
+
+def test_a_tiles_list_is_the_same_however_many_are_scored_together(monkeypatch):
+    division = select.Division(1024, block=256, anchor=64, page=PAGE, tile=64)
+    q, k, _ = random_qkv(division.tokens)
+    summaries = select.means(select.page_keys(k, PAGE).bfloat16(), 16)
+    lse = q.norm(dim=-1)
+    args = q.bfloat16(), summaries, lse, division
+    together = select.select_pages(*args, scale=SCALE, count=4)
+    monkeypatch.setattr(select, "_AT_ONCE", 1)
+    apart = select.select_pages(*args, scale=SCALE, count=4)
+    assert all(torch.equal(x, y) for x, y in zip(together, apart, strict=True))
+
+
 @pytest.mark.parametrize("tile", [32, 64, 128])
 def test_attention_over_chosen_pages_is_dense_attention_under_their_mask(tile):
     division = select.Division(1024, block=256, anchor=64, page=PAGE, tile=tile)
@@ -70,10 +132,18 @@ def test_lists_ascend_and_equal_scores_go_to_the_lower_page():
     pages, counts = select.choose(scores, 2)
     assert pages.tolist() == [[[1, 2]]]
     assert counts.tolist() == [[2]]
-    pages, counts = select.choose(scores, 6, margin=1.0)
-    assert pages.tolist() == [[[0, 1, 2, 3, 0, 0]]]
+    pages, counts = select.choose(scores, 8, margin=1.0)
+    assert pages.tolist() == [[[0, 1, 2, 3, 0, 0, 0, 0]]]
     assert counts.tolist() == [[4]]
     assert select.chosen_mask(pages, counts, 6).tolist() == [[[True] * 4 + [False] * 2]]
+
+
+def test_zeros_of_either_sign_are_equal_and_a_nan_is_chosen():
+    pages, counts = select.choose(torch.tensor([[[-0.0, 0.0, -1.0]]]), 1)
+    assert (pages.item(), counts.item()) == (0, 1)
+    for margin in (None, 5.0):
+        pages, counts = select.choose(torch.tensor([[[9.0, 8.0, torch.nan]]]), 1, margin)
+        assert (pages.item(), counts.item()) == (2, 1)
 
 
 @pytest.mark.parametrize("tile", [64, 128])
@@ -85,42 +155,26 @@ def test_the_largest_score_with_all_keys_is_the_largest_probability(tile):
     scores = scores.masked_fill(~past, -torch.inf)
     lse = scores.logsumexp(-1).permute(2, 0, 1).flatten(1)
     probabilities = scores.softmax(-1).unflatten(2, (-1, tile)).unflatten(4, (-1, PAGE))
-    rows = select.pool_rows(q, lse, KV_HEADS, tile)
-    keys = select.all_keys(select.page_keys(k, PAGE))
+    rows = [select.pool_rows(x, KV_HEADS, tile) for x in (q, lse)]
     allowed = division.candidates(q.device)
     for total, expected in (
         (False, probabilities.amax((1, 3, 5))),
         (True, probabilities.sum((1, 3, 5))),
     ):
-        found = select.page_scores(*rows, keys, division, SCALE, total=total).exp()
+        found = select.page_scores(
+            *rows, select.page_keys(k, PAGE), division, SCALE, total=total
+        ).exp()
         torch.testing.assert_close(found, expected * allowed, atol=1e-6, rtol=1e-4)
 
 
-def test_bounds_are_above_and_exact_for_single_keys():
-    q, k, _ = random_qkv(128)
-    keys = select.page_keys(k, PAGE)
-    rows = q.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 2)
-    exact = select.all_keys(keys).logits(rows, 2)
-    torch.testing.assert_close(select.Bounds(keys, 1).logits(rows, 2), exact)
-    bounds = select.Bounds(keys, 16).logits(rows, 2)
-    assert (bounds >= exact.unflatten(3, (-1, 16)).amax(-1) - 1e-4).all()
-
-
-def test_a_sketch_of_all_dimensions_is_exact():
-    q, k, _ = random_qkv(512)
-    keys = select.page_keys(k, PAGE)
-    rows = q.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 2)
-    sketch = select.Sketch(keys, *select.sketch_maps(q, k, DIM))
-    exact = select.all_keys(keys).logits(rows, 8)
-    torch.testing.assert_close(sketch.logits(rows, 8), exact, atol=1e-2, rtol=1e-2)
-
-
-def test_representatives_are_keys_and_differ():
-    _, k, _ = random_qkv(PAGE)
-    keys = select.page_keys(k, PAGE)
-    taken = select.representatives(keys, 8).vectors
-    distances = torch.cdist(taken, keys)
-    assert (distances.amin(-1) < 0.02).all()
-    assert torch.equal(
-        distances.argmin(-1).sort(-1).values.diff(dim=-1) > 0, torch.ones(2, 1, 7) > 0
-    )
+@pytest.mark.parametrize("anchor", [0, 64])
+def test_the_rough_lse_of_single_keys_is_that_of_anchor_and_block_with_the_whole_tile(anchor):
+    division = select.Division(512, block=128, anchor=anchor, page=PAGE, tile=64)
+    q, k, _ = random_qkv(division.tokens)
+    rows = select.pool_rows(q, KV_HEADS, division.tile)
+    found = select.rough_lse(rows, select.page_keys(k, PAGE), division, SCALE)
+    i, j = torch.arange(division.tokens)[:, None], torch.arange(division.tokens)
+    sees = (i // 128 == j // 128) & (j // 64 <= i // 64) | (j < anchor) & (i >= 128)
+    scores = torch.einsum("ihd,jhd->ihj", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) * SCALE
+    exact = scores.masked_fill(~sees[:, None], -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(found, select.pool_rows(exact, KV_HEADS, division.tile))
