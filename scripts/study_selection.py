@@ -3,15 +3,17 @@
     python scripts/study_selection.py check
     python scripts/study_selection.py prepare --model M --tasks vt --samples 40 --out DATA
     python scripts/study_selection.py recall --model M --data DATA --scores max,mean16 --out FILE
-    python scripts/study_selection.py accuracy --model M --data DATA --methods dense,max --out FILE
+    python scripts/study_selection.py accuracy --model M --data DATA --steps FILE --out FILE
 
 `prepare` writes samples as tokens, and the tokenizer. `recall` reads a few contexts densely and
 asks in every layer what each score would have chosen: which share of the pages that `max` takes
 (`top`) and of their largest probabilities (`max`), of strong links, probabilities of a tenth or
 more (`strong`), of all attention to earlier blocks (`mass`), and of the largest probabilities from
-a needle to earlier ones (`link`). `accuracy` reads with each method and answers over all KV.
-`check` compares a GPU's attention and choices with the CPU's. Methods and scores:
-scripts/selection_methods.py. Results are written as they come.
+a needle to earlier ones (`link`). `accuracy` reads with each method and answers over all KV; its
+steps are lines `LENGTH SAMPLES TASKS METHODS`, such as `16384 100 vt dense,star,mean16`. `check`
+compares a GPU's attention and choices with the CPU's. Methods and scores:
+scripts/selection_methods.py. Results are written as they come, and what an --out of `accuracy`
+holds is not done again.
 """
 
 from __future__ import annotations
@@ -167,35 +169,40 @@ def run_recall(options: argparse.Namespace) -> None:
 
 def run_accuracy(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(options.data / "tokenizer", "none")
-    reader = Reader(options.model, options.device, options.batch, options.length)
+    steps = _steps(options.steps)
+    longest = max(length for length, *_ in steps)
+    reader = Reader(options.model, options.device, options.batch, longest)
     ends = frozenset((*reader.config.eos_token_ids, *tokenizer.eos_token_ids))
     say(f"model loaded, {_machine(reader.device)}")
     done = _done(options.out)
-    for task in options.tasks:
-        samples = list(enumerate(load(options.data, task, options.length)))[: options.samples]
-        for name in options.methods:
+    for length, count, task, names in steps:
+        samples = list(enumerate(load(options.data, task, length)))[:count]
+        for name in names:
             method = Method.parse(name)
-            pending = [each for each in samples if (task, name, each[0]) not in done]
+            pending = [each for each in samples if (length, task, name, each[0]) not in done]
             begin = time.perf_counter()
             for first in range(0, len(pending), options.batch):
                 if _late(options):
                     say("the budget is spent")
                     return
                 batch = pending[first : first + options.batch]
-                records = _answer(reader, method, batch, task, options.length, ends)
+                records = _answer(reader, method, batch, task, length, ends)
                 with options.out.open("a") as out:
                     for record in records:
                         text = tokenizer.decode(record.pop("tokens"))
                         record |= {"pred": text, "score": score(task, text, record["outputs"])}
-                        done[task, name, record["index"]] = record["score"]
+                        done[length, task, name, record["index"]] = record["score"]
                         out.write(json.dumps(record) + "\n")
-            got = np.array([done[task, name, index] for index, _ in samples])
-            dense = np.array([done.get((task, "dense", index), np.nan) for index, _ in samples])
+            got, dense = (
+                np.array([done.get((length, task, each, index), np.nan) for index, _ in samples])
+                for each in (name, "dense")
+            )
             off = (
                 f"{np.mean(got - dense):+.3f}, {(got > dense).sum()} up {(got < dense).sum()} down"
             )
             seconds = time.perf_counter() - begin
-            say(f"{task:16} {name:36} {got.mean():.3f}  {off}  n={len(got)}  {seconds:.1f} s")
+            place = f"{length // 1024}K {task:16} {name:32}"
+            say(f"{place} {got.mean():.3f}  {off}  n={len(got)}  {seconds:.1f} s")
 
 
 def _answer(
@@ -236,11 +243,22 @@ def _unit(methods: list[Method]) -> int:
     return max(PAGE, *(method.tile for method in methods))
 
 
-def _done(path: Path) -> dict[tuple[str, str, int], float]:
+def _steps(path: Path) -> list[tuple[int, int, str, list[str]]]:
+    """Length, samples, task and methods."""
+    lines = [line.split() for line in path.read_text().splitlines() if line and line[0] != "#"]
+    return [
+        (int(length), int(samples), task, methods.split(","))
+        for length, samples, tasks, methods in lines
+        for task in tasks.split(",")
+    ]
+
+
+def _done(path: Path) -> dict[tuple[int, str, str, int], float]:
     if not path.exists():
         return {}
     records = map(json.loads, path.read_text().splitlines())
-    return {(each["task"], each["method"], each["index"]): each["score"] for each in records}
+    keys = "length", "task", "method", "index"
+    return {tuple(each[key] for key in keys): each["score"] for each in records}
 
 
 def _machine(device: torch.device) -> str:
@@ -290,10 +308,13 @@ def main() -> None:
     def command(name: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name)
         added.add_argument("--model", default="smollm2")
+        added.add_argument("--out", type=Path, required=True)
+        return added
+
+    def samples(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added.add_argument("--length", type=int, default=16384)
         added.add_argument("--tasks", type=names, default=["vt"])
         added.add_argument("--samples", type=int, default=40)
-        added.add_argument("--out", type=Path, required=True)
         return added
 
     def run(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -301,12 +322,13 @@ def main() -> None:
         added.add_argument("--budget-seconds", type=float, default=1e9)
         return added
 
-    command("prepare").add_argument("--data-dir", type=Path, help="RULER's files: docs/evals.md")
-    recall, accuracy = (run(command(name)) for name in ("recall", "accuracy"))
+    prepared = samples(command("prepare"))
+    prepared.add_argument("--data-dir", type=Path, help="RULER's files: docs/evals.md")
+    recall, accuracy = samples(run(command("recall"))), run(command("accuracy"))
     for added in (recall, accuracy):
         added.add_argument("--data", type=Path, required=True, help="prepare's --out")
     recall.add_argument("--scores", type=names, required=True)
-    accuracy.add_argument("--methods", type=names, required=True)
+    accuracy.add_argument("--steps", type=Path, required=True)
     accuracy.add_argument("--batch", type=int, default=40, help="samples that answer together")
     check = run(commands.add_parser("check"))
     check.add_argument("--methods", type=names, default=names(CHECKED))

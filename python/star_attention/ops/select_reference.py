@@ -17,6 +17,7 @@ Which score and why: docs/selection.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -165,9 +166,7 @@ def page_scores(
     """
     kv_heads, tiles, count, _ = rows.shape
     scores = lse.new_full((kv_heads, tiles, division.pages), -torch.inf)
-    step = max(1, _AT_ONCE // (kv_heads * count * summaries.shape[1] * summaries.shape[2]))
-    for begin in range(0, tiles, step):
-        part = slice(begin, min(begin + step, tiles))
+    for part in _parts(rows, summaries):
         pages = division.earlier_pages(part.stop - 1)
         if not pages:
             continue
@@ -191,11 +190,21 @@ def rough_lse(
     Returns:
         float32 [Hkv, tiles, M].
     """
-    logits = [
-        multiply(rows[:, tile], summaries[:, seen]).mul_(scale).flatten(2).logsumexp(-1)
-        for tile, seen in enumerate(division.local(rows.device))
-    ]
-    return torch.stack(logits, 1) + math.log(division.page / summaries.shape[2])
+    local = division.local(rows.device)[:, None, :, None]
+    found = []
+    for part in _parts(rows, summaries):
+        logits = multiply(rows[:, part].flatten(1, 2), summaries).mul_(scale)
+        logits = logits.unflatten(1, (-1, rows.shape[2]))
+        found.append(logits.masked_fill_(~local[part], -torch.inf).flatten(3).logsumexp(-1))
+    return torch.cat(found, 1) + math.log(division.page / summaries.shape[2])
+
+
+def _parts(rows: torch.Tensor, summaries: torch.Tensor) -> Iterator[slice]:
+    """Tiles whose products with all summaries are in memory together."""
+    kv_heads, tiles, count, _ = rows.shape
+    step = max(1, _AT_ONCE // (kv_heads * count * summaries.shape[1] * summaries.shape[2]))
+    for begin in range(0, tiles, step):
+        yield slice(begin, min(begin + step, tiles))
 
 
 def multiply(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
