@@ -10,13 +10,15 @@ each score. Times are FLOPs and bytes at a rate: no measurement.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from star_attention.config import StarConfig
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
 from star_attention.plan import Cost, make_plan
 
-PAGE, TILE, PAGES, ANCHOR = 128, 128, 16, 512
+PAGE, TILE, PAGES, ANCHOR, BLOCK = 128, 128, 16, 512, 1 << 13
+LENGTHS = 1 << 17, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,10 @@ class Score:
     width: int = 1
 
     def flops(self, model: ModelConfig, pairs: int) -> int:
-        """Of (row, earlier key) pairs of one head, in all layers and heads."""
+        """Of so many pairs of a row and an earlier key, in all layers and heads."""
         pooled = self.rows * (model.num_q_heads // model.num_kv_heads if self.heads else 1)
-        return pairs * model.num_layers * self.products(model) // (self.keys * pooled)
-
-    def products(self, model: ModelConfig) -> int:
-        return 2 * model.num_q_heads * model.head_dim * self.width
+        a_pair = 2 * model.num_layers * model.num_q_heads * model.head_dim * self.width
+        return pairs * a_pair // (self.keys * pooled)
 
     def summary_bytes(self, model: ModelConfig, tokens: int) -> int:
         """Of one layer, 16 bits an element."""
@@ -73,54 +73,66 @@ def chosen_pairs(tokens: int, block: int) -> int:
     )
 
 
+def phase1_table(model: ModelConfig, tflops: float) -> Iterator[str]:
+    yield "| tokens | block / anchor | GEMMs | anchor, block | pages | phase 1 | s | of the first |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for tokens in LENGTHS:
+        sizes = (1 << 15, 1 << 15), (1 << 14, ANCHOR), (BLOCK, ANCHOR)
+        first = sum(phase1_flops(model, tokens, *sizes[0]))
+        for block, anchor in sizes:
+            parts = phase1_flops(model, tokens, block, anchor)
+            whole = sum(parts)
+            cells = " | ".join(f"{part / 1e15:.3g}" for part in (*parts, whole))
+            end = f"{whole / tflops / 1e12:.2f} | {whole / first:.2f} |"
+            yield f"| {tokens >> 10}K | {block} / {anchor} | {cells} | {end}"
+
+
+def phase1_flops(model: ModelConfig, tokens: int, block: int, anchor: int) -> tuple[int, int, int]:
+    """Of GEMMs, of attention to anchor and own block, and, if the anchor is the short one, of
+    attention to chosen pages."""
+    plan = make_plan(tokens, StarConfig(block_size=block, anchor_size=anchor), 1, model)
+    cost = sum((each.cost for each in plan.blocks), Cost())
+    chosen = chosen_pairs(tokens, block) if anchor == ANCHOR else 0
+    parts = Cost(tokens=cost.tokens), Cost(pairs=cost.pairs), Cost(pairs=chosen)
+    gemms, local, pages = (part.flops(model) for part in parts)
+    return gemms, local, pages
+
+
+def score_table(model: ModelConfig, tflops: float) -> Iterator[str]:
+    yield "| score | of QKᵀ | 128K: PFLOP | s | of phase 1 | 1M: PFLOP | s | of phase 1 | MiB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for score in SCORES:
+        share = SCORES[0].flops(model, 1 << 30) // score.flops(model, 1 << 30)
+        line = f"| {score.name} | 1/{share} |"
+        for tokens in LENGTHS:
+            flops = score.flops(model, candidate_pairs(tokens, BLOCK))
+            share = flops / sum(phase1_flops(model, tokens, BLOCK, ANCHOR))
+            line += f" {flops / 1e15:.2g} | {flops / tflops / 1e12:.2g} | {100 * share:.1f} % |"
+        yield line + f" {score.summary_bytes(model, LENGTHS[-1]) / 2**20:.0f} |"
+
+
+def list_table(model: ModelConfig, read_tbps: float) -> Iterator[str]:
+    yield "| tokens | lists, MiB a layer | scores, MiB a layer | write and read scores, s |"
+    yield "|---|---|---|---|"
+    for tokens in LENGTHS:
+        lists = tokens // TILE * model.num_kv_heads * (PAGES + 1) * 4
+        scores = candidate_pairs(tokens, BLOCK) // (TILE * PAGE) * model.num_kv_heads * 4
+        seconds = 2 * scores * model.num_layers / read_tbps / 1e12
+        sizes = f"{lists / 2**20:.1f} | {scores / 2**20:.0f}"
+        yield f"| {tokens >> 10}K | {sizes} | {seconds:.3f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tflops", type=float, default=650, help="of GEMMs and attention")
     parser.add_argument("--read-tbps", type=float, default=3.0)
     options = parser.parse_args()
-    model = LLAMA_3_1_8B
-    print(
-        "| tokens | block / anchor | GEMMs | anchor, block | pages | phase 1 | s | of the first |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    wholes = {}
-    for tokens in (1 << 17, 1 << 20):
-        for block, anchor in ((1 << 15, 1 << 15), (1 << 14, ANCHOR), (1 << 13, ANCHOR)):
-            plan = make_plan(tokens, StarConfig(block_size=block, anchor_size=anchor), 1, model)
-            local = sum((each.cost for each in plan.blocks), Cost())
-            gemms = Cost(tokens=local.tokens).flops(model)
-            chosen = chosen_pairs(tokens, block) if anchor == ANCHOR else 0
-            parts = gemms, Cost(pairs=local.pairs).flops(model), Cost(pairs=chosen).flops(model)
-            wholes[tokens, block] = whole = sum(parts)
-            cells = [f"{part / 1e15:.3g}" for part in (*parts, whole)]
-            seconds = whole / options.tflops / 1e12
-            share = whole / wholes[tokens, 1 << 15]
-            print(
-                f"| {tokens >> 10}K | {block} / {anchor} | "
-                + " | ".join(cells)
-                + f" | {seconds:.2f} | {share:.2f} |"
-            )
-    print()
-    print("| score | of QKᵀ | 128K: PFLOP | s | of phase 1 | 1M: PFLOP | s | of phase 1 | MiB |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for score in SCORES:
-        share = score.flops(model, 1 << 30) / SCORES[0].flops(model, 1 << 30)
-        line = f"| {score.name} | 1/{1 / share:.0f} |"
-        for tokens in (1 << 17, 1 << 20):
-            flops = score.flops(model, candidate_pairs(tokens, 1 << 13))
-            seconds = flops / options.tflops / 1e12
-            share = flops / wholes[tokens, 1 << 13]
-            line += f" {flops / 1e15:.2g} | {seconds:.2g} | {100 * share:.1f} % |"
-        print(line + f" {score.summary_bytes(model, 1 << 20) / 2**20:.0f} |")
-    print()
-    print("| tokens | lists, MiB a layer | scores, MiB a layer | write and read scores, s |")
-    print("|---|---|---|---|")
-    for tokens in (1 << 17, 1 << 20):
-        tiles = tokens // TILE * model.num_kv_heads
-        lists = tiles * (PAGES + 1) * 4
-        scores = candidate_pairs(tokens, 1 << 13) // (TILE * PAGE) * model.num_kv_heads * 4
-        seconds = 2 * scores * model.num_layers / options.read_tbps / 1e12
-        print(f"| {tokens >> 10}K | {lists / 2**20:.1f} | {scores / 2**20:.0f} | {seconds:.3f} |")
+    for table in (
+        phase1_table(LLAMA_3_1_8B, options.tflops),
+        score_table(LLAMA_3_1_8B, options.tflops),
+        list_table(LLAMA_3_1_8B, options.read_tbps),
+    ):
+        print("\n".join(table), end="\n\n")
 
 
 if __name__ == "__main__":

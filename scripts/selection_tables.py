@@ -83,13 +83,17 @@ def recall_table(recall: dict) -> str:
     columns = [(task, metric) for task in shares for metric in metrics]
     names = next(iter(shares.values()))
     # A metric that has nothing to find in a task is no column.
-    columns = [(t, m) for t, m in columns if shares[t]["max"][metrics.index(m)] is not None]
+    columns = [(t, m) for t, m in columns if None not in _column(shares[t], metrics.index(m))]
     lines = ["| score | " + " | ".join(f"{t}: {m}" for t, m in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name in names:
         cells = [shares[t][name][metrics.index(m)] for t, m in columns]
         lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _column(rows: dict[str, list], place: int) -> list:
+    return [row[place] for row in rows.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,8 @@ import torch
 from helpers import load_script
 from star_attention.ops import select_reference as select
 
-methods, tables = load_script("selection_methods"), load_script("selection_tables")
+names = "selection_methods", "selection_tables", "selection_cost"
+methods, tables, costs = map(load_script, names)
 TOKENS, LENGTH, PAGE = 1000, 1024, 32
 
 
@@ -87,9 +88,26 @@ def test_tables_compare_the_same_samples(tmp_path, capsys):
     ]
     raw, out = tmp_path / "vt.jsonl", tmp_path / "selection.json"
     raw.write_text("\n".join(json.dumps(line) for line in reversed(lines)))
-    tables.main(["collect", str(out), str(raw), "--environment", "one GPU", "--model", "a model"])
+    recall = tmp_path / "recall.json"
+    sums = {"vt": {"max": [[[1, 2], [0, 0]], [[2, 2], [0, 0]]]}}  # [layers, metrics, 2]
+    recall.write_text(json.dumps({"metrics": ["top", "link"], "sums": sums}))
+    about = ["--environment", "one GPU", "--model", "a model"]
+    tables.main(["collect", str(out), str(raw), str(recall), *about])
     assert json.loads(out.read_text())["accuracy"][0]["scores"] == scores["star"]
     tables.main(["show", str(out)])
     shown = capsys.readouterr().out
     assert "| mean16 | 3 | 66.7 | +0.0 ± 28.9 | 1 / 1 |" in shown
     assert "| star | 2 | 0.0 | -100.0 ± 0.0 | 0 / 2 |" in shown
+    assert shown.endswith("| score | vt: top |\n|---|---|\n| max | 0.750 |\n")
+
+
+def test_costs_count_the_pairs_that_may_be_chosen(capsys, monkeypatch):
+    division = select.Division(1 << 15, 1 << 13, costs.ANCHOR)
+    candidates = division.candidates("cpu")
+    pairs = division.tile * division.page
+    assert costs.candidate_pairs(1 << 15, 1 << 13) == candidates.sum() * pairs
+    chosen = candidates.sum(-1).clamp(max=costs.PAGES).sum()
+    assert costs.chosen_pairs(1 << 15, 1 << 13) == chosen * pairs
+    monkeypatch.setattr("sys.argv", ["selection_cost.py"])
+    costs.main()
+    assert "| mean16 | 1/16 | 0.13 | 0.2 | 5.8 % |" in capsys.readouterr().out
