@@ -48,6 +48,7 @@ def load_script(name):
     """scripts/<name>.py as a module."""
     spec = importlib.util.spec_from_file_location(name, HERE.parents[1] / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
 
