@@ -178,7 +178,9 @@ def test_later_turns_of_a_conversation(server, tokenizer, alone):
     assert cached[0] == 0
     assert 2 < len(set(borders)) < 6
     for before, border, count in zip(borders, borders[1:], cached[1:], strict=False):
-        assert count == (border if border == before else before // BLOCK * BLOCK)
+        # Of the block that is partly there, ranks keep parts.
+        least = border if border == before else before // BLOCK * BLOCK
+        assert least <= count <= before
 
 
 def test_a_document_that_grows_or_changes(server, tokenizer, alone):

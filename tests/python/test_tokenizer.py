@@ -177,10 +177,10 @@ def test_special_tokens_that_are_allowed(tokenizer):
     allowed = Tokenizer(tokenizer._path, allow_special=True)
     for name in controls(tokenizer).values():
         turn = [Message("system", (name,)), user(f"{name} a{name}", f"b {name}")]
-        assert allowed.chat(turn).token_ids == template_tokens(allowed, turn)
+        assert allowed.chat(turn).token_ids.tolist() == template_tokens(allowed, turn)
     name = next(iter(controls(tokenizer).values()))
     base = Tokenizer(tokenizer._path, "none", allow_special=True)
-    assert base.text_tokens(name) == base._tokenizer(name).input_ids
+    assert base.text_tokens(name).tolist() == base._tokenizer(name).input_ids
 
 
 def test_system_messages(tokenizer):
@@ -190,7 +190,7 @@ def test_system_messages(tokenizer):
         with_system = Tokenizer(tokenizer._path, system=system)
         turn = [Message("system", (system,)), user("A text", "A question?")]
         parts = with_system.context_tokens("A text"), with_system.question_tokens("A question?")
-        assert parts[0] + parts[1] == tokenizer.chat(turn).token_ids
+        assert parts[0] + parts[1] == tokenizer.chat(turn).token_ids.tolist()
 
 
 def test_system_messages_that_are_refused(tmp_path, smollm2):

@@ -89,6 +89,7 @@ class Scheduler:
         self.question_tokens: int | None = None
         self.least_shared = _LEAST_SHARED * num_ranks
         self._has_prefix = has_prefix
+        self._model = model
         self._room = Room(model, limits, num_ranks, tokens_per_block, has_exchanges, has_hops)
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._shares_blocks = shares_blocks
