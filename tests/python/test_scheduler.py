@@ -6,6 +6,7 @@ they see exactly the tokens that the definition of Star Attention gives them.
 """
 
 import itertools
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -395,6 +396,27 @@ def test_passes_of_contexts_and_decode_steps_alternate():
     chunks = [order for order in ranks.orders if isinstance(order, Chunk)]
     assert max(most_tokens(chunk.spans) for chunk in chunks) <= 8 + PAGE
     assert {chunk.context for chunk in chunks[:2]} == {second.number, third.number}
+
+
+def test_saves_come_after_what_somebody_waits_for():
+    store = Store({"host": 100}, 1, LAYERS, page_bytes=1)
+    ranks, leader = make(2, None, 8, shares_blocks=True, store=store, random=Random(0))
+    config = StarConfig(32, 8, tokens_per_block=PAGE)
+    first = add_context(ranks, leader, 64, config, range(64))
+    while not first.is_ready:
+        leader.step()
+    second = add_context(ranks, leader, 640, config, range(640))
+    ranks.orders.clear()
+    while not second.is_ready:
+        leader.step()
+    kinds = [type(order) for order in ranks.orders if isinstance(order, Chunk | Save)]
+    runs = [len(list(run)) for kind, run in itertools.groupby(kinds) if kind is Chunk]
+    assert len(runs) > 3
+    assert len(runs) > 3
+    assert runs[1:-1] == [8] * len(runs[1:-1])
+    while leader.step() is not None:
+        pass
+    assert Save in map(type, ranks.orders)
 
 
 def test_the_newest_question_is_put_back_when_the_pool_is_full():

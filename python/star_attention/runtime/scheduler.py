@@ -11,7 +11,7 @@ fits if it is alone, so this ends.
 
 Between two tokens of the answers there is at most one pass of something else, each kind in turn:
 of phase 1, of questions, or copies of blocks. What is long is cut, and waits for the others in
-between.
+between. Saves, which nobody waits for, come after the others.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ from star_attention.runtime.tiers import LoadState
 
 # Tokens of a rank; for fewer, reading them again is as fast as merging what is read apart.
 _LEAST_SHARED = 8192
+# Passes that somebody waits for come before a save, so many at most.
+_MOST_BEFORE_SAVE = 8
 
 
 class Scheduler:
@@ -107,7 +109,8 @@ class Scheduler:
         self._over: tuple[list[int], ...] = [], [], []  # contexts, questions, blocks
         self._rows: list[Question | None] = []  # whose token each row of the last logits gives
         # Who is next comes first; decode steps come in between.
-        self._others = deque([self._chunk, self.copies.load, self._ask, self.copies.save])
+        self._others = deque([self._chunk, self.copies.load, self._ask])
+        self._since_save = 0  # passes of others
         self._decode_is_due = False
 
     def add_context(
@@ -222,14 +225,19 @@ class Scheduler:
         """What all ranks do next; None: nothing, until something is added."""
         if order := self.release():
             return order
-        makers = [*self._others, self._decode]
-        if self._decode_is_due:
+        save = self.copies.save
+        makers = [*self._others, save]
+        if self._since_save >= _MOST_BEFORE_SAVE:
             makers.insert(0, makers.pop())
+        makers.insert(0 if self._decode_is_due else len(makers), self._decode)
         for make in (self._open, *makers):
             if order := make():
                 if make in self._others:
                     self._others.rotate(-1 - self._others.index(make))
-                self._decode_is_due = make in self._others
+                    self._since_save += 1
+                elif make == save:
+                    self._since_save = 0
+                self._decode_is_due = make in self._others or make == save
                 return order
             if any(self._over):  # what makes room
                 return self.next()
