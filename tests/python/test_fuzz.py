@@ -281,7 +281,7 @@ def check_tokenizer(path):
     def tokens():
         tokenizer = tokenizers.Tokenizer(path)
         ids = tokenizer.context_tokens(TEXT) + tokenizer.question_tokens("What?")
-        tokenizer.decode(ids + tokenizer.text_tokens(TEXT))
+        tokenizer.decode(ids + tokenizer.text_tokens(TEXT).tolist())
         return tokenizer, tokenizer._encode("The quick brown"), ids
 
     found = one_line(tokens)
