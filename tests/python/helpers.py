@@ -53,9 +53,11 @@ def load_script(name):
     return module
 
 
-def run_job(num_ranks, *command, timeout=300, check=True, **environment):
-    """Runs a Python command as ranks; the whole process group ends with it."""
-    launcher = mpirun_command(num_ranks, oversubscribe=True) if num_ranks > 1 else []
+def run_job(num_ranks, *command, timeout=300, check=True, launcher=None, **environment):
+    """Runs a Python command as ranks, by mpirun or another launcher; the whole process group ends
+    with it."""
+    if launcher is None:
+        launcher = mpirun_command(num_ranks, oversubscribe=True) if num_ranks > 1 else []
     process = subprocess.Popen(
         [*launcher, sys.executable, *map(str, command)],
         stdin=subprocess.DEVNULL,

@@ -111,6 +111,27 @@ def test_plan(tmp_path):
     assert slow["predicted"]["star"]["seconds"] > 10 * as_json["predicted"]["star"]["seconds"]
 
 
+def test_plan_over_a_slow_network():
+    def predicted(*options):
+        command = ("plan", "--context", "128K", "--block-size", "32K", "--ranks", "4", *options)
+        as_json = json.loads(star_attn(*command, "--json").stdout)
+        received = max(rank["received_bytes"] for rank in as_json["ranks"])
+        return as_json["predicted"]["star"], received, star_attn(*command).stdout
+
+    fast, received, _ = predicted()
+    slow, same, printed = predicted("--link-gbs", "10")
+    assert received == same
+    # All but what the projections hide comes on top of the computation, which stays.
+    assert 0.8 * received / 10e9 < slow["exposed_seconds"] < 1.2 * received / 10e9
+    assert slow["seconds"] - slow["exposed_seconds"] == pytest.approx(
+        fast["seconds"] - fast["exposed_seconds"]
+    )
+    shown = re.search(r"\((\S+) s of the first for what\s+arrives\)", printed)
+    assert float(shown[1]) == pytest.approx(slow["exposed_seconds"], rel=0.01)
+    alone, received, _ = predicted("--link-gbs", "10", "--anchor-mode", "local")
+    assert received == alone["exposed_seconds"] == 0
+
+
 def test_info():
     run = star_attn("info")
     assert run.returncode == 0

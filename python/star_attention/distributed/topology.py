@@ -11,9 +11,15 @@ from star_attention.errors import UserError
 
 
 def machine() -> str:
-    """Tells machines apart, also those of one name."""
+    """Tells machines apart, also those of one name, and containers of one machine by their host
+    names: they may see other GPUs, and do not reach each other's memory."""
+    return f"{socket.gethostname()} {_boot()}"
+
+
+def _boot() -> str:
+    """The same for all containers of a machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def local_device(host: Communicator) -> int:
@@ -39,7 +45,7 @@ def share_cores(comm: Communicator) -> None:
     unless OMP_NUM_THREADS says otherwise. Every rank takes part."""
     import torch
 
-    mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    mine = (_boot(), sorted(os.sched_getaffinity(0)))
     sharing = comm.gather_objects(mine).count(mine)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(mine[1]) // sharing))
