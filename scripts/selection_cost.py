@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from star_attention.config import StarConfig
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
-from star_attention.plan import Cost, make_plan
+from star_attention.plan import make_plan
+from star_attention.spans import Cost
 
 PAGE, TILE, PAGES, ANCHOR, BLOCK = 128, 128, 16, 512, 1 << 13
 LENGTHS = 1 << 17, 1 << 20
@@ -91,7 +92,7 @@ def phase1_flops(model: ModelConfig, tokens: int, block: int, anchor: int) -> tu
     """Of GEMMs, of attention to anchor and own block, and, if the anchor is the short one, of
     attention to chosen pages."""
     plan = make_plan(tokens, StarConfig(block_size=block, anchor_size=anchor), 1, model)
-    cost = sum((each.cost for each in plan.blocks), Cost())
+    cost = plan.rank_costs[0]
     chosen = chosen_pairs(tokens, block) if anchor == ANCHOR else 0
     parts = Cost(tokens=cost.tokens), Cost(pairs=cost.pairs), Cost(pairs=chosen)
     gemms, local, pages = (part.flops(model) for part in parts)

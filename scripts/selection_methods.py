@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 
 from star_attention import ops
-from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.attention import Attention
 from star_attention.ops import select_reference as select
 
@@ -220,7 +219,22 @@ def _over_heads(method: Method, scores: torch.Tensor) -> torch.Tensor:
     return scores.amax(0, keepdim=True).expand_as(scores) if method.heads == "all" else scores
 
 
-class StudyAttention(Attention):
+class OneRank(Attention):
+    """A pass's attention that needs no other rank."""
+
+    cuts = ()
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def begin(self, pool: torch.Tensor) -> None: ...
+
+    def stored(self, pool: torch.Tensor, rows: int) -> None: ...
+
+    def finish(self, pool: torch.Tensor) -> None: ...
+
+
+class StudyAttention(OneRank):
     """Phase 1 of one context by a method.
 
     Args:
@@ -229,10 +243,8 @@ class StudyAttention(Attention):
 
     """
 
-    def __init__(
-        self, method: Method, scale: float, tokens: int, length: int, device: torch.device
-    ) -> None:
-        super().__init__(SingleProcess(), scale, device)
+    def __init__(self, method: Method, scale: float, tokens: int, length: int) -> None:
+        super().__init__(scale)
         self._method, self._tokens, self._length = method, tokens, length
         self._layer = 0
         self._lists: tuple[torch.Tensor, torch.Tensor] | None = None

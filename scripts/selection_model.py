@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from star_attention.distributed import SingleProcess
-from star_attention.engines.torch.attention import Attention, PagedAttention, PagedTables
+from star_attention.engines.torch.attention import Attention, PagedTables
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.decoder import decode
@@ -120,7 +120,7 @@ class Reader:
         return decode(operators, self._weights)
 
     def _attention(self, tables: PagedTables) -> Attention:
-        return PagedAttention(tables, SingleProcess(), self.scale)
+        return Attention([tables], SingleProcess(), self.scale)
 
     def _tables(
         self, table: torch.Tensor, starts: np.ndarray, kv_lens: np.ndarray, most: int

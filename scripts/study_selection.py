@@ -31,6 +31,7 @@ from selection_methods import (
     Inputs,
     KvHeads,
     Method,
+    OneRank,
     StudyAttention,
     attend_densely,
     lists_of,
@@ -39,8 +40,6 @@ from selection_methods import (
 from selection_model import PAGE, Reader
 from selection_samples import Tokens, load, max_tokens, prepare, score
 
-from star_attention.distributed import SingleProcess
-from star_attention.engines.torch.attention import Attention
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.models.checkpoint import find_model
 from star_attention.models.tokenizer import Tokenizer, save_tokenizer
@@ -59,7 +58,7 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - _BEGIN:6.1f} s] {text}", flush=True)
 
 
-class RecallAttention(Attention):
+class RecallAttention(OneRank):
     """Attends densely and adds up, layer by layer, what each method would have chosen.
 
     Args:
@@ -74,9 +73,8 @@ class RecallAttention(Attention):
         scale: float,
         sample: Tokens,
         length: int,
-        device: torch.device,
     ) -> None:
-        super().__init__(SingleProcess(), scale, device)
+        super().__init__(scale)
         self._methods, self._sums = methods, sums
         self._sample, self._length = sample, length
         self._layer = 0
@@ -153,7 +151,6 @@ def run_recall(options: argparse.Namespace) -> None:
                 reader.scale,
                 sample,
                 options.length,
-                reader.device,
             )
             reader.read(0, sample.context, attention, _unit(methods))
         if not sums:
@@ -215,7 +212,7 @@ def _answer(
 ) -> list[dict]:
     pages = []
     for place, (_, sample) in enumerate(batch):
-        attention = StudyAttention(method, reader.scale, len(sample.context), length, reader.device)
+        attention = StudyAttention(method, reader.scale, len(sample.context), length)
         reader.read(place, sample.context, attention, _unit([method]))
         pages.append(round(attention.pages(), 2))
     answers = reader.answer(
@@ -279,7 +276,7 @@ def run_check(options: argparse.Namespace) -> None:
         method = Method.parse(name + "/pages=4/anchor=128" * (name not in ("dense", "star")))
         outputs = []
         for device, dtype in ((options.device, torch.bfloat16), ("cpu", torch.float32)):
-            attention = StudyAttention(method, 128**-0.5, 2000, 2048, torch.device(device))
+            attention = StudyAttention(method, 128**-0.5, 2000, 2048)
             on_device = (x.to(device, dtype, copy=True) for x in (q, pool))
             outputs.append(attention(*on_device)[:2000].float().cpu())
         off = (outputs[0] - outputs[1]).abs().flatten(1).amax(1)

@@ -340,8 +340,8 @@ def _assigned(plan: Plan, where: Sequence[int | None]) -> Plan:
 
 def _owners(plan: Plan) -> list[int | None]:
     """The rank that computes each block; None: all do. As many whole blocks for each rank as
-    possible; the first block, which the others need, and what is left is for all, unless that has
-    less than a page for each."""
+    possible; the first block, which the others need, and what is left is for all, unless blocks
+    have less than a page for each."""
     num_ranks = plan.num_ranks
     owners: list[int | None] = [None] * len(plan.blocks)
     rows = plan._rows
@@ -355,11 +355,11 @@ def _owners(plan: Plan) -> list[int | None]:
     each = len(whole) // num_ranks
     for place, index in enumerate(whole[: each * num_ranks]):
         owners[index] = place // each
-    least = num_ranks * plan.tokens_per_block
-    small = cycle(range(num_ranks))
-    for index in range(1 if plan.anchor_size else 0, len(owners)):
-        if owners[index] is None and sum(each.tokens for each in rows[index]) < least:
-            owners[index] = next(small)
+    if plan.block_size < num_ranks * plan.tokens_per_block:
+        small = cycle(range(num_ranks))
+        for index in range(1 if plan.anchor_size else 0, len(owners)):
+            if owners[index] is None:
+                owners[index] = next(small)
     return owners
 
 

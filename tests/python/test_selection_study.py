@@ -22,7 +22,7 @@ def random_inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def attend(name: str) -> tuple[torch.Tensor, float]:
     q, pool = random_inputs()
     method = methods.Method.parse(name)
-    attention = methods.StudyAttention(method, 64**-0.5, TOKENS, LENGTH, torch.device("cpu"))
+    attention = methods.StudyAttention(method, 64**-0.5, TOKENS, LENGTH)
     return attention(q, pool)[:TOKENS], attention.pages()
 
 
@@ -54,7 +54,7 @@ def test_first_layers_are_dense_and_choices_last_for_some():
     q, pool = random_inputs()
     other = pool.flip(0).contiguous()
     method = methods.Method.parse("mean16/pages=2/anchor=32/every=2/dense=1")
-    attention = methods.StudyAttention(method, 64**-0.5, TOKENS, LENGTH, torch.device("cpu"))
+    attention = methods.StudyAttention(method, 64**-0.5, TOKENS, LENGTH)
     outputs = [attention(q.clone(), each)[:TOKENS] for each in (pool, pool, other, other)]
     assert torch.equal(outputs[0], attend("dense")[0])
     fresh, _ = attend("mean16/pages=2/anchor=32")

@@ -29,9 +29,9 @@ def scratch_pages(plan: Plan, rank: int) -> int:
     reads = {part.block for part in plan.parts if part.start not in plan.cached}
     sees = {index for index in reads if plan.blocks[index].prefix}
     if not plan.exchanges:
-        is_there = plan.anchor_mode == "local" and plan.parts[0].rank == rank if sees else True
-        alone = any(plan.blocks[index].rank == rank for index in sees)
-        return anchor if alone and not is_there else 0
+        reads_it = any(plan.blocks[index].rank == rank for index in sees)
+        keeps_it = plan.anchor_mode != "recompute" and plan.parts[0].rank == rank
+        return anchor if reads_it and not keeps_it else 0
     in_front = anchor if sees else 0
     missing = ~_kept(plan, rank)
     together, alone = 0, 0
