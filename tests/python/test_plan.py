@@ -292,7 +292,7 @@ def test_large_plans_are_quick(tmp_path, capsys):
     assert seconds(lambda: make_plan(1 << 27, None, MAX_RANKS)) < 10
     plan = make_plan(128 * MAX_BLOCKS, config, 64)
     assert len(plan.blocks) == MAX_BLOCKS
-    assert seconds(lambda: terminal.print_plan(plan, "a model", Rates())) < 8
+    assert seconds(lambda: terminal.print_plan(plan, "a model", Rates())) < 15
     first = [block.rank for block in plan.blocks].index(1)
     assert f"1     {first} to " in capsys.readouterr().out
     plan = make_plan(1 << 27, StarConfig(attention="dense"), MAX_RANKS)
