@@ -16,6 +16,7 @@ from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.plan import MAX_BLOCKS, MAX_RANKS, make_plan
 from star_attention.predict import Rates, predict
+from star_attention.runtime.phase1 import ContextPart, scratch_pages
 from star_attention.spans import Cost, Range, causal_pairs, evenly, most_tokens
 
 MODES = st.sampled_from(["recompute", "local", "broadcast"])
@@ -439,3 +440,37 @@ def test_plot_refusals(tmp_path):
         plot_plan(make_plan(0), tmp_path / "plan.png")
     with pytest.raises(UserError, match=r"plan\.xyz cannot be written"):
         plot_plan(make_plan(10), tmp_path / "plan.xyz")
+
+
+@settings(max_examples=60)
+@given(
+    context_len=st.integers(1, 120),
+    pages=st.integers(1, 9),
+    anchor_pages=st.integers(0, 9),
+    num_ranks=st.integers(1, 4),
+    mode=MODES,
+    most=st.one_of(st.none(), st.integers(1, 30)),
+    random=st.randoms(use_true_random=False),
+)
+def test_scratch_pages_suffice(context_len, pages, anchor_pages, num_ranks, mode, most, random):
+    """For what a rank sees and does not keep, around whatever is cached."""
+    config = StarConfig(4 * pages, 4 * min(pages, anchor_pages), mode, tokens_per_block=4)
+    plan = make_plan(context_len, config, num_ranks)
+    where = [random.choice([None, random.randrange(num_ranks)]) for _ in plan.parts]
+    if mode != "broadcast":  # rank 0 has the first one
+        where[0] = where[0] and 0
+    plan = plan.beside(where)
+    ranks = range(num_ranks)
+    kept = [sum(-(-part.tokens // 4) for part in plan.parts_of(rank)) for rank in ranks]
+    parts = [
+        ContextPart(plan, rank, range(kept[rank]), range(100, 100 + scratch_pages(plan, rank)))
+        for rank in ranks
+    ]
+    passes = plan.passes()
+    while not passes.finished:
+        spans = passes.next(most)
+        steps = [part.take(spans) for part in parts]
+        exchanges = {len(step.attention.exchanges) for step in steps if step}
+        assert len(exchanges) <= 1
+        assert all(steps) or exchanges == {0}
+    assert all(part.finished for part in parts)

@@ -94,7 +94,8 @@ class ContextPart:
         return self._arrivals.finished
 
     def take(self, spans: Sequence[Span]) -> ContextPass | None:
-        """The pass of these spans, of all ranks; None: nothing to do here."""
+        """The pass of these spans, of all ranks; None: nothing to do here. In one with exchanges
+        every rank takes part."""
         own = [span for span in spans if span.rank == self._rank]
         arrivals = self._arrivals.take(spans)
         positions = [np.arange(span.start, span.end) for span in own]
@@ -107,11 +108,11 @@ class ContextPart:
                 for index, group in enumerate(arrivals)
                 if group
             ]
-            if not own and not any(each.sends or each.receives for each in exchanges):
-                return None
             step = paged_step([self._rows(span) for span in own], self._page)
             step = replace(step, exchanges=tuple(exchanges))
             self._give_room_back()
+            if not own and not exchanges:
+                return None
         return ContextPass(_concatenate(positions), step)
 
     def _find_room(self, own: Sequence[Span], arrivals: Sequence[Sequence[Arrival]]) -> None:
