@@ -361,7 +361,7 @@ class LLM:
         if not isinstance(text, str) or not text.strip():
             raise UserError("a question is empty: ask something")
         tokens = np.array(self._tokenizer.question_tokens(text, answer_prefix), np.int32)
-        self.model_config.check_tokens(tokens.tolist())
+        self.model_config.check_tokens(tokens)
         if not len(tokens):
             raise UserError("a question has no tokens for this model's tokenizer: ask otherwise")
         if len(tokens) > self.model_config.max_position:

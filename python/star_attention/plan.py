@@ -180,7 +180,7 @@ class Plan:
             rank = self.blocks[index].rank
             if again:
                 block = index if self.anchor_mode == "recompute" else 0
-                alone[rank].append(Reading(block, rank, 0, anchor, again=True))
+                alone[rank].append(Reading(block, rank, 0, anchor))
             alone[rank].append(self._reading(index))
         return alone
 

@@ -93,7 +93,6 @@ class Reading:
         rank: that computes it; None: all together.
         sees: the tokens that every row sees besides the block's own, if it has any in front.
         start: of the block.
-        again: it is the anchor, which a rank computes for its own blocks and nobody keeps.
         alone: a pass has nothing of its rank behind it.
     """
 
@@ -102,7 +101,6 @@ class Reading:
     start: int
     rows: tuple[Range, ...]
     sees: tuple[Range, ...] = ()
-    again: bool = False
     alone: bool = False
 
     @property
@@ -118,7 +116,7 @@ class _Queue:
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self._readings = deque(readings)
-        self._done = 0  # tokens of the first
+        self._rows = deque(readings[0].rows if readings else ())  # that the first has left
 
     def __bool__(self) -> bool:
         return bool(self._readings)
@@ -130,27 +128,20 @@ class _Queue:
     @property
     def begin(self) -> int:
         """Where the next rows begin."""
-        before = 0
-        for rows in self.first.rows:
-            if self._done < before + rows.tokens:
-                return rows.start + self._done - before
-            before += rows.tokens
-        raise AssertionError("a reading that is done is dropped")
+        return self._rows[0].start
 
     def take(self, tokens: int) -> list[Range]:
         """The next rows of the first reading, at most so many."""
-        taken, before = [], 0
-        for rows in self.first.rows:
-            begin = max(rows.start, rows.start + self._done - before)
-            before += rows.tokens
-            end = min(rows.end, begin + tokens)
-            if begin < end:
-                taken.append(Range(begin, end))
-                tokens -= end - begin
-        self._done += sum(rows.tokens for rows in taken)
-        if self._done == self.first.tokens:
+        taken: list[Range] = []
+        while self._rows and tokens > 0:
+            start, end = self._rows.popleft()
+            taken.append(Range(start, min(end, start + tokens)))
+            tokens -= taken[-1].tokens
+            if taken[-1].end < end:
+                self._rows.appendleft(Range(taken[-1].end, end))
+        if not self._rows:
             self._readings.popleft()
-            self._done = 0
+            self._rows.extend(self.first.rows if self else ())
         return taken
 
 

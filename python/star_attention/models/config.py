@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from star_attention.errors import UserError
 from star_attention.models.fields import Fields
@@ -106,9 +108,9 @@ class ModelConfig:
                 f"which its {self.num_kv_heads} KV heads do not divide"
             )
 
-    def check_tokens(self, token_ids: Iterable[int]) -> None:
-        """Raises UserError for a token that the model's vocabulary does not have."""
-        largest = max(token_ids, default=0)
+    def check_tokens(self, token_ids: np.ndarray) -> None:
+        """Raises UserError for a token, of int32 [n], that the model's vocabulary does not have."""
+        largest = int(token_ids.max(initial=0))
         if largest >= self.vocab_size:
             raise UserError(
                 f"the text has token {largest}, but the model knows {self.vocab_size} tokens: "

@@ -79,14 +79,9 @@ class ContextPart:
         self._where = np.full(len(self._kept), -1, np.int32)
         self._where[self._kept] = pages
         self._own = np.asarray(pages, np.int32)
-        # The anchor as others see it: with `recompute` no block's own.
-        anchor = plan.anchor_size // self._page
-        if plan.anchor_mode == "recompute":
-            self._anchor = np.asarray(scratch, np.int32)
-            self._free: list[int] = []
-        else:
-            self._anchor = self._where[:anchor]  # a view
-            self._free = list(scratch)[::-1]
+        # With `recompute` all of it is for the anchor in front of a block.
+        self._scratch = np.asarray(scratch, np.int32)
+        self._free = [] if plan.anchor_mode == "recompute" else list(scratch)[::-1]
 
     @property
     def finished(self) -> bool:
@@ -133,7 +128,7 @@ class ContextPart:
     def _rows(self, span: Span) -> Rows:
         """What a span sees, in this rank's pages."""
         lists = [
-            self._anchor[: page_count(seen.end, self._page)]
+            self._scratch[: page_count(seen.end, self._page)]
             if self._is_in_front(span, seen.start)
             else self._where[seen.start // self._page : page_count(seen.end, self._page)]
             for seen in span.sees

@@ -132,7 +132,7 @@ class Scheduler:
             UserError: the plan is not possible, does not fit beside the contexts that are kept, or
                 the model does not know a token.
         """
-        self._model.check_tokens(token_ids.tolist())
+        self._model.check_tokens(token_ids)
         plan = self._room.plan(len(token_ids), config)
         keys: list[bytes | None] = [None] * len(plan.parts)
         if self._shares_blocks:
@@ -173,7 +173,7 @@ class Scheduler:
             UserError: the context was released, question and answer are too long for the engine
                 or the KV cache, or the model does not know a token.
         """
-        self._model.check_tokens(token_ids.tolist())
+        self._model.check_tokens(token_ids)
         if context.is_released:
             raise UserError("the context was released: encode the text again")
         most = self._check(context, [(len(token_ids), params.max_tokens)])
