@@ -112,11 +112,13 @@ def test_several_processes(tmp_path, processes, options):
     check(folder, processes, tmp_path, hf_model, tokens, 20, 256, "bfloat16", **options)
 
 
-def test_ranks_without_blocks(tmp_path):
-    """They take part in the anchor's broadcast, in each of several contexts."""
+@pytest.mark.parametrize(("processes", "blocks"), [(4, 2), (8, 4)], ids=["4", "8"])
+def test_ranks_without_blocks(tmp_path, processes, blocks):
+    """More ranks than blocks, and than GPUs: all compute parts, in each of several contexts."""
     hf_model = save_tiny_model(tmp_path, initializer_range=0.05, **MODELS["llama"])
-    tokens = np.random.default_rng(1).integers(0, 97, 2 * 256 - 10 + 2 * 20).astype(np.int32)
-    check(tmp_path / "job", 4, tmp_path, hf_model, tokens, 20, 256, "bfloat16")
+    size = blocks * 256 - 10 + 2 * 20
+    tokens = np.random.default_rng(1).integers(0, 97, size).astype(np.int32)
+    check(tmp_path / "job", processes, tmp_path, hf_model, tokens, 20, 256, "bfloat16")
 
 
 @pytest.mark.parametrize(

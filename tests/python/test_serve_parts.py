@@ -96,13 +96,24 @@ def test_the_gap_stays_bounded_when_attention_grows():
     assert machine.each > 8e-4
 
 
-def test_what_takes_too_long_is_cut_to_the_least():
+def test_what_takes_too_long_does_little_more_than_any_pass():
     """The bound cannot be held, but the context goes on."""
     pace = Pace(max_gap=0.001)
     pace.took(DECODE, STEP)
     machine = Machine(pace, 0.01, 1e-4)
-    tokens = [machine.round()[1] for _ in range(20)]
-    assert tokens[-1] == 16
+    tokens = [machine.round()[1] for _ in range(100)]
+    assert 16 <= np.median(tokens[50:]) < 50
+
+
+def test_passes_are_not_cut_below_what_takes_as_long():
+    """Half a thousand tokens take as long as one: with fewer, a context would never be read."""
+    pace = Pace()
+    for _ in range(8):
+        pace.took(DECODE, STEP)
+    machine = Machine(pace, 2 * STEP, 1e-6)
+    rounds = [machine.round() for _ in range(200)]
+    assert np.mean([tokens for _, tokens in rounds[100:]]) > 500
+    assert max(gap for gap, _ in rounds[100:]) <= 4 * STEP
 
 
 def test_short_passes_do_not_shrink_long_ones():
@@ -111,9 +122,9 @@ def test_short_passes_do_not_shrink_long_ones():
     machine = Machine(pace, 0.0, 1e-6)
     for _ in range(30):
         machine.round()
-    tokens = pace.cuts(answers=True).chunk_tokens
+    before = machine.round()[1]
     pace.took(chunk(10, 0), 1e-5)  # the end of a context
-    assert pace.cuts(answers=True).chunk_tokens == tokens
+    assert max(machine.round()[1] for _ in range(2)) >= before
 
 
 def test_while_nothing_is_answered_passes_take_what_newcomers_may_wait():

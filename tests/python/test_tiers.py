@@ -217,6 +217,24 @@ def test_memory_is_used_again(tmp_path):
             check_loads(tiers, key=bytes([index]) * 32)
 
 
+def test_few_blocks_of_the_disk_are_in_memory_at_a_time(tmp_path):
+    """However many are asked for at once."""
+    keys = [bytes([index]) * 32 for index in range(8)]
+    with opened(tmp_path, "disk") as tiers:
+        for key in keys:
+            save(tiers, key)
+        wait_for_ends(tiers, len(keys))
+    with opened(tmp_path, "disk") as tiers:
+        waiting, most, end = list(keys), 0, time.monotonic() + 20
+        while waiting and time.monotonic() < end:
+            waiting = [key for key in waiting if tiers.load(key, OTHERS, ALL) == "waiting"]
+            most = max(most, len(tiers._staging._all))
+        assert not waiting
+        assert most <= 4  # of which two were just loaded
+        for key in keys:
+            check_loads(tiers, key=key)
+
+
 def test_a_block_of_another_size(tmp_path):
     file_of_a_block(tmp_path)
     with opened(tmp_path, "disk") as tiers:

@@ -3,8 +3,8 @@
 The host tier is a folder of files in memory (tmpfs), which outlive this process; the disk tier is a
 folder that outlives the machine's power. Both have the same files (`kv_file.py`). A block is copied
 a few layers at a time, and only copies between the engine's pages and host memory happen in the
-caller's thread. Three threads do the rest: one ends saves and gives memory back, one writes to the
-disk, one reads and checks what an earlier process left.
+caller's thread. Other threads do the rest: one ends saves and gives memory back, one writes to the
+disk, some read and check what an earlier process left.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ Tier = Literal["host", "disk"]
 LoadState = Literal["done", "waiting", "failed"]
 
 _PIECE_BYTES = 16 << 20  # that are written to the disk at a time
+_DISK_LOADS = 2  # at a time, each with host memory of its own
+_READERS = 4  # threads, of a layer each
 
 
 class SaveEnd(NamedTuple):
@@ -93,8 +95,9 @@ class Tiers:
         self._bug: BaseException | None = None
         self._closing = False
         self._lock = threading.Lock()  # holders, _on_disk, _writes, _ends
-        self._ender, self._writer, self._reader = (
-            ThreadPoolExecutor(1, f"tiers-{name}") for name in ("ender", "writer", "reader")
+        self._ender, self._writer, self._reader, self._layers = (
+            ThreadPoolExecutor(count, f"tiers-{name}")
+            for name, count in (("ender", 1), ("writer", 1), ("reader", 1), ("layers", _READERS))
         )
 
     def stored(self) -> dict[Tier, dict[bytes, int]]:
@@ -157,9 +160,13 @@ class Tiers:
             return "done"
         load = self._loads.get(key)
         if load is None:
-            load = self._begin_load(key, len(pages))
-            if load is None:
+            tier = self._tier_of(key)
+            if tier is None:
                 return "failed"
+            under_way = sum(each.tier == "disk" for each in self._loads.values())
+            if tier == "disk" and under_way >= _DISK_LOADS:
+                return "waiting"
+            load = self._begin_load(key, tier, len(pages))
         if load.failed:
             self.forget(key, load.tier)
             return self.load(key, pages, layers)  # another tier may have it
@@ -213,7 +220,7 @@ class Tiers:
         self._closing = True
         for load in self._loads.values():
             load.given_up = True
-        for thread in (self._reader, self._ender, self._writer):
+        for thread in (self._reader, self._layers, self._ender, self._writer):
             thread.shutdown()
         self._engine.finish_copies()
         for pool in {self._saving, self._staging}:
@@ -327,12 +334,15 @@ class Tiers:
 
     # Loading
 
-    def _begin_load(self, key: bytes, num_pages: int) -> _Load | None:
+    def _tier_of(self, key: bytes) -> Tier | None:
+        """Where a block is that this process has not saved, or has not in memory any more."""
+        if key in self._unread:
+            return "host"
         with self._lock:
-            on_disk = key in self._on_disk
-        if key not in self._unread and not on_disk:
-            return None
-        load = self._loads[key] = _Load("host" if key in self._unread else "disk", num_pages)
+            return "disk" if key in self._on_disk else None
+
+    def _begin_load(self, key: bytes, tier: Tier, num_pages: int) -> _Load:
+        load = self._loads[key] = _Load(tier, num_pages)
         self._submit(self._reader, self._read, key, load)
         return load
 
@@ -379,17 +389,29 @@ class Tiers:
     def _check_layers(
         self, load: _Load, memory: KvMemory, descriptor: int, checksums: list[int]
     ) -> None:
-        for layer, checksum in enumerate(checksums):
+        def checksum_now(layer: int) -> int | None:
             if load.given_up:
-                return
+                return None
             data, start = memory.layer_file(layer)
             if load.tier == "disk":
-                memory.reserve(layer + 1)
                 _read_fully(descriptor, data, start)
-            if checksum_of(data) != checksum:
-                raise DamagedError(f"layer {layer} is damaged")
-            memory.pin(self._engine, layer + 1)
-            load.checked = layer + 1
+            return checksum_of(data)
+
+        memory.reserve(len(checksums))
+        found = [self._layers.submit(checksum_now, layer) for layer in range(len(checksums))]
+        try:
+            for layer, checksum in enumerate(checksums):
+                now = found[layer].result()
+                if load.given_up:
+                    return
+                if now != checksum:
+                    raise DamagedError(f"layer {layer} is damaged")
+                memory.pin(self._engine, layer + 1)
+                load.checked = layer + 1
+        finally:
+            for each in found:
+                each.cancel()
+            wait(found)  # no thread uses descriptor and memory any more
 
     def _blocks_in(self, folder: StoreFolder | None) -> dict[bytes, int]:
         """The bytes of each block there; files of ours that cannot be one are deleted."""

@@ -22,6 +22,8 @@ from star_attention.models.weights import ModelWeights
 
 # The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
+# Tokens of a pass whose layers are worth telling of; shorter ones are over at once.
+_LONG_PASS = 4096
 
 
 class TorchEngine:
@@ -152,7 +154,7 @@ class TorchEngine:
                 return logits
             attend = attention_on(attention, self._comm, self._scale, self._device)
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
-            logits = self._forward(inputs, attend, self._progress(on_layer))
+            logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"{len(token_ids)} tokens in one pass do not fit beside the KV cache: use more "
@@ -190,15 +192,18 @@ class TorchEngine:
             self._comm.check()
             self._group.check()
 
-    def _progress(self, on_layer: Callable[[float], None] | None) -> Callable[[int], None]:
+    def _progress(
+        self, on_layer: Callable[[float], None] | None, tokens: int
+    ) -> Callable[[int], None]:
         """Tells `on_layer` of the layers done, and lets the host run at most a layer ahead of a GPU
-        then, so that it is true."""
-        if on_layer is None:
+        then, so that it is true: in a long pass only, as the host may be the slower one."""
+        on_gpu = self._device.type == "cuda"
+        if on_layer is None or (on_gpu and tokens < _LONG_PASS):
             return lambda layer: None
         done: list[torch.cuda.Event] = []
 
         def report(layer: int) -> None:
-            if self._device.type == "cuda":
+            if on_gpu:
                 event = torch.cuda.Event()
                 event.record()
                 done.append(event)
