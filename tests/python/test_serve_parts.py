@@ -58,6 +58,16 @@ def test_copies_that_take_no_time_do_not_grow_for_ever():
     assert 0 < pace.cuts(answers=False).copy_pages < 1 << 30
 
 
+def test_copies_while_nothing_is_answered_do_not_hold_up_who_comes_then():
+    pace = Pace()
+    pace.took(DECODE, STEP)
+    for _ in range(30):
+        pages = pace.cuts(answers=False).copy_pages
+        pace.took(Load(1, b"", 0, 0, 1), 1e-4 * pages)
+    assert 0.2 < 1e-4 * pages < 0.3
+    assert 1e-4 * pace.cuts(answers=True).copy_pages < 2 * STEP
+
+
 @pytest.mark.parametrize("questions", [False, True])
 @pytest.mark.parametrize("fixed", [0.0, 0.005, STEP])
 @pytest.mark.parametrize("each", [1e-6, 1e-5, 1e-4])

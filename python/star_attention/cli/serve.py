@@ -213,7 +213,6 @@ def _serve_front(connection: Any, options: dict[str, Any]) -> None:
             options["model"],
             star_config_of(options),
             engine_of(options),
-            options["template"],
             gap and gap / 1e3,
             host_folder=os.environ.get(_HOST_FOLDER),
             disk_folder=disk and str(Path(disk).resolve() / "blocks"),
@@ -263,8 +262,16 @@ def _run_front(options: dict[str, Any]) -> int:
             mpirun_command(processes, options["oversubscribe"])
         ranks = OwnRanks(functools.partial(start_ranks, processes, options["oversubscribe"]))
 
+    tokenizer = Tokenizer(path, options["template"], allow_special=options["allow_special"])
+
     def make_engine(on_end: Callable[[int], None]) -> EngineProcess:
-        return EngineProcess(ranks, options["restarts"], options["stuck_timeout"], on_end)
+        return EngineProcess(
+            ranks,
+            options["restarts"],
+            options["stuck_timeout"],
+            on_end,
+            frozenset(tokenizer.eos_token_ids),
+        )
 
     serve_options = ServeOptions(
         model_names=options["names"] or (Path(options["model"]).name,),
@@ -282,9 +289,5 @@ def _run_front(options: dict[str, Any]) -> int:
         max_contexts=options["max_contexts"],
     )
     return run_front(
-        make_engine,
-        Tokenizer(path, options["template"], allow_special=options["allow_special"]),
-        serve_options,
-        options["port"],
-        options["shutdown_timeout"],
+        make_engine, tokenizer, serve_options, options["port"], options["shutdown_timeout"]
     )

@@ -95,13 +95,14 @@ class Pace:
     _ask: _Cut = field(default_factory=lambda: _Cut(64))
     _copy: _Cut = field(default_factory=lambda: _Cut(64))
     _idle: _Cut = field(default_factory=lambda: _Cut(1024))
+    _idle_copy: _Cut = field(default_factory=lambda: _Cut(64))
     _answers: bool = False
 
     def cuts(self, answers: bool) -> Cuts:
         """What the next pass may take; `answers`: some are under way."""
         self._answers = answers
         if not answers:
-            return Cuts(self._idle.amount, self._idle.amount, self._copy.amount)
+            return Cuts(self._idle.amount, self._idle.amount, self._idle_copy.amount)
         return Cuts(self._chunk.next, self._ask.next, self._copy.amount)
 
     def took(self, order: Order, seconds: float) -> None:
@@ -119,7 +120,8 @@ class Pace:
                 tokens = sum(len(part.token_ids) for part in parts)
                 self._ask.took(tokens, seconds, given)
             case Save() | Load():
-                self._copy.took(self._copy.amount, seconds, given)
+                cut = self._copy if self._answers else self._idle_copy
+                cut.took(cut.amount, seconds, given)
 
     def gap(self) -> float:
         """Seconds that two tokens of an answer are apart at most."""

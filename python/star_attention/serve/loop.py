@@ -56,7 +56,7 @@ class ServerLoop:
         leader: whose scheduler shares blocks.
         connection: to the front.
         division: of a context of so many tokens.
-        end_tokens: that end answers.
+        end_tokens: the model's.
         pages: of a rank's KV cache.
         page_bytes: of one of them, in all layers.
     """
@@ -133,7 +133,8 @@ class ServerLoop:
             asked = token_ids[border:]
             lengths = len(asked), request.params.max_tokens
             context = self._add_context(token_ids[:border], False, lengths)
-            question = scheduler.add_question(context, asked, request.params, self._end_tokens)
+            end_tokens = self._end_tokens | request.end_tokens
+            question = scheduler.add_question(context, asked, request.params, end_tokens)
             scheduler.release_context(context)  # it stays for the question
             job = _Job(request.request, context, question)
             self._asked[question] = job

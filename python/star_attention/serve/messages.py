@@ -29,12 +29,14 @@ class Generate:
         token_ids: int32 [n], context and question.
         border: tokens in front of the question, at least 1. The context may end earlier, where a
             cached one does; what is between then is part of the question.
+        end_tokens: the tokenizer's, that end the answer as the model's own do.
     """
 
     request: int
     token_ids: np.ndarray
     border: int
     params: SamplingParams
+    end_tokens: frozenset[int]
 
 
 @dataclass(frozen=True)

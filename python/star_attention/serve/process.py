@@ -55,6 +55,7 @@ class EngineProcess:
             given up.
         on_end: called with an exit code if there is nothing to serve any more: the ranks refused
             the model (2), or are lost and cannot be started again by this front (1).
+        end_tokens: the tokenizer's, that end answers as the model's own do.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class EngineProcess:
         restarts: int = 3,
         patience: float = 12.0,
         on_end: Callable[[int], None] = lambda code: None,
+        end_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self.state: State = "starting"
         self.reason = "the model is being loaded"
@@ -73,6 +75,7 @@ class EngineProcess:
         self._restarts_left = self._restarts_allowed = restarts
         self._patience = patience
         self._on_end = on_end
+        self._end_tokens = end_tokens
         self._loop: asyncio.AbstractEventLoop | None = None
         # Requests, and to which start of the ranks they go.
         self._outgoing: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
@@ -125,7 +128,7 @@ class EngineProcess:
         self, token_ids: np.ndarray, border: int, params: SamplingParams
     ) -> AsyncIterator[Opened | Progress | NewToken]:
         self._numbers += 1
-        request = Generate(self._numbers, token_ids, border, params)
+        request = Generate(self._numbers, token_ids, border, params, self._end_tokens)
         async with aclosing(self._events(request)) as events:
             async for event in events:
                 yield event

@@ -16,7 +16,6 @@ from star_attention.engines.options import EngineOptions, free_memory
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, is_engine_folder
 from star_attention.models.fingerprint import fingerprint
-from star_attention.models.tokenizer import Tokenizer
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader
 from star_attention.runtime.orders import OpenStore, Order
@@ -45,7 +44,6 @@ class RankOptions:
     model: str
     config: StarConfig
     engine: EngineOptions
-    template: str = "auto"
     max_gap: float | None = None
     gap_factor: float = 3.0
     host_folder: str | None = None
@@ -63,7 +61,6 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     job = current_job()
     path = find_model(options.model, options.engine.load_format != "dummy")
     config = division_of(path, options.config, options.engine)
-    end_tokens = Tokenizer(path, options.template).eos_token_ids
     on_gpu = options.engine.device == "cuda" or is_engine_folder(path)
     engine_options = options.engine if on_gpu else _with_pages(options.engine, job.comm.size)
     number, worker, limits = job.load(path, config.tokens_per_block, engine_options)
@@ -100,7 +97,7 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
         leader,
         connection,
         lambda tokens: division_for(tokens, config, num_ranks),
-        frozenset({*engine.config.eos_token_ids, *end_tokens}),
+        frozenset(engine.config.eos_token_ids),
         limits.pages,
         page_bytes,
     ).run()
