@@ -215,53 +215,6 @@ def test_an_exchange_begins_once_its_rows_are_stored(monkeypatch):
         run(make_engine(comm), [(0, 19)], step_of(([0, 1, 2], 0, 19), exchanges=exchanges))
 
 
-def test_rows_attend_before_what_they_do_not_see_arrives(monkeypatch):
-    """An early and a late sequence: the early one beside the last exchange; both see the same as
-    if they waited for all."""
-    events = []
-
-    class Request:
-        def __init__(self, name):
-            self.name = name
-
-        def wait(self, stream):
-            events.append(f"{self.name} arrived")
-
-    def exchange(sends, receives, stream):
-        return Request(receives[0][1])
-
-    original = torch_attention.PagedTables.attend
-
-    def attend(tables, q, *arguments):
-        events.append(len(q))
-        return original(tables, q, *arguments)
-
-    monkeypatch.setattr(torch_attention.PagedTables, "attend", attend)
-    comm = SimpleNamespace(rank=0, size=9, exchange=exchange, capturable=False)
-    sequences = ([0, 1], 8, 5), ([0, 1, 2, 3, 4], 32, 7), ([0, 5], 8, 3)
-
-    def logits(*blind):
-        """Of exchanges that bring page 0, page 3, and one that nobody sees."""
-        events.clear()
-        brings = pages_of(1, 0), pages_of(2, 3), pages_of(3, 9)
-        exchanges = tuple(
-            Exchange(0, (), (pages,), rows) for pages, rows in zip(brings, blind, strict=True)
-        )
-        engine = make_engine(comm)
-        step = step_of(*sequences, exchanges=exchanges)
-        return run(engine, [(8, 13), (32, 39), (8, 11)], step, range(15))
-
-    expected = logits(0, 0, 0)
-    arrived = [f"{name} arrived" for name in (1, 2, 3)]
-    assert events == CONFIG.num_layers * [*arrived, 15]
-    np.testing.assert_allclose(logits(0, 5, 15), expected, atol=1e-5)
-    assert events == CONFIG.num_layers * [arrived[0], 5, arrived[1], 10, arrived[2]]
-    np.testing.assert_allclose(logits(0, 12, 5), expected, atol=1e-5)
-    assert events == CONFIG.num_layers * [arrived[0], 5, *arrived[1:], 10]
-    with pytest.raises(ValueError, match="6 rows that are blind are no whole sequences"):
-        logits(0, 6, 15)
-
-
 def test_scattered_pages_are_packed_once():
     """However many ranks they go to; consecutive ones are sent and received in the pool."""
     sent, received = {}, {}

@@ -50,13 +50,11 @@ class Exchange:
     Attributes:
         rows: the first rows of this rank's that are to be stored before it takes part.
         sends, receives: at most one for each other rank, in ascending order.
-        blind: the first rows, of whole sequences, that see nothing of what arrives.
     """
 
     rows: int
     sends: tuple[Pages, ...]
     receives: tuple[Pages, ...]
-    blind: int = 0
 
 
 @dataclass(frozen=True)

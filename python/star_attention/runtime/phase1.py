@@ -99,7 +99,9 @@ class ContextPart:
         else:
             self._find_room(own, arrivals)
             exchanges = [
-                self._exchange(group, own, index) for index, group in enumerate(arrivals) if group
+                self._exchange(group, self._rows_before(own, index))
+                for index, group in enumerate(arrivals)
+                if group
             ]
             step = paged_step([self._rows(span) for span in own], self._page)
             step = replace(step, exchanges=tuple(exchanges))
@@ -143,25 +145,12 @@ class ContextPart:
         together = [span for span in own if self._plan.blocks[span.block].rank is None]
         return sum(span.tokens for span in together[:index])
 
-    def _blind(self, own: Sequence[Span], pages: np.ndarray) -> int:
-        """Of this rank's first rows, those that see none of these pages of the context."""
-        rows = 0
-        for span in own:
-            for seen in span.sees:
-                first, last = seen.start // self._page, page_count(seen.end, self._page)
-                if ((pages >= first) & (pages < last)).any():
-                    return rows
-            rows += span.tokens
-        return rows
-
-    def _exchange(self, group: Sequence[Arrival], own: Sequence[Span], index: int) -> Exchange:
+    def _exchange(self, group: Sequence[Arrival], rows: int) -> Exchange:
         rank, where = self._rank, self._where
-        arriving = [each for each in group if each.dest == rank]
         return Exchange(
-            self._rows_before(own, index),
+            rows,
             tuple(Pages(each.dest, where[each.pages]) for each in group if each.source == rank),
-            tuple(Pages(each.source, where[each.pages]) for each in arriving),
-            self._blind(own, _concatenate([each.pages for each in arriving])),
+            tuple(Pages(each.source, where[each.pages]) for each in group if each.dest == rank),
         )
 
     def _ring_step(self, spans: Sequence[Span], own: Sequence[Span]) -> PagedStep:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -72,26 +72,16 @@ class PagedTables:
         )
 
 
-class _Turn(NamedTuple):
-    """Sequences that are attended to when so many exchanges have arrived."""
-
-    exchanges: int
-    rows: slice
-    tables: PagedTables
-
-
 class Attention:
     """Attention of one pass, layer by layer: a layer's pool is announced by `begin`, then written,
     `stored` being told how far, then attended to by a call, or only finished by `finish`.
 
-    What ranks exchange travels beside the projection of later rows, and the attention of those that
-    see nothing of it; a hop's pages arrive while those before them are attended to. What the rows
-    see of several lists of pages is merged list by list: there are two partials at a time, and two
-    hops' pages.
+    What ranks exchange travels beside the projection of later rows, and a hop's pages arrive while
+    those before them are attended to. What the rows see of several lists of pages is merged list by
+    list: there are two partials at a time, and two hops' pages.
 
     Args:
         lists: of pages of this rank, which the rows see.
-        turns: all rows, where they attend in turns, with nothing to merge.
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
 
@@ -109,16 +99,15 @@ class Attention:
         merge: bool = False,
         exchanges: Sequence[_Exchange] = (),
         hops: Sequence[_Hop] = (),
-        turns: Sequence[_Turn] = (),
     ) -> None:
-        self._lists, self._hops, self._turns = lists, hops, turns
+        self._lists, self._hops = lists, hops
         self._comm = comm
         self._scale = scale
         self._merge = merge and comm.size > 1
         self._exchanges = exchanges
         self.cuts = tuple(sorted({exchange.rows for exchange in exchanges}))
         self._to_start: deque[_Exchange] = deque()
-        self._under_way: deque[tuple[Request, list[tuple[PageIndex, torch.Tensor, int]]]] = deque()
+        self._under_way: list[tuple[Request, list[tuple[PageIndex, torch.Tensor, int]]]] = []
         self._device = lists[0].kv_lens.device
         self._clock = _Clock(self._device)
 
@@ -140,19 +129,17 @@ class Attention:
             receives = [(room, rank) for _, room, rank in arriving]
             self._under_way.append((self._start(pool, exchange.sends, receives), arriving))
 
-    def finish(self, pool: torch.Tensor, left: int = 0) -> None:
-        """What the layer's exchanges but the last `left` bring is in the pool."""
-        while len(self._under_way) > left:
-            request, arriving = self._under_way.popleft()
+    def finish(self, pool: torch.Tensor) -> None:
+        """All that the layer's exchanges bring is in the pool."""
+        for request, arriving in self._under_way:
             self._wait(request)
             for index, room, _ in arriving:
                 if not isinstance(index, slice):
                     pool[index] = room
+        self._under_way.clear()
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
-        if self._turns:
-            return self._attend_in_turns(q, pool)
         self.finish(pool)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
@@ -161,14 +148,6 @@ class Attention:
         merged = torch.empty_like(q)
         self._comm.merge(*self._attend(q, pool, torch.float32), merged, stream_of(self._device))
         return merged
-
-    def _attend_in_turns(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for exchanges, rows, tables in self._turns:
-            self.finish(pool, len(self._exchanges) - exchanges)
-            tables.attend(q[rows], pool, self._scale, (o[rows], lse[rows]))
-        self.finish(pool)
-        return o
 
     def _attend(
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
@@ -218,33 +197,7 @@ def attention_on(
         step.merge,
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
-        _turns_on(step, device),
     )
-
-
-def _turns_on(step: PagedStep, device: torch.device) -> list[_Turn]:
-    """The turns in which a step's rows attend; none if all wait for all."""
-    blind = [exchange.blind for exchange in step.exchanges]
-    if not any(blind) or step.hops or step.prefix or step.merge:
-        return []
-    # What is waited for last, earlier rows need not see.
-    ends = [min(blind[index:]) for index in range(len(blind))]
-    starts, turns, begin = step.cu_seqlens_q, [], 0
-    for exchanges, end in enumerate([*ends, int(starts[-1])]):
-        if end > begin:
-            first, last = np.searchsorted(starts, [begin, end])
-            if starts[last] != end:
-                raise ValueError(f"{end} rows that are blind are no whole sequences: {starts}")
-            tables = PagedTables.on(
-                device,
-                step.page_table[first:last],
-                starts[first : last + 1] - begin,
-                step.kv_lens[first:last],
-                step.causal,
-            )
-            turns.append(_Turn(exchanges, slice(begin, end), tables))
-            begin = end
-    return turns
 
 
 class _Seen:
