@@ -547,12 +547,13 @@ def tokens(count: int) -> str:
 
 
 def plot_breakdown(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
-    """Phase 1 of each method by kind of kernel, stacked."""
+    """Phase 1 of each method by kind of kernel, stacked, on the ranks that ran last."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if "breakdown" in row]
     if not rows:
         return
+    rows = [row for row in rows if row["ranks"] == rows[-1]["ranks"]]
     title = gpu.format(rows[0]["ranks"])
     fig, ax = plt.subplots(figsize=(7.5, 2.8))
     names = [LABELS[row["method"]] for row in rows]
