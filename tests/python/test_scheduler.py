@@ -28,6 +28,7 @@ from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.store import Store
 from star_attention.runtime.tiers import SaveEnd
 from star_attention.runtime.worker import Worker
+from star_attention.serve.warm_up import warm_up
 from star_attention.spans import most_tokens
 
 PAGE = 4
@@ -275,6 +276,24 @@ configs = st.builds(
 )
 
 
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_a_server_warms_up(monkeypatch, has_prefix):
+    """Any engine: steps of 1 to 64 questions, and none without."""
+    monkeypatch.setattr(NotingEngine, "has_prefix", has_prefix)
+    ranks, leader = make(2)
+    steps = []
+
+    def execute(order, on_layer=None):
+        steps.extend([order] if isinstance(order, Decode) else [])
+        return [worker.execute(order) for worker in ranks.workers][0]
+
+    leader.execute = execute
+    warm_up(leader, StarConfig(4 * PAGE, tokens_per_block=PAGE))
+    assert {len(step.questions) for step in steps} == {1 << power for power in range(7)}
+    assert any(step.groups for step in steps) == has_prefix
+    assert check_pages(ranks, leader)[0] == [0, 0]
+
+
 @settings(max_examples=300)
 @given(data=st.data(), size=st.integers(1, 4), chunk=st.one_of(st.none(), st.integers(1, 40)))
 def test_every_row_sees_what_it_should(data, size, chunk):
@@ -297,6 +316,7 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     ranks, leader = make(size, limits, chunk, shares, store, random)
     leader.scheduler.question_tokens = draw(st.one_of(st.none(), st.integers(1, 9)))
     leader.scheduler.least_shared = draw(st.integers(0, 60))
+    leader.scheduler._has_prefix = draw(st.booleans())
     divisions = st.sampled_from(draw(st.lists(configs, min_size=1, max_size=3)))
     edits = st.lists(st.integers(0, 60), max_size=2)
     contexts, questions = [], []

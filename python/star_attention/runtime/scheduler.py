@@ -657,8 +657,10 @@ class Scheduler:
     def _grouped(self) -> tuple[list[Question], tuple[int, ...]]:
         """Running questions, those over the same blocks in a row, and how many those are; in their
         order, and none, if that spares little."""
+        if not self._has_prefix:
+            return self._running, ()
         by_blocks: dict[tuple[Block, ...], list[Question]] = {}
-        for question in self._running if self._has_prefix else ():
+        for question in self._running:
             by_blocks.setdefault(tuple(question.context.blocks), []).append(question)
         groups = list(by_blocks.values())
         spared = sum((len(each) - 1) * each[0].context.plan.context_len for each in groups)
