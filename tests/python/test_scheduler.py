@@ -285,7 +285,8 @@ def test_a_server_warms_up(monkeypatch, has_prefix):
 
     def execute(order, on_layer=None):
         steps.extend([order] if isinstance(order, Decode) else [])
-        return [worker.execute(order) for worker in ranks.workers][0]
+        results = [worker.execute(order) for worker in ranks.workers]
+        return results[0]
 
     leader.execute = execute
     warm_up(leader, StarConfig(4 * PAGE, tokens_per_block=PAGE))
