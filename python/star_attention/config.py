@@ -15,6 +15,7 @@ MergePath = Literal["auto", "peer", "nccl"]
 ANCHOR_MODES: tuple[AnchorMode, ...] = ("recompute", "local", "broadcast")
 KV_PLACEMENTS: tuple[KvPlacement, ...] = ("tail", "round_robin")
 MERGE_PATHS: tuple[MergePath, ...] = ("auto", "peer", "nccl")
+MAX_SELECTED_PAGES = 1024
 ATTENTION_METHODS: tuple[AttentionMethod, ...] = ("star", "ring", "dense")
 
 
@@ -35,6 +36,8 @@ class StarConfig:
         kv_placement: where the KV of generated tokens is kept: on the last rank (`tail`), or page
             by page over all ranks (`round_robin`). Same results.
         tokens_per_block: tokens a page of the KV cache holds (TensorRT-LLM's name).
+        selected_pages: pages of earlier blocks that a page of rows sees besides, chosen for it in
+            each KV head and layer; 0: none, the paper's method.
         attention: `star`; or an exact baseline: `ring`, whose KV passes by, or `dense`, one block
             of all ranks.
 
@@ -47,6 +50,7 @@ class StarConfig:
     kv_placement: KvPlacement = "tail"
     tokens_per_block: int = 128
     attention: AttentionMethod = "star"
+    selected_pages: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -72,6 +76,15 @@ class StarConfig:
                 )
             if size is not None and size < least:
                 raise UserError(f"the {name} is {size}: use {least} tokens or more")
+        if not 0 <= self.selected_pages <= MAX_SELECTED_PAGES:
+            raise UserError(
+                f"selected_pages is {self.selected_pages}: use 0 to {MAX_SELECTED_PAGES}"
+            )
+        if self.selected_pages and self.anchor_mode == "recompute":
+            raise UserError(
+                "selected pages go with the anchor modes local and broadcast: recompute is the "
+                "paper's formulation, without them"
+            )
         if self.block_size is not None:
             self.check_anchor(self.block_size)
 

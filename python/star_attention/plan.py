@@ -61,6 +61,7 @@ class Plan:
     Attributes:
         blocks, parts: in context order. Where parts start depends on the block size and the number
             of ranks alone.
+        selected_pages: of earlier blocks, that a page of rows sees besides.
         cached: where parts start that are there already, and are not computed.
         notes: what was rounded or left unused, one line each.
     """
@@ -77,6 +78,7 @@ class Plan:
     parts: tuple[Part, ...]
     cached: frozenset[int]
     notes: tuple[str, ...]
+    selected_pages: int = 0
 
     def parts_of(self, rank: int) -> tuple[Part, ...]:
         """What a rank keeps, in context order."""
@@ -88,6 +90,17 @@ class Plan:
         for part in self.parts:
             found.setdefault(part.rank, []).append(part)
         return {rank: tuple(parts) for rank, parts in found.items()}
+
+    def candidate_pages(self, block: Block) -> slice:
+        """Pages of the context, behind the anchor, that a block's rows choose from."""
+        page = self.tokens_per_block
+        last = block.start // page if self.selected_pages else 0
+        return slice(min(self.anchor_size // page, last), last)
+
+    def selected_tokens(self, block: Block) -> int:
+        """Tokens that each row of a block sees of earlier blocks, besides the anchor."""
+        pages = self.candidate_pages(block)
+        return min(pages.stop - pages.start, self.selected_pages) * self.tokens_per_block
 
     @property
     def exchanges(self) -> bool:
@@ -101,7 +114,9 @@ class Plan:
     def _passes(self, alone: Sequence[Sequence[Reading]]) -> Passes:
         loads = [cost.flops(self.model) for cost in self._costs_alone]
         sizes = self.anchor_size, self.tokens_per_block
-        return Passes(self._together, alone, loads, *sizes, self.model)
+        return Passes(
+            self._together, alone, loads, *sizes, self.model, whole_pages=self.selected_pages > 0
+        )
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -121,6 +136,7 @@ class Plan:
             cost = span.cost
             tokens[span.rank] += cost.tokens
             pairs[span.rank] += cost.pairs
+            pairs[span.rank] += span.tokens * self.selected_tokens(self.blocks[span.block])
         return tuple(map(Cost, tokens, pairs))
 
     @property
@@ -192,8 +208,9 @@ class Plan:
             block = self.blocks[index]
             if again:
                 shapes[block.rank, self.anchor_size, 0] += 1
+            before = block.prefix + self.selected_tokens(block)
             for rows in self._rows[index]:
-                shapes[block.rank, rows.tokens, block.prefix + rows.start - block.start] += 1
+                shapes[block.rank, rows.tokens, before + rows.start - block.start] += 1
         tokens, pairs = [0] * self.num_ranks, [0] * self.num_ranks
         for (rank, size, before), count in shapes.items():
             tokens[rank] += count * size
@@ -259,7 +276,7 @@ def make_plan(
         raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
     if config.attention != "star":
-        config = replace(config, block_size=None, anchor_size=0)
+        config = replace(config, block_size=None, anchor_size=0, selected_pages=0)
         if num_ranks > 1:  # only with exchanges can ranks share their one block
             config = replace(config, anchor_mode="broadcast")
     notes: list[str] = []
@@ -290,6 +307,7 @@ def make_plan(
         parts,
         frozenset(),
         tuple(notes),
+        config.selected_pages,
     )
     if num_ranks == 1:
         return plan

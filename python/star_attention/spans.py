@@ -159,6 +159,7 @@ class Passes:
         loads: FLOPs of these.
         anchor: what must be computed before rows that see it can be, unless they are in one pass.
         model: weighs rows.
+        whole_pages: rows are cut where pages begin.
 
     Attributes:
         done, total: tokens that were computed so far, and are in the end, by all ranks.
@@ -173,7 +174,9 @@ class Passes:
         anchor: int,
         tokens_per_block: int,
         model: ModelConfig,
+        whole_pages: bool = False,
     ) -> None:
+        self._whole_pages = whole_pages
         self._together = _Queue(together)
         self._alone = [_Queue(each) for each in alone]
         self._anchor, self._page, self._model = anchor, tokens_per_block, model
@@ -198,10 +201,13 @@ class Passes:
         """The spans of the next pass.
 
         Args:
-            most: tokens of a rank; rows computed together may be one page more.
+            most: tokens of a rank; rows computed together may be one page more, and whole pages
+                are one at least.
             sequences: spans of a rank.
         """
         ranks = range(len(self._alone))
+        if self._whole_pages and most is not None:
+            most = max(most // self._page, 1) * self._page
         room = [self.total if most is None else most for _ in ranks]
         spans: list[Span] = []
         if self._together and self._together.first.rank is not None:

@@ -50,7 +50,7 @@ class OnnxEngine:
     """`ModelEngine` over the evaluator."""
 
     limits = Limits()
-    has_exchanges = has_hops = has_prefix = False
+    has_exchanges = has_hops = has_prefix = has_selection = False
     wait_seconds = 0.0
     peak_memory_bytes = graph_steps = 0
 

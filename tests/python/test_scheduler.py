@@ -39,7 +39,7 @@ class NotingEngine:
     """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
 
     config, tokens_per_block = LLAMA_3_1_8B, PAGE
-    has_exchanges = has_hops = has_prefix = True
+    has_exchanges = has_hops = has_prefix = has_selection = True
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
     def __init__(self, limits):

@@ -15,6 +15,7 @@ from star_attention.config import (
     ANCHOR_MODES,
     ATTENTION_METHODS,
     KV_PLACEMENTS,
+    MAX_SELECTED_PAGES,
     MERGE_PATHS,
     StarConfig,
 )
@@ -102,6 +103,14 @@ def division_options(command: Callable) -> Callable:
             show_default=True,
             help="Who computes the anchor's KV: every block, every rank, or all ranks together, "
             "which then send one another their parts. Same answers.",
+        ),
+        click.option(
+            "--selected-pages",
+            type=click.IntRange(0, MAX_SELECTED_PAGES),
+            default=0,
+            show_default=True,
+            help="Pages of earlier blocks that each page of rows chooses to see besides; one rank, "
+            "on the CPU.",
         ),
         click.option(
             "--tokens-per-block",
@@ -246,7 +255,7 @@ def check_run(options: dict[str, Any]) -> None:
     another."""
     if options["attention"] != "star":
         when = f"with --attention {options['attention']}"
-        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
+        refuse_idle(when, "block_size", "anchor_size", "anchor_mode", "selected_pages")
     if options["attention"] == "dense":
         refuse_idle("with --attention dense", "kv_placement", "merge")
     if is_engine_folder(Path(options["model"])):

@@ -77,6 +77,21 @@ class Hop:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Pages of earlier blocks of which each tile, a page of rows, chooses some that it sees whole.
+
+    Attributes:
+        count: that a tile and KV head chooses, at most.
+        pages: int32 [C], in the order of the context.
+        counts: int32 [S], how many of the first a sequence's rows may choose from.
+    """
+
+    count: int
+    pages: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
 class PagedStep:
     """Attention of one forward pass over pages, for S sequences of T tokens in all.
 
@@ -93,6 +108,7 @@ class PagedStep:
         exchanges: bring pages of `page_table` from other ranks, in every layer.
         hops: further pages that the rows see, those of one rank after the other's; every rank has
             as many.
+        selection: pages that rows choose to see besides. Sequences begin where pages do then.
     """
 
     slot_mapping: np.ndarray
@@ -104,6 +120,7 @@ class PagedStep:
     prefix: Prefix | None = None
     exchanges: tuple[Exchange, ...] = ()
     hops: tuple[Hop, ...] = ()
+    selection: Selection | None = None
 
 
 def is_decode_step(attention: PagedStep, logit_rows: np.ndarray) -> bool:
@@ -167,7 +184,7 @@ class ModelEngine(Protocol):
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
-        has_exchanges, has_hops, has_prefix: whether a step can have them.
+        has_exchanges, has_hops, has_prefix, has_selection: whether a step can have them.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
         peak_memory_bytes: the most memory that was in use so far, on the GPU if there is one.
@@ -180,6 +197,7 @@ class ModelEngine(Protocol):
     has_exchanges: bool
     has_hops: bool
     has_prefix: bool
+    has_selection: bool
     wait_seconds: float
     graph_steps: int
 

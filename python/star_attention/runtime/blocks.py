@@ -42,8 +42,9 @@ class Block:
 
 
 def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
-    """A key for each part of a plan; equal ones have equal KV, for one model and dtype. In a ring,
-    where nothing stays as it is when a text grows, they have none.
+    """A key for each part of a plan; equal ones have equal KV, for one model and dtype. With
+    selected pages it is one of all the text so far. In a ring, where nothing stays as it is when a
+    text grows, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
@@ -55,8 +56,10 @@ def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
     keys: list[bytes | None] = []
     for part in plan.parts:
         block = plan.blocks[part.block]
-        if part.start == block.start:
+        if part.start == block.start and not (part.start and plan.selected_pages):
             before = block.start, anchor if block.prefix else b""
+            if plan.selected_pages:
+                before += plan.selected_pages, plan.block_size, plan.anchor_size
             digest = hashlib.blake2b(repr(before).encode(), digest_size=32)
         digest.update(tokens[part.start : part.end])
         own = digest.copy()

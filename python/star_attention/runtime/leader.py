@@ -74,6 +74,7 @@ class Leader:
             engine.has_prefix,
             shares_blocks,
             store,
+            engine.has_selection,
         )
 
     def step(self, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from star_attention.arrivals import Arrival, Arrivals
-from star_attention.engines.base import Exchange, Hop, PagedStep, Pages
+from star_attention.engines.base import Exchange, Hop, PagedStep, Pages, Selection
 from star_attention.plan import Plan
 from star_attention.runtime.pages import Rows, page_count, page_table, paged_step
 from star_attention.spans import Span
@@ -104,11 +104,21 @@ class ContextPart:
                 if group
             ]
             step = paged_step([self._rows(span) for span in own], self._page)
-            step = replace(step, exchanges=tuple(exchanges))
+            step = replace(step, exchanges=tuple(exchanges), selection=self._selection(own))
             self._give_room_back()
             if not own and not exchanges:
                 return None
         return ContextPass(_concatenate(positions), step)
+
+    def _selection(self, own: Sequence[Span]) -> Selection | None:
+        """What the rows of these spans choose from, if there is anything; the blocks in front of
+        theirs are here."""
+        plan = self._plan
+        first = plan.anchor_size // self._page
+        before = [plan.candidate_pages(plan.blocks[span.block]) for span in own]
+        pages = self._where[first : max((each.stop for each in before), default=0)]
+        counts = np.array([each.stop - each.start for each in before], np.int32)
+        return Selection(plan.selected_pages, pages, counts) if counts.any() else None
 
     def _find_room(self, own: Sequence[Span], arrivals: Sequence[Sequence[Arrival]]) -> None:
         """Pages for what is computed or arrives here, and is kept elsewhere."""

@@ -29,7 +29,8 @@ class Room:
     Args:
         model: weighs work, so that plans are the workers'.
         limits: what every rank's engine allows.
-        has_exchanges, has_hops: what the engines' steps can have, as in `ModelEngine`.
+        has_exchanges, has_hops, has_selection: what the engines' steps can have, as in
+            `ModelEngine`.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Room:
         tokens_per_block: int,
         has_exchanges: bool,
         has_hops: bool,
+        has_selection: bool,
     ) -> None:
         self.limits = limits
         self._model = model
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._has_exchanges, self._has_hops = has_exchanges, has_hops
+        self._has_selection = has_selection
 
     def plan(self, tokens: int, config: StarConfig) -> Plan:
         """The plan of a context. Raises UserError if the engines cannot run it."""
@@ -56,6 +59,10 @@ class Room:
             raise UserError(
                 "ring attention's transfers do not fit beside the KV cache: use a smaller "
                 "--kv-cache-gib, or --attention star"
+            )
+        if config.selected_pages and not (self._has_selection and self._num_ranks == 1):
+            raise UserError(
+                "--selected-pages needs one rank and --device cpu so far: leave it away"
             )
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)

@@ -61,7 +61,7 @@ class Scheduler:
     """See the module.
 
     Args:
-        model, limits, has_exchanges, has_hops: as in `Room`.
+        model, limits, has_exchanges, has_hops, has_selection: as in `Room`.
         has_prefix: the engines' steps can have one.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
@@ -86,13 +86,16 @@ class Scheduler:
         has_prefix: bool = True,
         shares_blocks: bool = False,
         store: Store | None = None,
+        has_selection: bool = False,
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
         self.least_shared = _LEAST_SHARED * num_ranks
         self._has_prefix = has_prefix
         self._model = model
-        self._room = Room(model, limits, num_ranks, tokens_per_block, has_exchanges, has_hops)
+        self._room = Room(
+            model, limits, num_ranks, tokens_per_block, has_exchanges, has_hops, has_selection
+        )
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._shares_blocks = shares_blocks
         self._numbers = 0
@@ -482,6 +485,8 @@ class Scheduler:
         parts = list(zip(plan.parts, context.blocks, strict=True))
         read = {each.block for each, block in parts if block in context.reads}
         in_front = plan.anchor_size if read else 0
+        if plan.selected_pages and read:  # what is chosen from
+            in_front = plan.blocks[max(read)].start
         context.awaits = [
             block
             for each, block in parts

@@ -62,7 +62,7 @@ class TensorRtEngine:
         UserError: the engine cannot run here.
     """
 
-    has_hops = has_prefix = False
+    has_hops = has_prefix = has_selection = False
 
     def __init__(
         self,

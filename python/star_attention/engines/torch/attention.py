@@ -15,6 +15,7 @@ from star_attention import ops
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import Addressed, Request
 from star_attention.engines.base import Exchange, Hop, PagedStep, Pages
+from star_attention.engines.torch.selection import Tiles, attend_selected
 
 _MERGE_ROWS = 4096  # of partials that are merged at a time
 
@@ -84,6 +85,7 @@ class Attention:
         lists: of pages of this rank, which the rows see.
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
+        tiles: of rows that choose pages.
 
     Attributes:
         cuts: rows at which `stored` is to be told, for exchanges to begin early.
@@ -99,8 +101,9 @@ class Attention:
         merge: bool = False,
         exchanges: Sequence[_Exchange] = (),
         hops: Sequence[_Hop] = (),
+        tiles: Tiles | None = None,
     ) -> None:
-        self._lists, self._hops = lists, hops
+        self._lists, self._hops, self._tiles = lists, hops, tiles
         self._comm = comm
         self._scale = scale
         self._merge = merge and comm.size > 1
@@ -141,6 +144,9 @@ class Attention:
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
         self.finish(pool)
+        if self._tiles:
+            own = self._attend(q, pool, torch.float32)
+            return attend_selected(q, pool, self._tiles, own, self._scale)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
         if not q.is_cuda:
@@ -179,7 +185,7 @@ class Attention:
 
 
 def attention_on(
-    step: PagedStep, comm: Communicator, scale: float, device: torch.device
+    step: PagedStep, tokens_per_block: int, comm: Communicator, scale: float, device: torch.device
 ) -> Attention:
     """The attention that `step` describes, ready on `device`."""
     rows = len(step.slot_mapping)
@@ -197,6 +203,7 @@ def attention_on(
         step.merge,
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
+        step.selection and Tiles.on(device, step.selection, step.cu_seqlens_q, tokens_per_block),
     )
 
 

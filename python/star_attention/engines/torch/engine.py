@@ -64,6 +64,7 @@ class TorchEngine:
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"
+        self.has_selection = not on_gpu  # no kernel reads a list for each KV head yet
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
@@ -152,7 +153,9 @@ class TorchEngine:
                 logits = self._graphs.step(token_ids, positions, attention)
                 self._wait()
                 return logits
-            attend = attention_on(attention, self._comm, self._scale, self._device)
+            attend = attention_on(
+                attention, self.tokens_per_block, self._comm, self._scale, self._device
+            )
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
             logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
         except torch.OutOfMemoryError as error:
