@@ -29,18 +29,19 @@ class Arrivals:
 
     Attributes:
         here: bool [ranks, pages of the context].
+        keeper: int64 [pages of the context], the rank that keeps each.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         page = plan.tokens_per_block
         pages = -(-plan.context_len // page)
-        self._keeper = np.empty(pages, np.int64)
+        self.keeper = np.empty(pages, np.int64)
         self.here = np.zeros((plan.num_ranks, pages), bool)
         self._left: dict[int, int] = {}  # tokens of each block that are still to be computed
         for part in plan.parts:
             own = slice(part.start // page, -(-part.end // page))
-            self._keeper[own] = part.rank
+            self.keeper[own] = part.rank
             if part.start in plan.cached:
                 self.here[part.rank, own] = True
             else:
@@ -59,7 +60,7 @@ class Arrivals:
             block gives, its second, and so on; some of these may be empty.
         """
         plan, page = self._plan, self._plan.tokens_per_block
-        keeper, here = self._keeper, self.here
+        keeper, here = self.keeper, self.here
         rounds = np.zeros(len(keeper), np.int64)  # 0: there already
         source = keeper.copy()
         needed = np.zeros_like(here)
@@ -110,4 +111,4 @@ class Arrivals:
                 first = max(block.start, plan.anchor_size) // page
                 pages = np.arange(first, -(-block.end // page))
                 self.here[:, pages] = False
-                self.here[self._keeper[pages], pages] = True
+                self.here[self.keeper[pages], pages] = True

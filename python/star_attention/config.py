@@ -80,10 +80,9 @@ class StarConfig:
             raise UserError(
                 f"selected_pages is {self.selected_pages}: use 0 to {MAX_SELECTED_PAGES}"
             )
-        if self.selected_pages and self.anchor_mode == "recompute":
+        if self.selected_pages and self.anchor_mode != "broadcast":
             raise UserError(
-                "selected pages go with the anchor modes local and broadcast: recompute is the "
-                "paper's formulation, without them"
+                f"selected pages go with the anchor mode broadcast, not {self.anchor_mode}"
             )
         if self.block_size is not None:
             self.check_anchor(self.block_size)

@@ -359,9 +359,12 @@ def _assigned(plan: Plan, where: Sequence[int | None]) -> Plan:
 def _owners(plan: Plan) -> list[int | None]:
     """The rank that computes each block; None: all do. As many whole blocks for each rank as
     possible; the first block, which the others need, and what is left is for all, unless blocks
-    have less than a page for each."""
+    have less than a page for each. With selected pages all are for all, one after the other, as
+    later ones choose from earlier ones."""
     num_ranks = plan.num_ranks
     owners: list[int | None] = [None] * len(plan.blocks)
+    if plan.selected_pages:
+        return owners
     rows = plan._rows
     whole = [
         index

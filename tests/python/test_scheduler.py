@@ -103,6 +103,7 @@ class Ranks:
             self.exchange([last and last[1].exchanges[index] for last in lasts])
         for engine in filter(lambda each: each.last, self.engines):
             self.store(engine, names)
+        self.check_selections(plan, names)
         for rank, engine in enumerate(self.engines):
             if engine.last is None:
                 continue
@@ -116,6 +117,27 @@ class Ranks:
                     begin, prefix = 0, 0
                 expected = {names[i] for i in (*range(prefix), *range(begin, position + 1))}
                 assert seen == expected, (rank, row, position)
+
+    def check_selections(self, plan, names):
+        """Rows choose from all pages between the anchor and their block, and these are stored."""
+        selections = [engine.last and engine.last[1].selection for engine in self.engines]
+        if not any(selections):
+            for positions, _ in (engine.last for engine in self.engines if engine.last):
+                last = max(positions.tolist(), default=0) // plan.block_size * plan.block_size
+                assert not plan.selected_pages or last <= plan.anchor_size
+            return
+        first, found = plan.anchor_size // PAGE, {}
+        for rank, (engine, selection) in enumerate(zip(self.engines, selections, strict=True)):
+            positions, step = engine.last
+            assert np.array_equal(selection.owners, selections[0].owners)
+            for index in np.flatnonzero(selection.owners == rank).tolist():
+                found[first + index] = engine.slots[selection.pages[index]].tolist()
+            for row, count in zip(step.cu_seqlens_q, selection.counts, strict=False):
+                assert positions[row] % PAGE == 0
+                block = positions[row] // plan.block_size * plan.block_size
+                assert count == max(block // PAGE - first, 0)
+        assert found == {page: names[page * PAGE : (page + 1) * PAGE] for page in sorted(found)}
+        assert sorted(found) == list(range(first, first + len(selections[0].owners)))
 
     def check_questions(self, pairs):
         for engine in self.engines:
@@ -260,19 +282,21 @@ def check_pages(ranks, leader):
 
 
 configs = st.builds(
-    lambda block, anchor, mode, placement, method: StarConfig(
+    lambda block, anchor, mode, placement, method, chosen: StarConfig(
         block * PAGE if method == "star" else None,
         min(anchor, block) * PAGE if method == "star" else None,
         mode,
         placement,
         PAGE,
         method,
+        chosen if method == "star" and mode == "broadcast" else 0,
     ),
     st.sampled_from([1, 2, 3, 4, 9]),
     st.integers(0, 9),
     st.sampled_from(["recompute", "local", "broadcast"]),
     st.sampled_from(["tail", "round_robin"]),
     st.sampled_from(["star", "star", "star", "ring"]),
+    st.integers(0, 2),
 )
 
 

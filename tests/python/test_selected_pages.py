@@ -1,77 +1,28 @@
 """Selected pages: logits of Hugging Face under the masks that the engine reports having used."""
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
 
-from helpers import block_mask, forced_logits, save_tiny_model
+from helpers import HERE, block_mask, run_job, save_tiny_model
 from star_attention.config import StarConfig
-from star_attention.distributed import default_communicator
 from star_attention.engines.base import Limits
-from star_attention.engines.loader import load_engine
-from star_attention.engines.options import EngineOptions
 from star_attention.engines.torch import selection
-from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
-from star_attention.models.checkpoint import find_model
 from star_attention.ops import select_reference as select
 from star_attention.plan import make_plan
 from star_attention.runtime.blocks import block_keys
-from star_attention.runtime.leader import lead_together
 from star_attention.runtime.room import Room
 
+JOB = HERE / "selected_job.py"
 PAGE, BLOCK, ANCHOR = 8, 32, 8
 CONTEXT, QUESTION = 5 * BLOCK + 5, 6
+SIZES = {"block_size": BLOCK, "anchor_size": ANCHOR, "tokens_per_block": PAGE}
 TOKENS = np.random.default_rng(1).integers(0, 97, CONTEXT + 2 * QUESTION).astype(np.int32)
-
-
-class Chosen:
-    """What tiles chose, by layer, KV head and the context's page of rows."""
-
-    def __init__(self, monkeypatch):
-        self.lists = {}
-        original, step = selection.choose_pages, TorchEngine.step
-
-        def choose_pages(q, pool, tiles, lse, scale):
-            lists, counts = original(q, pool, tiles, lse, scale)
-            starts = tiles.cu_seqlens[:-1].tolist()
-            for tile, row in enumerate(starts):
-                for head in range(len(lists)):
-                    key = self._layer, head, int(self._positions[row]) // PAGE
-                    assert key not in self.lists
-                    chosen = lists[head, tile, : counts[head, tile]].tolist()
-                    if chosen:
-                        self.lists[key] = [ANCHOR // PAGE + page for page in chosen]
-            self._layer += 1
-            return lists, counts
-
-        def noting(engine, token_ids, positions, *arguments, **options):
-            self._layer, self._positions = 0, positions
-            return step(engine, token_ids, positions, *arguments, **options)
-
-        monkeypatch.setattr(selection, "choose_pages", choose_pages)
-        monkeypatch.setattr(TorchEngine, "step", noting)
-
-    def masks(self, layers, kv_heads):
-        """bool [layers, Hkv, tokens, tokens]."""
-        base = block_mask(len(TOKENS), CONTEXT, BLOCK, ANCHOR)
-        masks = np.broadcast_to(base, (layers, kv_heads, *base.shape)).copy()
-        for (layer, head, tile), pages in self.lists.items():
-            rows = slice(tile * PAGE, min(tile * PAGE + PAGE, CONTEXT))
-            for page in pages:
-                masks[layer, head, rows, page * PAGE : (page + 1) * PAGE] = True
-        return masks
-
-
-def logits_of(folder, config, pass_tokens=None):
-    comm = default_communicator()
-    options = EngineOptions("cpu", "float32")
-    engine = load_engine(find_model(str(folder)), comm, PAGE, options)
-    engine.limits = Limits(pass_tokens=pass_tokens)
-    leader, _ = lead_together(engine, comm)
-    ids, question, answer = np.split(TOKENS, [CONTEXT, CONTEXT + QUESTION])
-    return forced_logits(leader, leader.encode(ids, config), question, answer), engine.config
 
 
 def hf_logits(model, masks):
@@ -90,32 +41,42 @@ def hf_logits(model, masks):
         return model(input_ids=torch.from_numpy(TOKENS).long()[None]).logits[0, CONTEXT:].numpy()
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_logits_under_the_masks_that_were_used(tmp_path, monkeypatch, count):
-    """And they are the same, lists too, however phase 1 is cut."""
-    hf_model = save_tiny_model(tmp_path, initializer_range=0.3)
-    config = StarConfig(BLOCK, ANCHOR, tokens_per_block=PAGE, selected_pages=count)
-    plain = StarConfig(BLOCK, ANCHOR, tokens_per_block=PAGE)
-    expected = lists = None
-    for pass_tokens in (None, 1, 3 * PAGE + 3, BLOCK + PAGE):
-        with monkeypatch.context() as patch:
-            chosen = Chosen(patch)
-            logits, model = logits_of(tmp_path, config, pass_tokens)
-        if expected is None:
-            lists = chosen.lists
-            layers, heads = model.num_layers, model.num_kv_heads
-            # The last layer's context rows attend to nothing: nobody looks at them.
-            assert len(lists) == (layers - 1) * heads * -(-(CONTEXT - BLOCK) // PAGE)
-            for (_, _, tile), pages in lists.items():
-                candidates = range(ANCHOR // PAGE, tile * PAGE // BLOCK * BLOCK // PAGE)
-                assert len(pages) == min(count, len(candidates))
-                assert sorted(set(pages)) == pages
-                assert set(pages) <= set(candidates)
-            assert len({str(lists[key]) for key in lists if key[2] == CONTEXT // PAGE}) > 1
-            expected = hf_logits(hf_model, chosen.masks(layers, heads))
-        assert chosen.lists == lists
+def masks_of(lists, layers, kv_heads):
+    """bool [layers, Hkv, tokens, tokens]."""
+    base = block_mask(len(TOKENS), CONTEXT, BLOCK, ANCHOR)
+    masks = np.broadcast_to(base, (layers, kv_heads, *base.shape)).copy()
+    for (layer, head, tile), pages in lists.items():
+        rows = slice(tile * PAGE, min(tile * PAGE + PAGE, CONTEXT))
+        for page in pages:
+            masks[layer, head, rows, page * PAGE : (page + 1) * PAGE] = True
+    return masks
+
+
+@pytest.mark.parametrize(("num_ranks", "count"), [(1, 3), (2, 1), (3, 2)])
+def test_logits_under_the_masks_that_were_used(tmp_path, num_ranks, count):
+    """And they are the same, lists too, however phase 1 is cut, on all ranks."""
+    hf_model = save_tiny_model(tmp_path / "model", initializer_range=0.3)
+    tokens, output = tmp_path / "tokens.npy", tmp_path / "results.pickle"
+    np.save(tokens, TOKENS)
+    config = json.dumps({**SIZES, "selected_pages": count})
+    run_job(num_ranks, JOB, tmp_path / "model", tokens, CONTEXT, config, output)
+    model, results = pickle.loads(output.read_bytes())
+    layers, heads = model.num_layers, model.num_kv_heads
+    lists = results[None][1]
+    # The last layer's context rows attend to nothing: nobody looks at them.
+    assert len(lists) == (layers - 1) * heads * -(-(CONTEXT - BLOCK) // PAGE)
+    for (_, _, tile), pages in lists.items():
+        candidates = range(ANCHOR // PAGE, tile * PAGE // BLOCK * BLOCK // PAGE)
+        assert len(pages) == min(count, len(candidates))
+        assert sorted(set(pages)) == pages
+        assert set(pages) <= set(candidates)
+    assert len({str(lists[key]) for key in lists if key[2] == CONTEXT // PAGE}) > 1
+    expected = hf_logits(hf_model, masks_of(lists, layers, heads))
+    for logits, others in results.values():
+        assert others == lists
         np.testing.assert_allclose(logits, expected, atol=1e-4)
-    assert np.abs(logits_of(tmp_path, plain)[0] - expected).max() > 1e-2
+    plain = hf_logits(hf_model, masks_of({}, layers, heads))
+    assert np.abs(plain - expected).max() > 1e-2
 
 
 def test_lists_are_those_of_the_reference(monkeypatch):
@@ -130,9 +91,9 @@ def test_lists_are_those_of_the_reference(monkeypatch):
     q, pool = whole(length, kv_heads * group, dim), whole(8, 2, kv_heads, page, dim)
     lse = whole(length, kv_heads * group)
     division = select.Division(length, block, anchor, page, page)
-    keys = select.page_keys(pool[:, 0].transpose(1, 2).flatten(0, 1), page)
+    means = select.means(select.page_keys(pool[:, 0].transpose(1, 2).flatten(0, 1), page), 16)
     lists, counts = select.select_pages(
-        q, select.means(keys, 16), lse, division, scale=0.25, count=count, rows=4, heads=True
+        q, means, lse, division, scale=0.25, count=count, rows=4, heads=True
     )
     plan = make_plan(length, StarConfig(block, anchor, tokens_per_block=page, selected_pages=count))
     before = [plan.candidate_pages(each) for each in plan.blocks]
@@ -141,12 +102,14 @@ def test_lists_are_those_of_the_reference(monkeypatch):
         selection.Selection(
             count,
             np.arange(anchor // page, 8, dtype=np.int32),
+            np.zeros(8 - anchor // page, np.int32),
             np.array([each.stop - each.start for each in before], np.int32),
         ),
         np.arange(0, length + 1, block, dtype=np.int32),
         page,
     )
-    ours, our_counts = selection.choose_pages(q, pool, tiles, lse, 0.25)
+    candidates = means.transpose(0, 1)[anchor // page :]
+    ours, our_counts = selection.choose_pages(q, candidates, tiles, lse, 0.25, page)
     assert torch.equal(our_counts, counts)
     assert our_counts.max() == count
     holds = torch.arange(count) < counts[..., None]
@@ -171,13 +134,11 @@ def test_keys_of_blocks_follow_the_text():
 def test_what_is_refused():
     with pytest.raises(UserError, match="selected_pages is -1: use 0 to 1024"):
         StarConfig(selected_pages=-1)
-    with pytest.raises(UserError, match="recompute is the paper's formulation"):
+    with pytest.raises(UserError, match="with the anchor mode broadcast, not recompute"):
         StarConfig(selected_pages=1, anchor_mode="recompute")
-    model = make_plan(1).model
-    for ranks, has_selection in ((2, True), (1, False)):
-        room = Room(model, Limits(), ranks, 128, True, True, has_selection)
-        with pytest.raises(UserError, match="--selected-pages needs one rank and --device cpu"):
-            room.plan(1000, StarConfig(selected_pages=1))
+    room = Room(make_plan(1).model, Limits(), 1, 128, True, True, has_selection=False)
+    with pytest.raises(UserError, match="--selected-pages needs --device cpu so far"):
+        room.plan(1000, StarConfig(selected_pages=1))
 
 
 def test_their_cost_is_in_the_plan():

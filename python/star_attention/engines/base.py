@@ -82,12 +82,14 @@ class Selection:
 
     Attributes:
         count: that a tile and KV head chooses, at most.
-        pages: int32 [C], in the order of the context.
+        pages: int32 [C], in the order of the context; -1: on another rank.
+        owners: int32 [C], the ranks that keep them.
         counts: int32 [S], how many of the first a sequence's rows may choose from.
     """
 
     count: int
     pages: np.ndarray
+    owners: np.ndarray
     counts: np.ndarray
 
 
@@ -108,7 +110,8 @@ class PagedStep:
         exchanges: bring pages of `page_table` from other ranks, in every layer.
         hops: further pages that the rows see, those of one rank after the other's; every rank has
             as many.
-        selection: pages that rows choose to see besides. Sequences begin where pages do then.
+        selection: pages that rows choose to see besides, of which all ranks know the same.
+            Sequences begin where pages do then.
     """
 
     slot_mapping: np.ndarray
@@ -252,8 +255,8 @@ class ModelEngine(Protocol):
     ) -> Logits:
         """One forward pass; it is done when this returns.
 
-        Every rank of the job takes part, with no tokens if need be, when the step has exchanges or
-        hops, or merges.
+        Every rank of the job takes part, with no tokens if need be, when the step has exchanges,
+        hops or a selection, or merges.
 
         Args:
             token_ids: int32 [T].

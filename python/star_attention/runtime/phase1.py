@@ -104,21 +104,31 @@ class ContextPart:
                 if group
             ]
             step = paged_step([self._rows(span) for span in own], self._page)
-            step = replace(step, exchanges=tuple(exchanges), selection=self._selection(own))
+            selection = self._selection(spans, own)
+            step = replace(step, exchanges=tuple(exchanges), selection=selection)
             self._give_room_back()
-            if not own and not exchanges:
+            if not own and not exchanges and not selection:
                 return None
         return ContextPass(_concatenate(positions), step)
 
-    def _selection(self, own: Sequence[Span]) -> Selection | None:
-        """What the rows of these spans choose from, if there is anything; the blocks in front of
-        theirs are here."""
-        plan = self._plan
-        first = plan.anchor_size // self._page
+    def _selection(self, spans: Sequence[Span], own: Sequence[Span]) -> Selection | None:
+        """What this rank's of a pass's spans choose from, if any choose; the blocks in front of
+        theirs are where they are kept."""
+        plan, first = self._plan, self._plan.anchor_size // self._page
+        last = max(
+            (plan.candidate_pages(plan.blocks[span.block]).stop for span in spans), default=0
+        )
+        if last <= first:
+            return None
         before = [plan.candidate_pages(plan.blocks[span.block]) for span in own]
-        pages = self._where[first : max((each.stop for each in before), default=0)]
-        counts = np.array([each.stop - each.start for each in before], np.int32)
-        return Selection(plan.selected_pages, pages, counts) if counts.any() else None
+        keepers = self._arrivals.keeper[first:last]
+        pages = np.where(keepers == self._rank, self._where[first:last], -1)
+        return Selection(
+            plan.selected_pages,
+            pages.astype(np.int32),
+            keepers.astype(np.int32),
+            np.array([each.stop - each.start for each in before], np.int32),
+        )
 
     def _find_room(self, own: Sequence[Span], arrivals: Sequence[Sequence[Arrival]]) -> None:
         """Pages for what is computed or arrives here, and is kept elsewhere."""

@@ -60,10 +60,8 @@ class Room:
                 "ring attention's transfers do not fit beside the KV cache: use a smaller "
                 "--kv-cache-gib, or --attention star"
             )
-        if config.selected_pages and not (self._has_selection and self._num_ranks == 1):
-            raise UserError(
-                "--selected-pages needs one rank and --device cpu so far: leave it away"
-            )
+        if config.selected_pages and not self._has_selection:
+            raise UserError("--selected-pages needs --device cpu so far: leave it away")
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)
         if plan.exchanges and not self._has_exchanges:

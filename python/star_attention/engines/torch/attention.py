@@ -146,7 +146,7 @@ class Attention:
         self.finish(pool)
         if self._tiles:
             own = self._attend(q, pool, torch.float32)
-            return attend_selected(q, pool, self._tiles, own, self._scale)
+            return attend_selected(q, pool, self._tiles, own, self._scale, self._comm)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
         if not q.is_cuda:

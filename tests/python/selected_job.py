@@ -1,0 +1,83 @@
+"""Run under mpirun: a text read with selected pages, in passes of several sizes.
+
+    selected_job.py MODEL TOKENS.npy CONTEXT CONFIG OUTPUT.pickle
+
+CONTEXT: its tokens; half of the others are a question, half an answer. CONFIG: `StarConfig`'s
+fields as JSON. OUTPUT has for each size of passes the logits of the tokens behind the context, and
+what each page of rows chose: {(layer, KV head, page of rows): pages of the context}.
+"""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from helpers import forced_logits
+from star_attention.config import StarConfig
+from star_attention.distributed import default_communicator
+from star_attention.engines.base import Limits
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
+from star_attention.engines.torch import selection
+from star_attention.engines.torch.engine import TorchEngine
+from star_attention.models.checkpoint import find_model
+from star_attention.runtime.leader import lead_together
+
+PASSES = (None, 1, 27)  # tokens of a rank
+
+
+class Chosen:
+    """Notes what this rank's rows choose."""
+
+    def __init__(self, page, anchor):
+        self.lists = {}
+        self._page, self._first = page, anchor // page
+        self._choose, self._step = selection.choose_pages, TorchEngine.step
+        selection.choose_pages = self._choosing
+        chosen = self
+        TorchEngine.step = lambda engine, *arguments: chosen._stepping(engine, *arguments)
+
+    def _stepping(self, engine, token_ids, positions, *arguments):
+        self._layer, self._positions = 0, positions
+        return self._step(engine, token_ids, positions, *arguments)
+
+    def _choosing(self, q, means, tiles, *arguments):
+        lists, counts = self._choose(q, means, tiles, *arguments)
+        for tile, row in enumerate(tiles.cu_seqlens[:-1].tolist()):
+            for head in range(len(lists)):
+                key = self._layer, head, int(self._positions[row]) // self._page
+                assert key not in self.lists
+                if chosen := lists[head, tile, : counts[head, tile]].tolist():
+                    self.lists[key] = [self._first + page for page in chosen]
+        self._layer += 1
+        return lists, counts
+
+
+def main():
+    model, tokens, length, config, output = sys.argv[1:]
+    config, comm = StarConfig(**json.loads(config)), default_communicator()
+    ids, rest = np.split(np.load(tokens), [int(length)])
+    question, answer = np.split(rest, 2)
+    options = EngineOptions("cpu", "float32")
+    engine = load_engine(find_model(model), comm, config.tokens_per_block, options)
+    chosen, results = Chosen(config.tokens_per_block, config.anchor_size), {}
+    for most in PASSES:
+        chosen.lists = {}
+        leader, worker = lead_together(engine, comm, Limits(pass_tokens=most))
+        context = leader.encode(ids, config)
+        logits = forced_logits(leader, context, question, answer)
+        leader.release(context)
+        assert worker.pool.pages_in_use == 0
+        for other in comm.gather_objects(logits):
+            assert np.array_equal(other, logits), "ranks differ"
+        lists = {}
+        for each in comm.gather_objects(chosen.lists):
+            lists.update(each)
+        results[most] = logits, lists
+    if comm.rank == 0:
+        Path(output).write_bytes(pickle.dumps((engine.config, results)))
+
+
+main()
