@@ -300,6 +300,32 @@ configs = st.builds(
 )
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_is_chosen_from_is_loaded_first(count):
+    """A text that was appended to: its beginning comes out of host memory."""
+    store = Store({"host": 100}, 1, LAYERS, page_bytes=1)
+    ranks, leader = make(1, Limits(pages=24), None, True, store, Random(0))
+    config = StarConfig(2 * PAGE, PAGE, tokens_per_block=PAGE, selected_pages=count)
+
+    def read(length, *edited):
+        context = add_context(ranks, leader, length, config, edited, keep=False)
+        leader.scheduler.add_question(context, np.zeros(1, np.int32), SamplingParams(max_tokens=1))
+        leader.scheduler.release_context(context)
+        return context
+
+    for length, *edited in ((8 * PAGE,), (22 * PAGE, *range(0, 22 * PAGE, PAGE))):
+        read(length, *edited)
+        while leader.step() is not None or leader.scheduler.copies.awaits_saves:
+            leader._asked_for_saves = 0.0
+    context = read(10 * PAGE)
+    while not context.is_open:
+        leader.step()
+    loaded = [block for block in context.blocks if block.source == "host"]
+    assert len(loaded) == 3
+    assert context.blocks[-1] in context.reads
+    assert context.awaits == (loaded if count else [])
+
+
 @pytest.mark.parametrize("has_prefix", [True, False])
 def test_a_server_warms_up(monkeypatch, has_prefix):
     """Any engine: steps of 1 to 64 questions, and none without."""
