@@ -49,10 +49,11 @@ def progress(shown: bool) -> Iterator[Callable[[float], None]]:
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan, its spans, and what each rank computes, keeps and receives (bytes of 16-bit KV; None
     if the plan is too large to say)."""
-    names = ("context_len", "block_size", "anchor_size", "tokens_per_block", "num_ranks")
+    names = ("context_len", "block_size", "anchor_size", "selected_pages", "tokens_per_block")
     received, kept = predict(plan).received_bytes, _kept_tokens(plan)
     return {
-        **{name: getattr(plan, name) for name in (*names, "attention", "anchor_mode", "notes")},
+        **{name: getattr(plan, name) for name in (*names, "num_ranks", "attention")},
+        **{name: getattr(plan, name) for name in ("anchor_mode", "notes")},
         "model": asdict(plan.model),
         "blocks": [asdict(block) for block in plan.blocks],
         "parts": [asdict(part) for part in plan.parts],
@@ -82,9 +83,10 @@ def predictions_as_json(plan: Plan, rates: Rates) -> dict[str, Any]:
 def print_plan(plan: Plan, model_name: str, rates: Rates) -> None:
     """What each rank computes in phase 1, keeps and waits for, and how long that would take."""
     console = Console()
+    chosen = f"{counted(plan.selected_pages, 'selected page')}, " if plan.selected_pages else ""
     console.print(
         f"{counted(plan.context_len, 'token')} in {counted(len(plan.blocks), 'block')} of "
-        f"{plan.block_size:,}, anchor {plan.anchor_size:,} ({plan.anchor_mode}), "
+        f"{plan.block_size:,}, anchor {plan.anchor_size:,} ({plan.anchor_mode}), {chosen}"
         f"{counted(plan.num_ranks, 'rank')}",
         highlight=False,
     )
