@@ -26,7 +26,7 @@ from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader, OnChunk
 from star_attention.runtime.orders import Chunk, Report, Wait
 from star_attention.runtime.requests import Context, FinishReason, NewToken, Question
-from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 
 
 @dataclass
@@ -37,12 +37,14 @@ class Answer:
         text: what the model wrote, without the end token or stop string.
         token_ids: its tokens.
         finish_reason: `stop` (end token or stop string) or `length` (max_tokens).
+        logprobs: of each token, if `SamplingParams.logprobs` wants them.
     """
 
     question: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,10 @@ class LLM:
             self._check_length(whole, "context, question and answer")
         return self._pieces(contexts, questions, token_ids, params)
 
+    def token_text(self, token: int) -> str:
+        """One token's text; a control token's spelling. What is no whole character is replaced."""
+        return self._tokenizer.token_text(token)
+
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: seconds that loading the model took, peak memory in bytes, pages in
         use, and what the phases `context`, `question` and `decode` took since the last `reset`."""
@@ -325,7 +331,8 @@ class LLM:
                     question = scheduler.add_question(
                         context._context, tokens, params, self._end_tokens
                     )
-                    streams.append(_Stream(question, index, Answer(text), decoder, pieces))
+                    answer = Answer(text, logprobs=None if params.logprobs is None else [])
+                    streams.append(_Stream(question, index, answer, decoder, pieces))
                     self._streams[question] = streams[-1]
             while pieces or any(not stream.question.is_over for stream in streams):
                 while not pieces:
@@ -396,6 +403,8 @@ class _Stream:
         text, reason, params = "", new.finish_reason, self.question.params
         if new.token not in end_tokens or params.ignore_eos:
             self.answer.token_ids.append(new.token)
+            if self.answer.logprobs is not None:
+                self.answer.logprobs.append(new.logprobs)
             text = self.decoder.add(new.token)
             if self.decoder.stopped:
                 reason = "stop"

@@ -174,6 +174,24 @@ def test_ask_over_ranks_from_standard_input(smollm2_folder):
     assert all(0 < rank["load_seconds"] < 300 for rank in result["ranks"])
 
 
+def test_log_probabilities_and_penalties(report, tiny_chat_model):
+    def answer(*options):
+        ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION, "--json"]
+        return json.loads(star_attn(*ask, *options).stdout)["answers"][0]
+
+    plain = answer()
+    told = answer("--logprobs", 2)
+    assert plain["logprobs"] is None
+    assert told["token_ids"] == plain["token_ids"]
+    assert [each["token_id"] for each in told["logprobs"]] == told["token_ids"]
+    for each in told["logprobs"]:
+        likeliest = {name: each[name] for name in ("token_id", "text", "logprob")}
+        assert each["top"][0] == likeliest
+        assert len(each["top"]) == 2
+    penalised = answer("--repetition-penalty", 5, "--frequency-penalty", 2)
+    assert penalised["token_ids"] != plain["token_ids"]
+
+
 def test_what_mpirun_would_take_for_its_own(tmp_path, tiny_chat_model):
     """And a text that can be read only once."""
     pipe = tmp_path / "pipe"
@@ -240,6 +258,12 @@ BAD_OPTIONS = {
     "--merge nccl": "--merge does nothing with --device cpu: leave it away",
     "--top-k 5": "--top-k does nothing with --temperature 0: leave it away",
     "--seed 5": "--seed does nothing with --temperature 0",
+    "--min-p 0.5": "--min-p does nothing with --temperature 0",
+    "--temperature 1 --min-p 2": "min_p is 2.0: use 0 (all) to 1",
+    "--repetition-penalty 0": "repetition_penalty is 0.0: use more than 0",
+    "--presence-penalty 3": "presence_penalty is 3.0: use -2 to 2",
+    "--frequency-penalty nan": "frequency_penalty is nan",
+    "--logprobs 2": "--logprobs does nothing without --json: leave it away",
     "--template none --system Hi": "--system needs a chat template, which is not used here",
     "--question \udcff": "--question is not UTF-8 text",
     "--stop \udcff": "--stop is not UTF-8 text",

@@ -3,9 +3,11 @@
 import gc
 import itertools
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import HERE, forced_logits, run_job, save_tiny_model, train_tokenizer
 from star_attention import LLM, SamplingParams, StarConfig, UserError
@@ -71,6 +73,45 @@ def test_seed(llm, context):
 
     assert answer(1) == answer(1)
     assert len({tuple(answer(seed)) for seed in range(4)}) > 1
+
+
+def test_penalties(llm, context):
+    """The greedy choice of each token, from its logits and the definitions."""
+    params = SamplingParams(
+        max_tokens=12,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.7,
+        ignore_eos=True,
+    )
+    scheduler_context = context._context
+    question = np.array(llm._tokenizer.question_tokens(QUESTION), np.int32)
+    (piece,) = [p for p in llm.stream(context, QUESTION, params) if p.answer.token_ids][-1:]
+    answer = piece.answer.token_ids
+    rows = forced_logits(llm._leader, scheduler_context, question, answer)[len(question) - 1 :]
+    for index, token in enumerate(answer[:-1]):
+        logits, before = rows[index].astype(np.float64), answer[:index]
+        seen = np.unique([*scheduler_context.token_ids, *question, *before])
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+        for each in set(before):
+            logits[each] -= 0.5 + 0.7 * before.count(each)
+        assert logits.argmax() == token
+    assert answer != llm.ask(context, QUESTION, replace(params, repetition_penalty=1.0)).token_ids
+
+
+def test_logprobs(llm, context):
+    params = SamplingParams(max_tokens=5, logprobs=2, temperature=0.5, presence_penalty=1)
+    answer = llm.ask(context, QUESTION, params)
+    question = np.array(llm._tokenizer.question_tokens(QUESTION), np.int32)
+    rows = forced_logits(llm._leader, context._context, question, answer.token_ids)
+    for index, (token, each) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+        logits = torch.from_numpy(rows[len(question) - 1 + index])
+        expected = logits.double().log_softmax(-1)
+        assert each.token == pytest.approx(expected[token].item(), abs=1e-3)
+        values, indices = expected.topk(2)
+        assert [top[0] for top in each.top] == indices.tolist()
+        assert [top[1] for top in each.top] == pytest.approx(values.tolist(), abs=1e-3)
+    assert llm.ask(context, QUESTION, replace(params, logprobs=None)).logprobs is None
 
 
 def test_stream(llm, context):

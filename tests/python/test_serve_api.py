@@ -272,6 +272,17 @@ def test_sampling_parameters(server, client):
     params = server.engine.asked[-1][2]
     assert (params.temperature, params.top_p, params.top_k) == (0.0, 0.5, 0)
     assert params.seed == 2**63 - 1
+    assert not params.has_penalties
+    ask(
+        model="tiny",
+        messages=user("?"),
+        presence_penalty=-0.5,
+        frequency_penalty=2,
+        extra_body={"min_p": 0.1, "repetition_penalty": 1.2},
+    )
+    params = server.engine.asked[-1][2]
+    assert (params.presence_penalty, params.frequency_penalty) == (-0.5, 2)
+    assert (params.min_p, params.repetition_penalty) == (0.1, 1.2)
 
 
 def test_models(client):
@@ -282,21 +293,22 @@ def test_models(client):
 
 
 UNSUPPORTED = [
-    {"frequency_penalty": 0.5},
-    {"presence_penalty": -1},
     {"logit_bias": {"5": 1}},
     {"tools": [{"type": "function"}]},
     {"response_format": {"type": "json_object"}},
     {"audio": {"voice": "x"}},
     {"modalities": ["text", "audio"]},
     {"echo": True},
-    {"min_p": 0.1},
 ]
 WRONG = [
     {"n": 0},
     {"n": 17},
     {"temperature": -1},
     {"top_p": 0},
+    {"min_p": 1.5},
+    {"repetition_penalty": 0},
+    {"presence_penalty": 2.5},
+    {"frequency_penalty": -3},
     {"max_tokens": 0},
     {"max_tokens": 5000},
     {"stop": ["a"] * 17},

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
     check_run,
+    check_sampling,
     check_text,
     engine_of,
     engine_options,
@@ -22,12 +23,17 @@ from star_attention.cli.options import (
     refuse_idle,
     run_options,
     sampling_of,
+    sampling_options,
     star_config_of,
     take_model,
 )
 from star_attention.cli.ranks import check_ranks, handed_texts, needs_ranks, run_as_ranks
 from star_attention.errors import UserError, say
 from star_attention.models.checkpoint import find_model
+from star_attention.runtime.sampling import finite
+
+if TYPE_CHECKING:
+    from star_attention.llm import LLM, Answer
 
 
 @click.command()
@@ -45,16 +51,12 @@ from star_attention.models.checkpoint import find_model
 @click.option("--system", help="The system message, for models with a chat template.")
 @run_options
 @engine_options
-@click.option("--max-tokens", default=128, show_default=True, help="Tokens of an answer at most.")
+@sampling_options
 @click.option(
-    "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
+    "--logprobs",
+    type=click.IntRange(0),
+    help="With --json: log-probabilities of each token, and of so many likeliest ones.",
 )
-@click.option("--top-k", default=0, help="Choose among the k likeliest tokens only.")
-@click.option(
-    "--top-p", default=1.0, help="Choose among the likeliest that reach this probability."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the random choice.")
-@click.option("--stop", multiple=True, help="Text that ends an answer.")
 @click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
@@ -62,17 +64,16 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     take_model(options)
     check_ranks(ranks, options["tp"])
     find_model(options["model"], options["load_format"] != "dummy")
-    star_config_of(options), engine_of(options), sampling_of(options)
+    star_config_of(options), engine_of(options)
     check_run(options)
-    if not options["temperature"]:
-        refuse_idle("with --temperature 0", "top_k", "top_p", "seed")
+    check_sampling(options)
+    if not options["as_json"]:
+        refuse_idle("without --json", "logprobs")
     for question in options["questions"]:
         if not question.strip():
             raise UserError("--question is empty: ask something")
         check_text("--question", question)
     check_text("--system", options["system"] or "")
-    for stop in options["stop"]:
-        check_text("--stop", stop)
     texts = handed_texts() or _read_texts(options.pop("context_files"))
     if needs_ranks(ranks, options["tp"]):
         sys.exit(run_as_ranks((ranks or 1) * options["tp"], oversubscribe, texts=texts))
@@ -112,7 +113,7 @@ def _ask(
             "model": model,
             "attention": config.attention,
             "plan": terminal.plan_as_json(context.plan),
-            "answers": [asdict(answers[index]) for index in range(len(questions))],
+            "answers": [_as_json(llm, answers[index]) for index in range(len(questions))],
             "ranks": ranks,
         }
         click.echo(json.dumps(result, indent=2))
@@ -122,6 +123,19 @@ def _ask(
             click.secho(questions[index], bold=True)
             click.echo(answers[index].text + "\n")
     terminal.print_run(ranks)
+
+
+def _as_json(llm: LLM, answer: Answer) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token_id": token, "text": llm.token_text(token), "logprob": finite(logprob)}
+
+    found = {**asdict(answer), "logprobs": None}
+    if answer.logprobs is not None:
+        found["logprobs"] = [
+            {**entry(token, each.token), "top": [entry(*top) for top in each.top]}
+            for token, each in zip(answer.token_ids, answer.logprobs, strict=True)
+        ]
+    return found
 
 
 def _read_texts(names: Sequence[str]) -> list[str]:

@@ -231,6 +231,42 @@ def text_options(command: Callable) -> Callable:
     return _with_options(command, options)
 
 
+def sampling_options(command: Callable) -> Callable:
+    """The options that make `SamplingParams`; `sampling_of` makes them, `check_sampling` checks
+    them."""
+    options = [
+        click.option(
+            "--max-tokens", default=128, show_default=True, help="Tokens of an answer at most."
+        ),
+        click.option(
+            "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."
+        ),
+        click.option("--top-k", default=0, help="Choose among the k likeliest tokens only."),
+        click.option(
+            "--top-p", default=1.0, help="Choose among the likeliest that reach this probability."
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            help="Choose among tokens of at least this share of the likeliest one's probability.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            help="Above 1, tokens of context, question and answer come less often again.",
+        ),
+        click.option(
+            "--presence-penalty", default=0.0, help="Likewise, above 0: tokens of the answer."
+        ),
+        click.option(
+            "--frequency-penalty", default=0.0, help="Likewise, the more often they are there."
+        ),
+        click.option("--seed", default=0, show_default=True, help="Of the random choice."),
+        click.option("--stop", multiple=True, help="Text that ends an answer."),
+    ]
+    return _with_options(command, options)
+
+
 def take_model(options: dict[str, Any]) -> None:
     """Takes `--engine_dir` for the model if it is given.
 
@@ -277,5 +313,14 @@ def engine_of(options: dict[str, Any]) -> EngineOptions:
 
 
 def sampling_of(options: dict[str, Any]) -> SamplingParams:
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    names = [field.name for field in fields(SamplingParams) if field.name in options]
     return SamplingParams(**{name: options[name] for name in names})
+
+
+def check_sampling(options: dict[str, Any]) -> None:
+    """Raises UserError for options of `sampling_options` that are wrong, or do nothing."""
+    sampling_of(options)
+    if not options["temperature"]:
+        refuse_idle("with --temperature 0", "top_k", "top_p", "min_p", "seed")
+    for stop in options["stop"]:
+        check_text("--stop", stop)

@@ -14,6 +14,7 @@ from star_attention.engines.base import Limits, Logits, ModelEngine
 from star_attention.runtime import interrupts
 from star_attention.runtime.orders import Ask, Chunk, Decode, Load, Order, Saved, Wait
 from star_attention.runtime.pace import Pace
+from star_attention.runtime.penalties import Penalties
 from star_attention.runtime.requests import Context, NewToken
 from star_attention.runtime.sampling import TokenLogprobs, sample, token_logprobs
 from star_attention.runtime.scheduler import Scheduler
@@ -63,6 +64,7 @@ class Leader:
         self.num_ranks = num_ranks
         self.limits = limits or engine.limits
         self._pace = pace
+        self._penalties = Penalties()
         self._asked_for_saves = 0.0
         self.scheduler = Scheduler(
             engine.config,
@@ -155,10 +157,10 @@ class Leader:
     def _sample(self, logits: Logits) -> list[int]:
         """The next token of each question that wants one, with each its own parameters."""
         wanted = self.scheduler.wanted()
-        alike: dict[tuple[float, int, float], list[int]] = {}
+        alike: dict[tuple[float, float, int, float], list[int]] = {}
         for index, (_, question) in enumerate(wanted):
             params = question.params
-            choice = params.temperature, params.top_k, params.top_p
+            choice = params.temperature, params.min_p, params.top_k, params.top_p
             alike.setdefault(choice, []).append(index)
         tokens = np.zeros(len(wanted), np.int64)
         for indices in alike.values():
@@ -166,7 +168,8 @@ class Leader:
             questions = [wanted[index][1] for index in indices]
             uniforms = np.array([question.rng.random() for question in questions])
             chosen_from = logits if len(rows) == logits.shape[0] else logits[rows]
-            tokens[indices] = sample(chosen_from, questions[0].params, uniforms)
+            penalised = self._penalties.apply(chosen_from, questions)
+            tokens[indices] = sample(penalised, questions[0].params, uniforms)
         return tokens.tolist()
 
     def _logprobs(self, logits: Logits, tokens: list[int]) -> dict[int, TokenLogprobs]:

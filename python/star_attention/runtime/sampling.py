@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,20 @@ from star_attention.errors import UserError
 class SamplingParams:
     """How answers are generated.
 
+    In the order of vLLM's sampler: `repetition_penalty`, `frequency_penalty`, `presence_penalty`;
+    greedy choice ends here; `temperature`, `min_p`, `top_k`, `top_p`. (Hugging Face applies `min_p`
+    behind `top_p`.)
+
     Attributes:
         max_tokens: tokens an answer has at most.
         temperature: divides the logits; 0: the most likely token (greedy).
         top_k: only the k most likely tokens are candidates; 0: all.
         top_p: only the most likely tokens that together reach this probability; 1: all.
+        min_p: only tokens of at least this share of the likeliest one's probability; 0: all.
+        repetition_penalty: divides the logits, or multiplies negative ones, of tokens that context,
+            question or answer have already; 1: none.
+        presence_penalty: is subtracted from the logits of tokens that the answer has already.
+        frequency_penalty: likewise, for each time that it has them.
         seed: of the random choice. The same seed gives the same tokens on every rank, and for a
             question whether it is asked alone or with others.
         stop: strings, or one, that end an answer; they are not part of it.
@@ -33,6 +43,10 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -52,6 +66,14 @@ class SamplingParams:
             ),
             ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "0 (all) or more"),
             ("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "0 (all) to 1"),
+            (
+                "repetition_penalty",
+                _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
+                "more than 0; 1 is none",
+            ),
+            ("presence_penalty", _is_penalty(self.presence_penalty), "-2 to 2"),
+            ("frequency_penalty", _is_penalty(self.frequency_penalty), "-2 to 2"),
             ("seed", _is_whole(self.seed) and self.seed >= 0, "0 or more"),
             ("stop", _are_texts(self.stop), "strings that are not empty"),
             (
@@ -63,10 +85,15 @@ class SamplingParams:
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use {right}")
 
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probabilities under the model, before temperature and what else shapes a choice.
+    """Natural-log probabilities under the model, before penalties, temperature and what else shapes
+    a choice.
 
     Attributes:
         token: of the token chosen.
@@ -77,9 +104,18 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def finite(logprob: float) -> float:
+    """JSON knows no infinity; vLLM's value instead."""
+    return max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0
+
+
 def _is_real(value: object) -> bool:
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     return is_number and bool(np.isfinite(value))
+
+
+def _is_penalty(value: object) -> bool:
+    return _is_real(value) and -2 <= value <= 2
 
 
 def _are_texts(values: object) -> bool:
@@ -94,7 +130,7 @@ def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.n
     """Chooses tokens where the logits are.
 
     Args:
-        logits: float32 [R, vocab_size], NumPy's, torch's or CuPy's.
+        logits: float32 [R, vocab_size], NumPy's, torch's or CuPy's; penalised already.
         uniforms: [R], random numbers in [0, 1); greedy choice ignores them.
 
     Returns:
@@ -107,7 +143,8 @@ def sample(logits: Logits, params: SamplingParams, uniforms: np.ndarray) -> np.n
     if params.top_k:
         order = order[:, : params.top_k]
     scores = xp.astype(xp.take_along_axis(logits, order, axis=-1), xp.float64) / params.temperature
-    probabilities = xp.exp(scores - scores[:, :1])
+    probabilities = xp.exp(scores - scores[:, :1])  # of the likeliest one's
+    probabilities = xp.where(probabilities >= params.min_p, probabilities, 0.0 * probabilities)
     probabilities = probabilities / xp.sum(probabilities, axis=-1, keepdims=True)
     # Tokens before which the probability has not yet reached top_p: at least the first.
     before = xp.cumulative_sum(probabilities, axis=-1) - probabilities

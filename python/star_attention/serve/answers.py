@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
@@ -207,11 +206,6 @@ def _piece(choice: int, new: NewToken, text: TextStream) -> Piece:
     if new.finish_reason:
         grown += text.finish()
     return Piece(choice, grown, tokens, new.finish_reason)
-
-
-def finite(logprob: float) -> float:
-    """JSON knows no infinity; vLLM's value instead."""
-    return max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0
 
 
 def blocks_as_json(blocks: Sequence[BlockPlace]) -> list[dict[str, Any]]:

@@ -24,11 +24,7 @@ _GREEDY_BELOW = 1e-3
 
 # Parameters that would change the answer and are not supported, and the values that do nothing.
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
-    "min_p": (None, 0),
     "min_tokens": (None, 0),
     "logit_bias": (None, {}),
     "logits_processors": (None, []),
@@ -136,6 +132,9 @@ class StreamOptions(Strict):
     include_progress: bool | None = None
 
 
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
 class _AnswerRequest(Strict):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
@@ -151,6 +150,10 @@ class _AnswerRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -183,6 +186,10 @@ class _AnswerRequest(Strict):
             temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
             top_k=max(0, self.top_k or 0),
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             seed=(seed if self.seed is None else self.seed) % 2**63,
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from star_attention.models.tokenizer import Tokenizer
-from star_attention.serve.answers import AnswerToken, Piece, Reading, finite
+from star_attention.runtime.sampling import finite
+from star_attention.serve.answers import AnswerToken, Piece, Reading
 from star_attention.serve.api import COMPLETION_UNSUPPORTED, CompletionRequest
 from star_attention.serve.asking import ChunkMaker, ReadingChunks, answering, read_asked
 from star_attention.serve.contexts import Contexts
