@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from star_attention.config import MergePath, StarConfig
+from star_attention.engines.base import ModelEngine
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions, LoadFormat
 from star_attention.errors import UserError, counted
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
+from star_attention.models.fingerprint import fingerprint
 from star_attention.models.tokenizer import TextStream, Tokenizer
 from star_attention.plan import Plan
 from star_attention.runtime import interrupts
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader, OnChunk
-from star_attention.runtime.orders import Chunk, Report, Wait
+from star_attention.runtime.orders import Chunk, OpenStore, Order, Report, Wait
 from star_attention.runtime.requests import Context, FinishReason, NewToken, Question
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
+from star_attention.runtime.saved_contexts import SavedContexts
+from star_attention.runtime.store import Store, open_store
+
+_LOOK_SECONDS = 0.01  # between looks at what is being saved
+_UNBOUNDED = 1 << 62  # bytes
 
 
 @dataclass
@@ -130,9 +138,14 @@ class LLM:
         strict: refuse text beyond the model's maximum position, instead of a warning.
         system: what the chat template's system message says.
         allow_special: texts may spell control tokens; otherwise they are text like any other.
+        context_dir: a folder where every rank keeps the KV of the blocks that are read, and finds
+            them again, also in another process with the same model, dtype, page size and ranks;
+            `save` and `load` keep whole contexts there. Blocks of contexts that are released stay
+            in memory too, until their room is needed.
 
     Raises:
-        UserError: the model cannot be loaded, on any rank.
+        UserError: the model cannot be loaded, on any rank, or `context_dir` is another model's, in
+            use, or cannot be written to.
     """
 
     def __init__(
@@ -150,6 +163,7 @@ class LLM:
         strict: bool = False,
         system: str | None = None,
         allow_special: bool = False,
+        context_dir: str | Path | None = None,
     ) -> None:
         self._job = current_job()
         self._strict = strict
@@ -162,13 +176,26 @@ class LLM:
         self._end_tokens = frozenset(
             {*self.model_config.eos_token_ids, *self._tokenizer.eos_token_ids}
         )
+        weakref.finalize(self, self._job.dropped.append, self._number).atexit = False
         execute = functools.partial(self._job.execute, self._number)
-        self._leader = Leader(execute, worker.engine, worker.comm.size, limits)
+        self._saved = self._store = None
+        if context_dir is not None:
+            self._saved = SavedContexts(
+                Path(context_dir) / "contexts", self._tokenizer, "the context folder"
+            )
+            self._store = _open_blocks(execute, path, Path(context_dir), worker.engine, tp)
+        self._leader = Leader(
+            execute,
+            worker.engine,
+            worker.comm.size,
+            limits,
+            shares_blocks=self._store is not None,
+            store=self._store,
+        )
         self._streams: dict[Question, _Stream] = {}
         # What is over, to be seen to between orders: it may end at any moment, also by collection.
         self._dropped: deque[Context] = deque()
         self._ended: deque[Question] = deque()
-        weakref.finalize(self, self._job.dropped.append, self._number).atexit = False
 
     def encode(
         self,
@@ -191,12 +218,80 @@ class LLM:
         Raises:
             UserError: the text is empty, a size is not right for it, or it does not fit.
         """
-        config = replace(config or self.config, tokens_per_block=self.config.tokens_per_block)
         if not isinstance(text, str) or not text.strip():
             raise UserError("the context is empty: give it some text")
         token_ids = np.array(self._tokenizer.context_tokens(text), np.int32)
         if not len(token_ids):
             raise UserError("the context has no tokens for this model's tokenizer: use other text")
+        return self._encode(token_ids, config or self.config, on_progress, questions, params)
+
+    def save(self, context: EncodedContext, name: str = "context") -> None:
+        """Keeps a context in `context_dir`, for `load`; one of this name is replaced. Waits until
+        its KV is on the disk.
+
+        Raises:
+            UserError: there is no `context_dir`, it cannot be written to, or the context is a
+                ring's, whose KV is kept nowhere.
+        """
+        saved, tokens = self._contexts_folder(), context._context.token_ids
+        if context.config.attention == "ring":
+            raise UserError("a context of attention ring cannot be saved: use star or dense")
+        copies = self._leader.scheduler.copies
+        while copies.is_saving:
+            if not self._step():
+                time.sleep(_LOOK_SECONDS)
+        if not all(self._store.has(key, ("disk",)) for key in context._context.keys):
+            raise UserError("the context cannot be saved: the context folder does not take its KV")
+        said = {
+            "name": name,
+            "created": time.time(),
+            "bytes": sum(len(self._tokenizer.token_bytes(token)) for token in tokens.tolist()),
+            "division": asdict(context.config),
+        }
+        try:
+            saved.write(said, tokens)
+        except OSError as error:
+            raise UserError(f"the context cannot be saved: {error.strerror}") from None
+
+    def load(
+        self,
+        name: str = "context",
+        on_progress: Callable[[float], None] = lambda done: None,
+        *,
+        questions: Sequence[str] = (),
+        params: SamplingParams | None = None,
+    ) -> EncodedContext:
+        """A context of `context_dir`, divided as it was saved. What of its KV is there, and whole,
+        is not computed again.
+
+        Args:
+            on_progress, questions, params: as in `encode`.
+
+        Raises:
+            UserError: there is no such context, it was made with another tokenizer, or as `encode`.
+        """
+        said, token_ids = self._contexts_folder().read(name)
+        try:
+            config = StarConfig(**(said.division or {}))
+        except (TypeError, UserError):
+            raise UserError(f"the saved context {name!r} is damaged: save it again") from None
+        config = replace(config, kv_placement=self.config.kv_placement)
+        return self._encode(token_ids, config, on_progress, questions, params)
+
+    def _contexts_folder(self) -> SavedContexts:
+        if self._saved is None:
+            raise UserError("contexts are saved in context_dir: give it to LLM(...)")
+        return self._saved
+
+    def _encode(
+        self,
+        token_ids: np.ndarray,
+        config: StarConfig,
+        on_progress: Callable[[float], None],
+        questions: Sequence[str],
+        params: SamplingParams | None,
+    ) -> EncodedContext:
+        config = replace(config, tokens_per_block=self.config.tokens_per_block)
         self._check_length(len(token_ids), "context")
         answer = (params or SamplingParams()).max_tokens
         asked = [(len(self._question_tokens(question)), answer) for question in questions]
@@ -343,14 +438,19 @@ class LLM:
         self._tidy()
 
     def _advance(self, on_chunk: OnChunk = lambda chunk, share: None) -> None:
-        """One order."""
+        """One order of what is waited for."""
+        was_order = self._step(on_chunk)
+        assert was_order, "something is waited for, but nothing is left to do"
+
+    def _step(self, on_chunk: OnChunk = lambda chunk, share: None) -> bool:
+        """One order; whether there was one."""
         self._tidy()
         with interrupts.held():
             new = self._leader.step(on_chunk)
-            assert new is not None, "something is waited for, but nothing is left to do"
-            for token in new:
+            for token in new or ():
                 if self._streams[token.question].take(token, self._end_tokens):
                     self._leader.scheduler.finish(token.question)
+        return new is not None
 
     def _tidy(self) -> None:
         """Gives back what nobody needs any more."""
@@ -386,6 +486,15 @@ class LLM:
         if self._strict:
             raise UserError(f"{message}: use a shorter text, or leave --strict away")
         warnings.warn(f"{message}: answers may get worse", stacklevel=3)
+
+
+def _open_blocks(
+    execute: Callable[[Order], Any], path: Path, folder: Path, engine: ModelEngine, tp: int
+) -> Store:
+    """The blocks of `context_dir`, on all ranks."""
+    blocks = str(folder.resolve() / "blocks")
+    order = OpenStore(path.name, fingerprint(path), None, blocks, "the context folder")
+    return open_store(execute, order, {"disk": _UNBOUNDED}, engine, tp)
 
 
 @dataclass(eq=False)

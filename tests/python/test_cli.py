@@ -174,6 +174,86 @@ def test_ask_over_ranks_from_standard_input(smollm2_folder):
     assert all(0 < rank["load_seconds"] < 300 for rank in result["ranks"])
 
 
+def test_questions_of_a_file_and_answers_alone(tmp_path, report, tiny_chat_model):
+    (tmp_path / "questions").write_text(f"\ufeff{QUESTION}\n\n  \nWhen does it close?\n", "utf-8")
+    ask = [*ASK, tiny_chat_model, "--context-file", report]
+    told = star_attn(*ask, "--question", "Why?", "--question-file", tmp_path / "questions")
+    assert told.returncode == 0, told.stderr
+    places = [told.stdout.index(f"{q}\n") for q in ("Why?", QUESTION, "When does it close?")]
+    assert places == sorted(places)
+    piped = f"{QUESTION}\nWhen does it close?\n"
+    result = star_attn(*ask, "--question-file", "-", "--json", input=piped)
+    answers = json.loads(result.stdout)["answers"]
+    assert [answer["question"] for answer in answers] == piped.splitlines()
+    quiet = star_attn(*ask, "--question-file", "-", "--quiet", input=piped)
+    assert quiet.stdout == "".join(answer["text"] + "\n" for answer in answers)
+    assert quiet.stderr == ""
+    over_ranks = star_attn(
+        *ask, "--question-file", "-", "--quiet", "--ranks", 2, "--oversubscribe", input=piped
+    )
+    assert over_ranks.stdout == quiet.stdout
+
+
+def test_progress_without_a_terminal(report, tiny_chat_model):
+    code = (
+        "from star_attention.cli import main, terminal\nterminal._LINE_SECONDS = 0.0\nmain.main()\n"
+    )
+    ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION]
+    command = [sys.executable, "-c", code, *map(str, ask)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    shares = [int(share) for share in re.findall(r"star-attn: phase 1: (\d+)%", run.stderr)]
+    assert len(shares) > 2
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert "phase 1:" not in run.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_saved_contexts(tmp_path, report, smollm2_folder, ranks):
+    ask = ["ask", "--tokens-per-block", 32, "--max-tokens", 8, "--model", smollm2_folder]
+    ask += ["--question", QUESTION, "--json", "--ranks", ranks, "--oversubscribe"]
+    kept = tmp_path / "kept"
+    read = star_attn(*ask, "--context-file", report, "--block-size", 128, "--save-context", kept)
+    saved = json.loads(read.stdout)
+    loaded = json.loads(star_attn(*ask, "--load-context", kept).stdout)
+    assert loaded["answers"] == saved["answers"]
+    assert loaded["plan"]["parts"] == saved["plan"]["parts"]
+    assert all(rank["phases"]["context"]["tokens"] for rank in saved["ranks"])
+    assert not any(rank["phases"]["context"]["tokens"] for rank in loaded["ranks"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "give --context-file or --load-context, one of them"),
+        ("--load-context KEPT --context-file TEXT", "give --context-file or --load-context, one"),
+        ("--load-context KEPT", "no context there: --save-context makes one"),
+        ("--load-context KEPT --block-size 128", "--block-size does nothing with --load-context"),
+        ("--load-context KEPT --system Hi", "--system does nothing with --load-context"),
+        ("--load-context KEPT --save-context KEPT", "--save-context does nothing with"),
+        ("--context-file TEXT --save-context /proc/a", "/proc/a/contexts cannot be written"),
+        (
+            "--context-file TEXT --attention ring --save-context KEPT",
+            "--save-context does nothing with --attention ring, whose KV is kept nowhere",
+        ),
+        ("--context-file - --question-file -", "standard input has one text: give - to one"),
+        ("--context-file - --context-file -", "--context-file - can be given once"),
+        ("--context-file TEXT --question-file /nothing", "--question-file /nothing cannot be read"),
+        ("--context-file TEXT --quiet --json", "--quiet does nothing with --json"),
+    ],
+)
+def test_options_of_contexts_and_questions(tmp_path, report, tiny_chat_model, options, message):
+    options = options.replace("KEPT", str(tmp_path / "kept")).replace("TEXT", str(report))
+    ask = ["ask", "--model", tiny_chat_model, "--question", "Why?", *options.split()]
+    check_refusal(star_attn(*ask, input="text"), message)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_no_question_at_all(report, tiny_chat_model):
+    ask = ["ask", "--model", tiny_chat_model, "--context-file", report]
+    check_refusal(star_attn(*ask), "there is no question: give --question or --question-file")
+
+
 def test_log_probabilities_and_penalties(report, tiny_chat_model):
     def answer(*options):
         ask = [*ASK, tiny_chat_model, "--context-file", report, "--question", QUESTION, "--json"]

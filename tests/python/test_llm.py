@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -397,3 +399,92 @@ def test_tokens_that_the_model_does_not_know(tmp_path):
     with pytest.raises(UserError, match=message):
         llm.ask(context, "jumps over")
     assert len(llm.ask(context, "a", SamplingParams(max_tokens=3)).token_ids) == 3
+
+
+@pytest.fixture
+def saved(smollm2_folder, tmp_path):
+    """A folder with a saved context, and what a fresh read of it gives: tokens and logits."""
+    config = StarConfig(block_size=128, anchor_size=64, tokens_per_block=32)
+    with LLM(smollm2_folder, config, context_dir=tmp_path / "kept") as llm:
+        context = llm.encode(TEXT)
+        llm.save(context, "harbour")
+        yield tmp_path / "kept", *answer_and_logits(llm, context)
+
+
+def answer_and_logits(llm, context):
+    question = np.array(llm._tokenizer.question_tokens(QUESTION), np.int32)
+    answer = llm.ask(context, QUESTION, SamplingParams(max_tokens=8))
+    return answer, forced_logits(llm._leader, context._context, question, answer.token_ids)
+
+
+def loading(folder, model, **options):
+    return LLM(model, StarConfig(tokens_per_block=32), context_dir=folder, **options)
+
+
+def test_a_context_that_is_loaded_is_the_one_that_was_read(smollm2_folder, saved, tmp_path):
+    folder, answer, logits = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    with loading(tmp_path / "copy", smollm2_folder) as llm:
+        context = llm.load("harbour")
+        assert llm.report()[0]["phases"]["context"]["tokens"] == 0
+        assert (context.plan.block_size, context.plan.anchor_size) == (128, 64)
+        again, same = answer_and_logits(llm, context)
+        assert again == answer
+        np.testing.assert_array_equal(same, logits)
+
+
+def test_a_damaged_block_is_read_anew(smollm2_folder, saved, tmp_path, capfd):
+    folder, answer, _ = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    block = max((tmp_path / "copy/blocks/rank-0").glob("*.kv"))
+    data = bytearray(block.read_bytes())
+    data[-5] ^= 1
+    block.write_bytes(data)
+    with loading(tmp_path / "copy", smollm2_folder) as llm:
+        context = llm.load("harbour")
+        assert 0 < llm.report()[0]["phases"]["context"]["tokens"] < context.plan.context_len
+        assert llm.ask(context, QUESTION, SamplingParams(max_tokens=8)) == answer
+    assert "cannot be read and is forgotten: layer" in capfd.readouterr().err
+
+
+def test_what_is_not_loaded(saved, smollm2_folder, tiny_chat_model, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "copy")
+    with pytest.raises(UserError, match=r"made with model .* here it is .*: use another folder"):
+        loading(folder, tiny_chat_model)
+    with pytest.raises(UserError, match="made with dtype float32, here it is bfloat16: use"):
+        loading(folder, smollm2_folder, dtype="bfloat16")
+    with loading(folder, smollm2_folder) as llm:
+        with pytest.raises(UserError, match=r"the folder has no other\.json"):
+            llm.load("other")
+        with pytest.raises(UserError, match="is in use by another process: use another folder"):
+            loading(folder, smollm2_folder)
+        tokens = folder / "contexts/harbour.npy"
+        tokens.write_bytes(tokens.read_bytes()[:-4])
+        with pytest.raises(UserError, match=r"harbour\.json: its tokens cannot be read"):
+            llm.load("harbour")
+
+
+def test_what_is_not_saved(llm, context, smollm2_folder, tmp_path, monkeypatch, capfd):
+    with pytest.raises(UserError, match=r"contexts are saved in context_dir: give it to LLM"):
+        llm.save(context)
+    with loading(tmp_path / "new", smollm2_folder) as other:
+        ring = other.encode(TEXT, StarConfig(attention="ring"))
+        with pytest.raises(UserError, match="attention ring cannot be saved: use star or dense"):
+            other.save(ring)
+        with pytest.raises(UserError, match=r"name is '\.\./a': use letters"):
+            other.save(other.encode(TEXT), "../a")
+        monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        fresh = other.encode(TEXT.replace("Tomasz", "Agnes"))
+        with pytest.raises(UserError, match="the context folder does not take its KV"):
+            other.save(fresh)
+    assert "a context's KV is not kept in the context folder" in capfd.readouterr().err
+
+
+def test_saving_while_an_answer_is_written(smollm2_folder, tmp_path):
+    with loading(tmp_path / "new", smollm2_folder) as llm:
+        context, params = llm.encode(TEXT), SamplingParams(max_tokens=10)
+        expected = llm.ask(context, QUESTION, params).text
+        pieces = llm.stream(context, QUESTION, params)
+        text = next(pieces).text
+        llm.save(context)
+        assert text + "".join(piece.text for piece in pieces) == expected

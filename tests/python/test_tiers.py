@@ -549,7 +549,7 @@ def test_leftovers(tmp_path):
 )
 def test_another_store(tmp_path, change, message):
     file_of_a_block(tmp_path)
-    end = ": use another --context-dir or delete it$"
+    end = ": use another folder or delete it$"
     with (
         pytest.raises(UserError, match=f"disk was made with {message}{end}"),
         opened(tmp_path, "disk", description=replace(DESCRIPTION, **change)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -28,12 +29,15 @@ from star_attention.cli.options import (
     take_model,
 )
 from star_attention.cli.ranks import check_ranks, handed_texts, needs_ranks, run_as_ranks
+from star_attention.cli.texts import read_texts
 from star_attention.errors import UserError, say
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.sampling import finite
 
 if TYPE_CHECKING:
     from star_attention.llm import LLM, Answer
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command()
@@ -42,11 +46,15 @@ if TYPE_CHECKING:
     "--context-file",
     "context_files",
     multiple=True,
-    required=True,
     help="Text to read; -: standard input. Several are read one after the other.",
 )
+@click.option("--question", "questions", multiple=True, help="Several are asked together.")
+@click.option("--question-file", help="Questions, one a line; -: standard input.")
 @click.option(
-    "--question", "questions", multiple=True, required=True, help="Several are asked together."
+    "--save-context", type=_FOLDER, help="Keep what was read in this folder, for --load-context."
+)
+@click.option(
+    "--load-context", type=_FOLDER, help="Ask what was saved, instead of reading a --context-file."
 )
 @click.option("--system", help="The system message, for models with a chat template.")
 @run_options
@@ -59,6 +67,7 @@ if TYPE_CHECKING:
 )
 @click.option("--strict", is_flag=True, help="Refuse text longer than the model was made for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", is_flag=True, help="Print the answers only.")
 def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     """Read a long text once and answer questions about it."""
     take_model(options)
@@ -67,24 +76,66 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     star_config_of(options), engine_of(options)
     check_run(options)
     check_sampling(options)
-    if not options["as_json"]:
+    if options["as_json"]:
+        refuse_idle("with --json", "quiet")
+    else:
         refuse_idle("without --json", "logprobs")
-    for question in options["questions"]:
-        if not question.strip():
-            raise UserError("--question is empty: ask something")
-        check_text("--question", question)
     check_text("--system", options["system"] or "")
-    texts = handed_texts() or _read_texts(options.pop("context_files"))
+    context_files, question_file = options.pop("context_files"), options.pop("question_file")
+    _check_context(context_files, options)
+    if question_file == "-" and "-" in context_files:
+        raise UserError("standard input has one text: give - to one option only")
+    questions = handed_texts("questions") or [
+        *_checked("--question", options["questions"]),
+        *_questions_of(question_file),
+    ]
+    if not questions:
+        raise UserError("there is no question: give --question or --question-file")
+    texts = handed_texts("contexts") or read_texts("--context-file", context_files)
     if needs_ranks(ranks, options["tp"]):
-        sys.exit(run_as_ranks((ranks or 1) * options["tp"], oversubscribe, texts=texts))
-    _ask(texts, **options)
+        processes = (ranks or 1) * options["tp"]
+        sys.exit(run_as_ranks(processes, oversubscribe, contexts=texts, questions=questions))
+    _ask(texts, **{**options, "questions": questions})
+
+
+def _check_context(context_files: Sequence[str], options: dict[str, Any]) -> None:
+    """Raises UserError for options that do not tell one context."""
+    folder = options["load_context"]
+    if bool(context_files) == bool(folder):
+        raise UserError("give --context-file or --load-context, one of them")
+    if options["attention"] == "ring":
+        refuse_idle("with --attention ring, whose KV is kept nowhere", "save_context")
+    if not folder:
+        return
+    kept = ("block_size", "anchor_size", "anchor_mode", "attention", "system", "save_context")
+    refuse_idle("with --load-context, which is as it was saved", *kept)
+    if not (folder / "contexts").is_dir():
+        raise UserError(f"--load-context {folder}: no context there: --save-context makes one")
+
+
+def _questions_of(name: str | None) -> list[str]:
+    if name is None:
+        return []
+    (text,) = read_texts("--question-file", [name])
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _checked(option: str, texts: Sequence[str]) -> Sequence[str]:
+    for text in texts:
+        if not text.strip():
+            raise UserError(f"{option} is empty: ask something")
+        check_text(option, text)
+    return texts
 
 
 def _ask(
     texts: Sequence[str],
     model: str,
-    questions: tuple[str, ...],
+    questions: Sequence[str],
     as_json: bool,
+    quiet: bool,
+    save_context: Path | None,
+    load_context: Path | None,
     **options: Any,
 ) -> None:
     from star_attention.llm import LLM
@@ -93,11 +144,10 @@ def _ask(
     engine = asdict(engine_of(options))
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     texts_as = {name: options[name] for name in ("template", "strict", "system", "allow_special")}
-    llm = LLM(model, config, **texts_as, **engine)
-    with terminal.progress(not as_json) as on_progress:
-        context = llm.encode(
-            "\n".join(texts), on_progress=on_progress, questions=questions, params=params
-        )
+    llm = LLM(model, config, context_dir=save_context or load_context, **texts_as, **engine)
+    read = llm.load if load_context else functools.partial(llm.encode, "\n".join(texts))
+    with terminal.progress(not (as_json or quiet)) as on_progress:
+        context = read(on_progress=on_progress, questions=questions, params=params)
 
     answers = {}
     streams = not as_json and len(questions) == 1
@@ -107,22 +157,31 @@ def _ask(
             click.echo(piece.text, nl=False)
     if streams:
         click.echo()
-    ranks = llm.report()
+    if save_context:
+        llm.save(context)
     if as_json:
         result = {
             "model": model,
-            "attention": config.attention,
+            "attention": context.config.attention,
             "plan": terminal.plan_as_json(context.plan),
             "answers": [_as_json(llm, answers[index]) for index in range(len(questions))],
-            "ranks": ranks,
+            "ranks": llm.report(),
         }
         click.echo(json.dumps(result, indent=2))
         return
     if not streams:
-        for index in range(len(questions)):
-            click.secho(questions[index], bold=True)
-            click.echo(answers[index].text + "\n")
-    terminal.print_run(ranks)
+        for index, question in enumerate(questions):
+            _print_answer(question, answers[index].text, quiet)
+    if not quiet:
+        terminal.print_run(llm.report())
+
+
+def _print_answer(question: str, text: str, quiet: bool) -> None:
+    if quiet:
+        click.echo(text)
+    else:
+        click.secho(question, bold=True)
+        click.echo(text + "\n")
 
 
 def _as_json(llm: LLM, answer: Answer) -> dict[str, Any]:
@@ -136,25 +195,3 @@ def _as_json(llm: LLM, answer: Answer) -> dict[str, Any]:
             for token, each in zip(answer.token_ids, answer.logprobs, strict=True)
         ]
     return found
-
-
-def _read_texts(names: Sequence[str]) -> list[str]:
-    if names.count("-") > 1:
-        raise UserError("--context-file - can be given once")
-    return [_read_text(name) for name in names]
-
-
-def _read_text(name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"--context-file {name} cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"--context-file {name} is not UTF-8 text: use a text file") from None
-    if "\0" in text:
-        raise UserError(f"--context-file {name} is binary: use a text file")
-    if not text.strip():
-        raise UserError(f"--context-file {name} is empty: give it some text")
-    return text

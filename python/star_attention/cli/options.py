@@ -69,10 +69,10 @@ def refuse_idle(when: str, *names: str) -> None:
         when: it does nothing, such as `with --device cpu`.
     """
     context = click.get_current_context()
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} does nothing {when}: leave it away")
+            raise UserError(f"{options[name]} does nothing {when}: leave it away")
 
 
 def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:

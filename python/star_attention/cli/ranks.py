@@ -35,9 +35,9 @@ def is_started_again() -> bool:
     return _HANDED in os.environ
 
 
-def handed_texts() -> list[str] | None:
-    """The texts that the program which started the ranks has read."""
-    return _handed().get("texts")
+def handed_texts(kind: str) -> list[str] | None:
+    """The texts that the program which started the ranks has read, as `run_as_ranks` calls them."""
+    return _handed().get(kind)
 
 
 def print_where_started() -> None:
@@ -68,16 +68,16 @@ def run_as_ranks(
     oversubscribe: bool,
     *,
     more: Sequence[str] = (),
-    texts: Sequence[str] | None = None,
+    **texts: Sequence[str],
 ) -> int:
     """Runs this command line, and `more`, under mpirun; its exit code.
 
     Args:
-        texts: for `handed_texts`.
+        texts: for `handed_texts`, by their kind.
     """
     environment = {terminal.INTERACTIVE: "1"} if terminal.is_interactive() else {}
     environment[_OUTPUT] = f"/proc/{os.getpid()}/fd/1"
-    environment |= _hand_over(arguments=[*arguments(), *more], texts=texts)
+    environment |= _hand_over(arguments=[*arguments(), *more], **texts)
     return run_ranks(_COMMAND, processes, oversubscribe, **environment)
 
 
@@ -88,11 +88,11 @@ def start_ranks(processes: int, oversubscribe: bool, variables: dict[str, str]) 
     return RankJob(_COMMAND, processes, oversubscribe, apart=True, **variables)
 
 
-def _hand_over(**values: Any) -> dict[str, str]:
+def _hand_over(**values: Sequence[str]) -> dict[str, str]:
     """Keeps `values` in memory for processes with the variables that this returns."""
     memory = os.memfd_create("star-attn")
     with os.fdopen(os.dup(memory), "w", encoding="utf-8", errors="surrogateescape") as file:
-        json.dump({name: value for name, value in values.items() if value is not None}, file)
+        json.dump(values, file)
     return {_HANDED: f"/proc/{os.getpid()}/fd/{memory}"}
 
 

@@ -18,13 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from star_attention.config import StarConfig
-from star_attention.errors import counted
+from star_attention.errors import counted, say
 from star_attention.plan import Plan, make_plan
 from star_attention.predict import Prediction, Rates, predict
 
 # Set for ranks whose output reaches an interactive terminal through mpirun.
 INTERACTIVE = "STAR_ATTENTION_INTERACTIVE"
 _MAX_ROWS = 24
+_LINE_SECONDS = 5.0
 
 
 def is_interactive() -> bool:
@@ -33,9 +34,10 @@ def is_interactive() -> bool:
 
 @contextmanager
 def progress(shown: bool) -> Iterator[Callable[[float], None]]:
-    """A bar for phase 1 on an interactive terminal; yields what takes the share that is done."""
+    """A bar for phase 1 on an interactive terminal, a line every few seconds elsewhere; yields what
+    takes the share that is done."""
     if not shown or not is_interactive():
-        yield lambda done: None
+        yield _ProgressLines() if shown else lambda done: None
         return
     console = Console(stderr=True, force_terminal=True)
     columns = (TextColumn("phase 1"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -44,6 +46,16 @@ def progress(shown: bool) -> Iterator[Callable[[float], None]]:
         yield lambda done: bar.update(task, completed=done)
     if INTERACTIVE in os.environ:
         time.sleep(0.2)  # mpirun passes stderr and stdout on apart: the bar's end must arrive first
+
+
+class _ProgressLines:
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _LINE_SECONDS
+
+    def __call__(self, done: float) -> None:
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + _LINE_SECONDS
+            say(f"phase 1: {done:.0%}")
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class Copies:
         """Whether ranks are to be asked which saves have ended (`Saved`)."""
         return bool(self._saves)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether blocks that were read are not in the tiers yet."""
+        return bool(self._saving or self._saves)
+
     def add_load(self, block: Block) -> None:
         """A block that has pages, and whose `source` has its KV."""
         self._loading.append(block)

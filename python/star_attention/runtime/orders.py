@@ -99,12 +99,14 @@ class OpenStore:
     Attributes:
         model: its name, and the fingerprint of its files.
         host_folder, disk_folder: of the tiers; None: there is none.
+        disk_option: what the user calls the latter by, for messages.
     """
 
     model: str
     fingerprint: str
     host_folder: str | None
     disk_folder: str | None
+    disk_option: str = "--context-dir"
 
 
 @dataclass(frozen=True)

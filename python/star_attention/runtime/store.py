@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from star_attention.engines.base import ModelEngine
+from star_attention.errors import UserError
+from star_attention.runtime.orders import OpenStore, Order
 from star_attention.runtime.tiers import Tier
 
 TIERS: tuple[Tier, ...] = ("host", "disk")  # the faster one first
@@ -93,3 +97,30 @@ class Store:
             tier: (len(self._blocks[tier]), sum(size for _, size in self._blocks[tier].values()))
             for tier in self.budgets
         }
+
+
+def open_store(
+    execute: Callable[[Order], Any],
+    order: OpenStore,
+    budgets: Mapping[Tier, int],
+    engine: ModelEngine,
+    tp: int,
+) -> Store:
+    """Opens the lower tiers, on all ranks.
+
+    Args:
+        budgets: as in `Store`.
+        engine: rank 0's.
+        tp: processes of a rank.
+
+    Raises:
+        UserError: on any rank, a folder is something else's, in use, or cannot be written to.
+    """
+    found = execute(order)
+    for problem in found:
+        if isinstance(problem, str):
+            raise UserError(problem)
+    num_layers = engine.config.num_layers
+    store = Store(budgets, tp, num_layers, engine.page_bytes * num_layers)
+    store.find_all(found)
+    return store

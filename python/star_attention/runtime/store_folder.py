@@ -42,7 +42,6 @@ class StoreFolder:
 
     def __init__(self, path: Path, description: StoreDescription, option: str) -> None:
         self.name = f"{option} {path}"
-        self._option = option
         self._path, self._rank = path, description.rank
         self._numbers = itertools.count()
         try:
@@ -135,8 +134,8 @@ class StoreFolder:
                 name = "model"
                 there, here = f"{theirs.get('model')} ({there})", f"{ours['model']} ({here})"
             raise UserError(
-                f"{self.name} was made with {name} {there}, here it is {here}: use another "
-                f"{self._option} or delete it"
+                f"{self.name} was made with {name} {there}, here it is {here}: "
+                "use another folder or delete it"
             )
 
     def _read_store(self, path: Path) -> dict[str, Any]:
@@ -147,9 +146,7 @@ class StoreFolder:
                 return values
         except (OSError, ValueError, RecursionError):
             pass
-        raise UserError(
-            f"{self.name}: {_STORE} is damaged: use another {self._option} or delete it"
-        )
+        raise UserError(f"{self.name}: {_STORE} is damaged: use another folder or delete it")
 
     def _open_rank(self, path: Path) -> int:
         path.mkdir(0o700, exist_ok=True)
@@ -163,7 +160,7 @@ class StoreFolder:
             os.close(lock)
             os.close(self._folder)
             raise UserError(
-                f"{self.name} is in use by another process: use another {self._option}"
+                f"{self.name} is in use by another process: use another folder"
             ) from None
         return lock
 

@@ -55,6 +55,7 @@ class Tiers:
         engine: whose pages are copied.
         description: of the engine's KV.
         host_folder, disk_folder: of the tiers; None: there is none.
+        disk_option: what the user calls the latter by, for messages.
 
     Raises:
         UserError: a folder is something else's, in use, or cannot be written to.
@@ -66,6 +67,7 @@ class Tiers:
         description: StoreDescription,
         host_folder: Path | None,
         disk_folder: Path | None,
+        disk_option: str = "--context-dir",
     ) -> None:
         if description.page_bytes != engine.page_bytes:
             raise ValueError(f"pages of {engine.page_bytes} bytes are described as {description}")
@@ -77,7 +79,7 @@ class Tiers:
             _allow_open_files()
         if disk_folder is not None:
             try:
-                self._disk = StoreFolder(disk_folder, description, "--context-dir")
+                self._disk = StoreFolder(disk_folder, description, disk_option)
             except BaseException:
                 if self._host:
                     self._host.close()

@@ -271,7 +271,7 @@ class Worker:
         )
         folders = (folder and Path(folder) for folder in (order.host_folder, order.disk_folder))
         try:
-            self._tiers = Tiers(engine, description, *folders)
+            self._tiers = Tiers(engine, description, *folders, order.disk_option)
         except UserError as error:
             return world.gather_objects(str(error))
         return world.gather_objects(self._tiers.stored())

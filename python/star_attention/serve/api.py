@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.saved_contexts import CONTEXT_NAME
 from star_attention.serve.errors import ApiError
 
 MAX_MESSAGES = 2048
@@ -18,7 +19,6 @@ MAX_ANSWERS = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-_CONTEXT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # Below this temperature the likeliest token is taken: dividing by less overflows.
 _GREEDY_BELOW = 1e-3
 
@@ -280,7 +280,7 @@ class DetokenizeRequest(Strict):
 
 
 def _context_name(name: str) -> str:
-    if not re.fullmatch(_CONTEXT_NAME, name):
+    if not re.fullmatch(CONTEXT_NAME, name):
         raise ValueError(
             "use letters, digits, '.', '_' and '-', 64 at most, of which the first is a letter or "
             "a digit"
@@ -291,7 +291,7 @@ def _context_name(name: str) -> str:
 ContextName = Annotated[
     str,
     AfterValidator(_context_name),
-    Field(json_schema_extra={"pattern": f"^{_CONTEXT_NAME}$"}),
+    Field(json_schema_extra={"pattern": f"^{CONTEXT_NAME}$"}),
 ]
 _Ttl = Annotated[float, Field(gt=0, le=10 * 365 * 86400)]
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from star_attention.errors import UserError
+from star_attention.runtime.saved_contexts import SavedContext, SavedContexts
 from star_attention.serve.answers import blocks_as_json
 from star_attention.serve.api import ContextPatch
 from star_attention.serve.engine import EngineLostError
@@ -21,7 +23,6 @@ from star_attention.serve.errors import ApiError, as_api_error, internal_error
 from star_attention.serve.front import Front
 from star_attention.serve.messages import Opened, Progress, ReadDone
 from star_attention.serve.metrics import done_at_first, share_read
-from star_attention.serve.saved_contexts import SavedContexts
 
 logger = logging.getLogger("star_attention.serve")
 
@@ -117,7 +118,7 @@ class Contexts:
         self._looking = asyncio.create_task(self._look_after())
         if self._saved is None:
             return
-        for saved, token_ids in await self._front.in_thread(self._saved.read):
+        for saved, token_ids in await self._front.in_thread(self._read_saved):
             if len(self._by_name) >= self._front.options.max_contexts:
                 logger.warning("saved context %s is skipped: there are too many", saved.name)
                 continue
@@ -125,7 +126,7 @@ class Contexts:
                 saved.name,
                 token_ids,
                 saved.bytes,
-                [file.model_dump() for file in saved.files],
+                list(saved.files),
                 saved.pinned,
                 saved.ttl_seconds,
                 saved.created,
@@ -241,7 +242,10 @@ class Contexts:
         if self._saved is not None:
             async with self._writing:
                 if context.name not in self._by_name:
-                    await self._front.in_thread(self._saved.remove, context.name)
+                    try:
+                        await self._front.in_thread(self._saved.remove, context.name)
+                    except OSError as error:
+                        logger.warning("context %s stays on disk: %s", context.name, error.strerror)
 
     @asynccontextmanager
     async def asked(
@@ -283,8 +287,20 @@ class Contexts:
         async with self._writing:
             if self._by_name.get(context.name) is context:
                 write, tokens_too = self._saved.write, not context.has_saved_tokens
-                if await self._front.in_thread(write, said, context.token_ids, tokens_too):
+                try:
+                    await self._front.in_thread(write, said, context.token_ids, tokens_too)
                     context.has_saved_tokens = True
+                except OSError as error:  # it is there until the server ends
+                    logger.warning("context %s is not saved: %s", context.name, error.strerror)
+
+    def _read_saved(self) -> list[tuple[SavedContext, np.ndarray]]:
+        found = []
+        for name in self._saved.names():
+            try:
+                found.append(self._saved.read(name))
+            except UserError as error:
+                logger.warning("saved context %s is skipped: %s", name, error)
+        return found
 
     def _check_there(self, context: Context) -> None:
         """Raises ApiError if it was deleted meanwhile."""

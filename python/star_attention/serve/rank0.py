@@ -13,14 +13,13 @@ from star_attention.config import StarConfig
 from star_attention.engines.base import ModelEngine
 from star_attention.engines.loader import division_of
 from star_attention.engines.options import EngineOptions, free_memory
-from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, is_engine_folder
 from star_attention.models.fingerprint import fingerprint
 from star_attention.runtime.job import current_job
 from star_attention.runtime.leader import Leader
 from star_attention.runtime.orders import OpenStore, Order
 from star_attention.runtime.pace import Pace
-from star_attention.runtime.store import TIERS, Store
+from star_attention.runtime.store import TIERS, Store, open_store
 from star_attention.runtime.tiers import Tier
 from star_attention.serve.division import division_for
 from star_attention.serve.loop import ServerLoop
@@ -68,7 +67,7 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     longest = engine.config.max_position
     execute = functools.partial(job.execute, number)
     page_bytes = engine.page_bytes * engine.config.num_layers
-    store = _open_store(execute, path, options, engine, page_bytes)
+    store = _store(execute, path, options, engine)
     leader = Leader(
         execute,
         engine,
@@ -104,27 +103,17 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
     job.unload(number)
 
 
-def _open_store(
-    execute: Callable[[Order], Any],
-    path: Path,
-    options: RankOptions,
-    engine: ModelEngine,
-    page_bytes: int,
+def _store(
+    execute: Callable[[Order], Any], path: Path, options: RankOptions, engine: ModelEngine
 ) -> Store | None:
-    """The lower tiers, on all ranks."""
+    """The lower tiers; None: there are none."""
     folders: dict[Tier, str | None] = {"host": options.host_folder, "disk": options.disk_folder}
     sizes = {"host": options.host_cache_gib, "disk": options.disk_cache_gib}
     budgets = {tier: int(sizes[tier] * 2**30) for tier in TIERS if folders[tier]}
     if not budgets:
         return None
     order = OpenStore(path.name, fingerprint(path), folders["host"], folders["disk"])
-    found = execute(order)
-    for problem in found:
-        if isinstance(problem, str):
-            raise UserError(problem)
-    store = Store(budgets, options.engine.tp, engine.config.num_layers, page_bytes)
-    store.find_all(found)
-    return store
+    return open_store(execute, order, budgets, engine, options.engine.tp)
 
 
 def _with_pages(options: EngineOptions, processes: int) -> EngineOptions:
