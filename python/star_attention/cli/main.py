@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "ask": ("ask", "ask"),
     "build": ("build", "build"),
+    "chat": ("chat", "chat"),
     "eval": ("evals", "evals"),
     "export": ("export", "export"),
     "info": ("info", "info"),

@@ -231,12 +231,15 @@ def text_options(command: Callable) -> Callable:
     return _with_options(command, options)
 
 
-def sampling_options(command: Callable) -> Callable:
+def sampling_options(command: Callable, max_tokens: int = 128) -> Callable:
     """The options that make `SamplingParams`; `sampling_of` makes them, `check_sampling` checks
     them."""
     options = [
         click.option(
-            "--max-tokens", default=128, show_default=True, help="Tokens of an answer at most."
+            "--max-tokens",
+            default=max_tokens,
+            show_default=True,
+            help="Tokens of an answer at most.",
         ),
         click.option(
             "--temperature", default=0.0, show_default=True, help="0: always the likeliest token."

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from star_attention.cli.front import engine_maker, run_with_ranks
 from star_attention.cli.options import (
     Number,
     check_run,
-    engine_of,
     engine_options,
     model_options,
     refuse_idle,
     run_options,
-    star_config_of,
     take_model,
 )
-from star_attention.cli.ranks import arguments, check_ranks, start_ranks
-from star_attention.distributed import world_size
-from star_attention.distributed.launch import mpirun_command
-from star_attention.errors import UserError
+from star_attention.cli.ranks import check_ranks
 from star_attention.models.checkpoint import find_model
 
-_HOST_FOLDER = "STAR_ATTENTION_HOST_FOLDER"
 _KEYS = "STAR_ATTENTION_API_KEYS"
 _POSITIVE = Number(min=0, min_open=True)
 
@@ -167,116 +155,27 @@ _POSITIVE = Number(min=0, min_open=True)
 )
 def serve(**options: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API, with a page at /."""
-    try:
-        from star_attention.serve.meeting import meeting_of_rank0
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is missing: pip install 'star-attention-trt[serve]'"
-        ) from None
     take_model(options)
     check_ranks(options["ranks"], options["tp"])
     check_run(options)
     if not options["context_dir"]:
         refuse_idle("without --context-dir", "disk_cache_gib")
-    if meeting := meeting_of_rank0():
-        _serve_front(meeting.wait_for_front(), options)
-        return 0
-    if world_size() > 1:
-        with _host_folder(options):
-            return _serve_own_front(options)
-    with _host_folder(options):
-        return _run_front(options)
-
-
-@contextmanager
-def _host_folder(options: dict[str, Any]) -> Iterator[None]:
-    """Where ranks that this process starts find the host tier."""
-    from star_attention.serve.host_tier import host_tier
-
-    gib, processes = options["host_cache_gib"], (options["ranks"] or 1) * options["tp"]
-    if not gib or _HOST_FOLDER in os.environ:
-        yield
-        return
-    with host_tier(gib, processes) as folder:
-        os.environ[_HOST_FOLDER] = str(folder)
-        yield
-
-
-def _serve_front(connection: Any, options: dict[str, Any]) -> None:
-    from star_attention.serve.rank0 import RankOptions, serve_front
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides what an interrupt means
-    gap, disk = options["max_gap"], options["disk_cache_gib"] and options["context_dir"]
-    serve_front(
-        connection,
-        RankOptions(
-            options["model"],
-            star_config_of(options),
-            engine_of(options),
-            gap and gap / 1e3,
-            host_folder=os.environ.get(_HOST_FOLDER),
-            disk_folder=disk and str(Path(disk).resolve() / "blocks"),
-            host_cache_gib=options["host_cache_gib"],
-            disk_cache_gib=options["disk_cache_gib"],
-        ),
-    )
-
-
-def _serve_own_front(options: dict[str, Any]) -> int:
-    """Under mpirun rank 0 starts the front, which ends with it."""
-    from star_attention.serve.meeting import Meeting, OuterRanks
-
-    meeting = Meeting.somewhere()
-    command = [sys.executable, "-m", "star_attention", *arguments()]
-    front = subprocess.Popen(
-        command,
-        env={**os.environ, **OuterRanks.variables(meeting)},
-        start_new_session=True,  # mpirun would end it before it has told its clients
-    )
-    signal.signal(signal.SIGTERM, lambda *_: front.terminate())
-    try:
-        if connection := meeting.wait_for_front(lambda: front.poll() is None):
-            with connection:
-                _serve_front(connection, options)
-    finally:
-        meeting.is_over()
-        code = front.wait()
-    return code if code >= 0 else 1
+    return run_with_ranks(options, lambda: _run_front(options))
 
 
 def _run_front(options: dict[str, Any]) -> int:
     from star_attention.models.tokenizer import Tokenizer
     from star_attention.serve.auth import read_api_keys
     from star_attention.serve.division import DENSE_TOKENS
-    from star_attention.serve.meeting import OuterRanks, OwnRanks
     from star_attention.serve.options import ServeOptions
-    from star_attention.serve.process import EngineProcess
     from star_attention.serve.run import run_front
 
-    config, engine = star_config_of(options), engine_of(options)
-    path = find_model(options["model"], engine.load_format != "dummy")
-    processes = (options["ranks"] or 1) * engine.tp
-    ranks: OwnRanks | OuterRanks = OuterRanks()
-    if not OuterRanks.are_here():
-        if processes > 1:
-            mpirun_command(processes, options["oversubscribe"])
-        ranks = OwnRanks(functools.partial(start_ranks, processes, options["oversubscribe"]))
-
+    path = find_model(options["model"], options["load_format"] != "dummy")
     tokenizer = Tokenizer(path, options["template"], allow_special=options["allow_special"])
-
-    def make_engine(on_end: Callable[[int], None]) -> EngineProcess:
-        return EngineProcess(
-            ranks,
-            options["restarts"],
-            options["stuck_timeout"],
-            on_end,
-            frozenset(tokenizer.eos_token_ids),
-        )
-
     serve_options = ServeOptions(
         model_names=options["names"] or (Path(options["model"]).name,),
         host=options["host"],
-        block_tokens=config.block_size or DENSE_TOKENS,
+        block_tokens=options["block_size"] or DENSE_TOKENS,
         max_tokens=options["max_tokens"],
         max_context_tokens=options["max_context_tokens"],
         max_queue=options["max_queue"],
@@ -289,5 +188,9 @@ def _run_front(options: dict[str, Any]) -> int:
         max_contexts=options["max_contexts"],
     )
     return run_front(
-        make_engine, tokenizer, serve_options, options["port"], options["shutdown_timeout"]
+        engine_maker(options, tokenizer),
+        tokenizer,
+        serve_options,
+        options["port"],
+        options["shutdown_timeout"],
     )

@@ -158,7 +158,7 @@ def _table_of_ranks(
             f"{cost.pairs / 1e9:,.2f}",
             f"{cost.flops(plan.model) / 1e12:,.1f}",
             f"{kept[rank]:,}",
-            "?" if received is None else _bytes(received[rank]),
+            "?" if received is None else size(received[rank]),
         )
     return table
 
@@ -197,7 +197,7 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     """Time, traffic and memory of each rank (`LLM.report`), on stderr."""
     console = Console(stderr=True, force_terminal=is_interactive() or None)
     phases = {"context": "phase 1", "question": "question", "decode": "decode"}
-    table = Table("rank", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = small_table("rank")
     for title in phases.values():
         table.add_column(title, justify="right", no_wrap=True)
         table.add_column("sent", justify="right", no_wrap=True)
@@ -206,8 +206,8 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
         cells = []
         for phase in phases:
             stats = report["phases"][phase]
-            cells += [f"{stats['seconds']:.2f} s", _bytes(stats["traffic"]["sent"])]
-        table.add_row(str(report["rank"]), *cells, _bytes(report["peak_memory_bytes"]))
+            cells += [f"{stats['seconds']:.2f} s", size(stats["traffic"]["sent"])]
+        table.add_row(str(report["rank"]), *cells, size(report["peak_memory_bytes"]))
     console.print(table)
     context, question, decode = (ranks[0]["phases"][phase]["tokens"] for phase in phases)
     console.print(
@@ -218,7 +218,12 @@ def print_run(ranks: list[dict[str, Any]]) -> None:
     )
 
 
-def _bytes(count: int) -> str:
+def small_table(*titles: str) -> Table:
+    return Table(*titles, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+
+
+def size(count: int) -> str:
+    """Bytes, for people."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value /= 1024

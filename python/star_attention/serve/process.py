@@ -211,7 +211,7 @@ class EngineProcess:
                 self._restarts_left = self._restarts_allowed
             if not self._restarts_left:
                 self._call(self._lose, "lost", reason)
-                say("the ranks are not started again (--restart); the server answers 503")
+                say("the ranks are not started again: they were lost too often")
                 return
             self._restarts_left -= 1
             self.restarts += 1
