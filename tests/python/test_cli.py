@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 
+import click
 import pytest
 
+from star_attention.cli.main import cli
 from star_attention.distributed.launch import mpirun_command
 from star_attention.models.config import LLAMA_3_1_8B
 from test_llm import QUESTION, TEXT
@@ -485,6 +487,49 @@ def test_a_reader_that_goes_away():
     plan = f"{sys.executable} -m star_attention plan --context 1M --block-size 1K --json"
     run = subprocess.run(f"{plan} | true", shell=True, capture_output=True, text=True, check=False)
     assert run.stderr == ""
+
+
+def all_commands(group=cli, *names):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from all_commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
+@pytest.mark.parametrize("names", [pytest.param(n, id=" ".join(n)) for n, _ in all_commands()])
+def test_options_have_two_spellings(names):
+    """With dashes and with underscores; what they are given stays as it is."""
+    command = dict(all_commands())[names]
+    context = click.Context(command, parent=click.Context(cli, **cli.context_settings))
+    spelled = 0
+    for option in command.params:
+        if not isinstance(option, click.Option):
+            continue
+        value = [] if option.is_flag or option.count else ["a_b-c"]
+        for name in (*option.opts, *option.secondary_opts):
+            for spelling in (name, "--" + name[2:].replace("-", "_"), name.replace("_", "-")):
+                found, left, _ = command.make_parser(context).parse_args([spelling, *value])
+                assert option.name in found, spelling
+                assert left == []
+                assert not value or found[option.name] in ("a_b-c", ["a_b-c"])
+                spelled += 1
+        if isinstance(option.type, click.Choice):
+            for choice in option.type.choices:
+                assert option.type.convert(choice, option, context) == choice
+                with pytest.raises(click.BadParameter):
+                    option.type.convert(f"{choice}_-", option, context)
+    assert spelled or names == ("trtllm", "model-file")
+
+
+def test_values_keep_their_spelling(report):
+    plan = star_attn("plan", "--context", "4K", "--anchor_mode", "local", "--tokens_per-block=64")
+    assert plan.returncode == 0, plan.stderr
+    ask = ["ask", "--model", "a_b", "--context_file", report, "--question", "--stop_it"]
+    check_refusal(star_attn(*ask), "--model a_b: no such folder or file")
+    check_refusal(star_attn(*ask, "--kv_placement", "round-robin"), "'round-robin' is not one of")
 
 
 def test_missing_weights(tmp_path, report):

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from star_attention.cli.options import TOKENS, Number
+from star_attention.cli.options import TOKENS, Choice, Number
 from star_attention.engines.tensorrt.build import (
     BUILD_DTYPES,
     GEMM_PLUGIN,
@@ -32,10 +32,10 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     required=True,
     help="The engine's folder; one that is an engine's already is replaced.",
 )
-@click.option("--dtype", type=click.Choice(BUILD_DTYPES), default="float16", show_default=True)
+@click.option("--dtype", type=Choice(BUILD_DTYPES), default="float16", show_default=True)
 @click.option(
     "--gemm_plugin",
-    type=click.Choice(GEMM_PLUGIN),
+    type=Choice(GEMM_PLUGIN),
     default="auto",
     show_default=True,
     help="Projections by cuBLAS where TensorRT adds up in float16, or always by TensorRT.",

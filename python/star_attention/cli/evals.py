@@ -18,6 +18,7 @@ import click
 from star_attention.cli import terminal
 from star_attention.cli.options import (
     TOKENS,
+    Choice,
     Number,
     engine_of,
     engine_options,
@@ -60,7 +61,7 @@ class _List(click.ParamType):
 
 NAMES = _List(None)
 LENGTHS = _List(TOKENS)
-METHODS = _List(click.Choice(ATTENTION_METHODS))
+METHODS = _List(Choice(ATTENTION_METHODS))
 BLOCK_SIZES = _List(TOKENS, ("whole", "half", "quarter", "eighth"))
 ANCHOR_SIZES = _List(TOKENS, ("block", "half", "quarter", "eighth", "page"))
 
@@ -110,7 +111,7 @@ def run_options(
             help="block, or half, quarter or eighth of it, page, or tokens; star runs with each.",
         ),
         click.option(
-            "--anchor-mode", type=click.Choice(ANCHOR_MODES), default="broadcast", show_default=True
+            "--anchor-mode", type=Choice(ANCHOR_MODES), default="broadcast", show_default=True
         ),
         click.option("--tokens-per-block", type=TOKENS, default=128, show_default=True),
         click.option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from star_attention.cli.options import Choice
 from star_attention.engines.tensorrt.onnx import EXPORT_DTYPES, export_graph
 from star_attention.models.checkpoint import find_model
 
@@ -20,7 +21,7 @@ from star_attention.models.checkpoint import find_model
 )
 @click.option(
     "--dtype",
-    type=click.Choice(EXPORT_DTYPES),
+    type=Choice(EXPORT_DTYPES),
     default=EXPORT_DTYPES[0],
     show_default=True,
     help="Of weights and computation; TensorRT before 9 knows no bfloat16.",

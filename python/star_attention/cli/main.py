@@ -43,9 +43,18 @@ class _LazyGroup(click.Group):
         return getattr(importlib.import_module(f"star_attention.cli.{module}"), command)
 
 
+def _option_name(name: str) -> str:
+    """Names of options may be spelled with `-` or, as TensorRT-LLM has them, with `_`."""
+    return name.replace("_", "-")
+
+
 @click.group(
     cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": _option_name,
+    },
 )
 @click.version_option(package_name="star-attention-trt")
 def cli() -> None:

@@ -36,6 +36,14 @@ def parse_tokens(text: str) -> int:
     return int(digits) * unit
 
 
+class Choice(click.Choice):
+    """One of some words, spelled as they are: what is done to names of options (`main.py`) is not
+    done to them."""
+
+    def normalize_choice(self, choice: Any, ctx: Any) -> str:
+        return str(choice)
+
+
 class _Tokens(click.ParamType):
     name = "tokens"
 
@@ -98,7 +106,7 @@ def division_options(command: Callable) -> Callable:
         ),
         click.option(
             "--anchor-mode",
-            type=click.Choice(ANCHOR_MODES),
+            type=Choice(ANCHOR_MODES),
             default="broadcast",
             show_default=True,
             help="Who computes the anchor's KV: every block, every rank, or all ranks together, "
@@ -128,19 +136,19 @@ def engine_options(command: Callable) -> Callable:
     options = [
         click.option(
             "--device",
-            type=click.Choice(list(DTYPES)),
+            type=Choice(list(DTYPES)),
             default="cpu",
             show_default=True,
             help="Where to compute.",
         ),
         click.option(
             "--dtype",
-            type=click.Choice(DTYPES["cpu"]),
+            type=Choice(DTYPES["cpu"]),
             help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
         ),
         click.option(
             "--load-format",
-            type=click.Choice(LOAD_FORMATS),
+            type=Choice(LOAD_FORMATS),
             default="auto",
             show_default=True,
             help="dummy: random weights for the model's config, to try speed and memory.",
@@ -152,7 +160,7 @@ def engine_options(command: Callable) -> Callable:
         ),
         click.option(
             "--merge",
-            type=click.Choice(MERGE_PATHS),
+            type=Choice(MERGE_PATHS),
             default="auto",
             show_default=True,
             help="How GPUs merge attention: over peer memory (NVLink) or NCCL.",
@@ -194,7 +202,7 @@ def run_options(command: Callable) -> Callable:
         division_options,
         click.option(
             "--attention",
-            type=click.Choice(ATTENTION_METHODS),
+            type=Choice(ATTENTION_METHODS),
             default="star",
             show_default=True,
             help="star, or the exact baselines: ring, whose KV passes by, or dense, whose KV is "
@@ -202,7 +210,7 @@ def run_options(command: Callable) -> Callable:
         ),
         click.option(
             "--kv-placement",
-            type=click.Choice(KV_PLACEMENTS),
+            type=Choice(KV_PLACEMENTS),
             default="tail",
             show_default=True,
             help="Where the KV of generated tokens goes: to the last rank, or round all of them.",
@@ -217,7 +225,7 @@ def text_options(command: Callable) -> Callable:
     options = [
         click.option(
             "--template",
-            type=click.Choice(TEMPLATES),
+            type=Choice(TEMPLATES),
             default="auto",
             show_default=True,
             help="The model's chat template; none for base models.",

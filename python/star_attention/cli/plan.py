@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.options import TOKENS, division_options
+from star_attention.cli.options import TOKENS, Choice, division_options
 from star_attention.config import ATTENTION_METHODS, StarConfig
 from star_attention.models.config import SHAPES
 from star_attention.plan import make_plan
@@ -31,13 +31,11 @@ def _rate(option: str, what: str) -> Callable[[Callable], Callable]:
 @click.option("--context", type=TOKENS, required=True, help="Tokens of the context.")
 @click.option("--ranks", type=int, default=1, show_default=True, help="Ranks to spread it over.")
 @division_options
-@click.option(
-    "--attention", type=click.Choice(ATTENTION_METHODS), default="star", show_default=True
-)
+@click.option("--attention", type=Choice(ATTENTION_METHODS), default="star", show_default=True)
 @click.option("--model", help="Weigh the work for this model instead of --shape.")
 @click.option(
     "--shape",
-    type=click.Choice(list(SHAPES)),
+    type=Choice(list(SHAPES)),
     default="llama-3.1-8b",
     show_default=True,
     help="Weigh the work for a model of this shape.",

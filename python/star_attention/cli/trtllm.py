@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from star_attention.cli.options import TOKENS
+from star_attention.cli.options import TOKENS, Choice
 from star_attention.config import ANCHOR_MODES, StarConfig
 from star_attention.errors import UserError
 from star_attention.trtllm import engine_folder
@@ -44,7 +44,7 @@ def finish_options(command: Callable) -> Callable:
     options = [
         click.option("--star_block_size", type=TOKENS, help="Of contexts asked without one."),
         click.option("--star_anchor_size", type=TOKENS, help="Likewise."),
-        click.option("--star_anchor_mode", type=click.Choice(ANCHOR_MODES), help="Likewise."),
+        click.option("--star_anchor_mode", type=Choice(ANCHOR_MODES), help="Likewise."),
         click.option("--tokenizer_dir", type=_FOLDER, help="The model's Hugging Face folder."),
     ]
     for option in reversed(options):
