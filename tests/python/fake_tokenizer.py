@@ -1,5 +1,7 @@
 """A tokenizer whose tokens are bytes, for tests of the front; a template after Llama 3's."""
 
+import codecs
+
 import numpy as np
 
 from star_attention.errors import UserError
@@ -48,6 +50,10 @@ class ByteTokenizer:
 
     def decode(self, tokens):
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def decoder(self):
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(bytes([token] if token < 256 else []))
 
     def token_bytes(self, token):
         return bytes([token]) if token < 256 else f"<{token}>".encode()

@@ -418,6 +418,20 @@ def test_stream_holds_back_incomplete_characters(smollm2_plain):
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
+@given(tokens=st.lists(st.integers(0, 620), max_size=60))
+def test_stream_gives_what_any_tokens_spell(llama2_plain, tokens):
+    """Also bytes that are no character, control tokens, and tokens that there are not."""
+    stream = TextStream(llama2_plain)
+    text = "".join(map(stream.add, tokens)) + stream.finish()
+    unfinished = "\N{REPLACEMENT CHARACTER}"
+    assert text.rstrip(unfinished) == llama2_plain.decode(tokens).rstrip(unfinished)
+
+
+@pytest.fixture(scope="module")
+def llama2_plain(tmp_path_factory):
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("llama2"), "llama2"), "none")
+
+
 def test_stop_strings(smollm2_plain):
     pieces = stream(smollm2_plain, "one two three four", ["two thr", "never"])
     assert "".join(pieces) == "one "

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -174,6 +174,14 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def decoder(self) -> Callable[[int], str]:
+        """Of a text's tokens, one after the other: what each adds to it, nothing while a character
+        is incomplete. Together that is what `decode` says of all of them."""
+        from tokenizers.decoders import DecodeStream
+
+        stream, backend = DecodeStream(skip_special_tokens=True), self._tokenizer.backend_tokenizer
+        return lambda token: stream.step(backend, token) or ""
+
     def token_text(self, token: int) -> str:
         """One token's text; a control token's spelling. What is no whole character is replaced."""
         return self.token_bytes(token).decode(errors="replace")
@@ -272,24 +280,15 @@ class TextStream:
     bytes are incomplete, or a beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._decode = tokenizer.decoder()
         self._stop = stop
-        self._tokens: list[int] = []
-        self._begin = 0  # tokens from here are decoded again, up to _read they are in _decoded
-        self._read = 0
         self._decoded = ""
         self._emitted = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
         """The text that became certain with this token."""
-        self._tokens.append(token)
-        before = self._tokenizer.decode(self._tokens[self._begin : self._read])
-        after = self._tokenizer.decode(self._tokens[self._begin :])
-        if after.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._begin, self._read = self._read, len(self._tokens)
-        self._decoded += after[len(before) :]
+        self._decoded += self._decode(token)
         # Of what was emitted nothing belongs to a stop string.
         ends = [self._decoded.find(stop, self._emitted) for stop in self._stop]
         ends = [end for end in ends if end >= 0]
