@@ -22,7 +22,7 @@ from star_attention.errors import UserError, counted
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.fingerprint import fingerprint
-from star_attention.models.tokenizer import TextStream, Tokenizer
+from star_attention.models.tokenizer import TextStream, Tokenizer, without_mark
 from star_attention.plan import Plan
 from star_attention.runtime import interrupts
 from star_attention.runtime.job import current_job
@@ -218,7 +218,7 @@ class LLM:
         Raises:
             UserError: the text is empty, a size is not right for it, or it does not fit.
         """
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not without_mark(text).strip():
             raise UserError("the context is empty: give it some text")
         token_ids = np.array(self._tokenizer.context_tokens(text), np.int32)
         if not len(token_ids):
@@ -465,7 +465,7 @@ class LLM:
             self._leader.flush()
 
     def _question_tokens(self, text: str, answer_prefix: str = "") -> np.ndarray:
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not without_mark(text).strip():
             raise UserError("a question is empty: ask something")
         tokens = np.array(self._tokenizer.question_tokens(text, answer_prefix), np.int32)
         self.model_config.check_tokens(tokens)

@@ -346,8 +346,12 @@ def test_progress(llm):
 def test_length_limits(llm, context, smollm2_folder):
     with pytest.raises(UserError, match="context is empty"):
         llm.encode(" \n")
+    with pytest.raises(UserError, match="context is empty"):
+        llm.encode("\ufeff \n")
     with pytest.raises(UserError, match="question is empty"):
         llm.ask(context, ["What?", " "])
+    with pytest.raises(UserError, match="question is empty"):
+        llm.ask(context, "\ufeff")
     with pytest.raises(UserError, match=r"a question has 90.. tokens, the model allows 8192"):
         llm.ask(context, "why " * 9000)
     with pytest.warns(UserWarning, match="the model was made for 8192"):

@@ -392,6 +392,28 @@ def test_gguf_tokenizers_are_kept(tmp_path, monkeypatch, smollm2):
         assert _load.__wrapped__(smollm2).get_vocab() == read.get_vocab()
 
 
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_a_byte_order_mark_is_no_text(smollm2, template):
+    tokenizer, mark = Tokenizer(smollm2, template), "\ufeff"
+    for text in ("A text.", " \n A text.\n"):
+        assert tokenizer.context_tokens(mark + text) == tokenizer.context_tokens(text)
+        assert tokenizer.question_tokens(mark + text) == tokenizer.question_tokens(text)
+        assert tokenizer.least_tokens(mark + text) == tokenizer.least_tokens(text)
+        plain = tokenizer.text_tokens(text)
+        np.testing.assert_array_equal(tokenizer.text_tokens(mark + text), plain)
+        within = tokenizer.text_tokens(text + mark)
+        assert len(within) > len(plain)
+    if template == "auto":
+        both = [
+            tokenizer.chat([Message("user", (before + "A text.", before + "Why?"))])
+            for before in ("", mark)
+        ]
+        np.testing.assert_array_equal(both[0].token_ids, both[1].token_ids)
+        assert both[0].starts == both[1].starts
+        with pytest.raises(UserError, match="the last message of the user is empty"):
+            tokenizer.chat([Message("user", (mark,))])
+
+
 def stream(tokenizer, text, stop=()):
     pieces = []
     stream = TextStream(tokenizer, stop)

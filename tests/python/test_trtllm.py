@@ -4,6 +4,7 @@ folder, the command line, and one clear line for bad input."""
 import ctypes
 import importlib.util
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -337,6 +338,24 @@ def test_engine_folder(tmp_path, tiny_chat_model):
     assert asked == StarConfig(128, 64, "local", tokens_per_block=64)
     finish(folder, None)  # again, with nothing new
     assert read_engine_config(folder) == config
+
+
+def test_end_tokens_are_those_of_config_and_generation_config(tmp_path, tiny_chat_model):
+    """The tokenizer's come on top of them, as with any engine."""
+    model = shutil.copytree(tiny_chat_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": 5}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 5, 7]}))
+    folder = trtllm_engine(tmp_path / "engine", tiny_chat_model)
+    change_config(folder, lambda pretrained: pretrained.update(head_size=64))
+    finish(folder, model)
+    ends = read_engine_config(folder).model.eos_token_ids
+    assert ends == open_checkpoint(model, with_weights=False).config.eos_token_ids == (5, 6, 7)
+    finish(folder, None, star_block_size=128)
+    assert read_engine_config(folder).model.eos_token_ids == ends
+    change_config(folder, lambda pretrained: pretrained["star_attention"].update(eos_token_ids=9))
+    with pytest.raises(UserError, match="is damaged"):
+        read_engine_config(folder)
 
 
 def change_config(folder, change):

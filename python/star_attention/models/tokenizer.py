@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +64,8 @@ class Tokenizer:
     it. White space around context and question is dropped. Without a template (base models), both
     are tokenised as they are, the context with the model's opening token in front.
 
+    A byte order mark at the beginning of a text or part is not part of it.
+
     Only the template gives control tokens: a text that spells one has the tokens of its characters,
     unless `allow_special` says otherwise.
 
@@ -114,12 +116,14 @@ class Tokenizer:
 
     def context_tokens(self, text: str) -> list[int]:
         """The tokens in front of the question."""
+        text = without_mark(text)
         if self.uses_chat:
             return self._encode(self._opening + text.strip() + _BETWEEN)
         return self._opening_token + self._encode(text)
 
     def question_tokens(self, text: str, answer_prefix: str = "") -> list[int]:
         """The tokens behind the context, up to where the answer goes on behind its prefix."""
+        text = without_mark(text)
         if not self.uses_chat:
             return self._encode(text + answer_prefix)
         # Behind a line break, so that a tokenizer that marks a text's beginning does not see one.
@@ -129,11 +133,11 @@ class Tokenizer:
     def text_tokens(self, text: str) -> np.ndarray:
         """The model's opening token and a text, without a template: int32 [n]."""
         opening = np.array(self._opening_token, np.int32)
-        return np.concatenate([opening, self._tokenized(text, ())[0]])
+        return np.concatenate([opening, self._tokenized(without_mark(text), ())[0]])
 
     def least_tokens(self, text: str) -> int:
         """A text has no fewer tokens, as is known without tokenising it."""
-        return self._plain.least_tokens(text)
+        return self._plain.least_tokens(without_mark(text))
 
     def chat(self, messages: Sequence[Message]) -> Chat:
         """The tokens of the chat template applied to a conversation.
@@ -149,6 +153,7 @@ class Tokenizer:
             raise UserError(
                 "the model has no chat template: use /v1/completions, or a model that has one"
             )
+        messages = [replace(m, parts=tuple(map(without_mark, m.parts))) for m in messages]
         _check(messages)
         roles = [message.role for message in messages]
         piece, *behind = map(self._plain.control, self._around(roles))
@@ -273,6 +278,11 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text).ids
+
+
+def without_mark(text: str) -> str:
+    """A text without the byte order mark that it may begin with."""
+    return text.removeprefix("\ufeff")
 
 
 class TextStream:

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from star_attention.engines.tensorrt.folder import (
     write_rotary,
 )
 from star_attention.errors import UserError
+from star_attention.models.fields import Fields, read_json
 from star_attention.trtllm.settings import SETTINGS, check_model, limits_of
 
+_ENDS = "eos_token_ids"  # of STAR, and of `ModelConfig`
 # The field of an engine's pretrained_config that the model class adds.
 STAR = "star_attention"
 # Plugins that are on by default and not in a decoder with StarAttention.
@@ -42,8 +45,9 @@ def engine_config(folder: Path, content: Mapping[str, Any]) -> EngineConfig:
                 f"{folder} has TensorRT-LLM's own attention: build it with star-attn trtllm build"
             )
         star = pretrained[STAR]
+        model = replace(check_model(pretrained), eos_token_ids=tuple(star.get(_ENDS, ())))
         return EngineConfig(
-            model=check_model(pretrained),
+            model=model,
             limits=limits_of({**build, **build["plugin_config"]}, star),
             dtype=pretrained["dtype"],
             **{name: star[name] for name in ("tensorrt", "gpu", "compute_capability")},
@@ -56,7 +60,7 @@ def engine_config(folder: Path, content: Mapping[str, Any]) -> EngineConfig:
 
 def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
     """Adds what trtllm-build does not write: the rotary table, Star Attention's settings (`star_`
-    before names of `SETTINGS`) and, from a model's folder, the tokenizer.
+    before names of `SETTINGS`) and, from a model's folder, the tokenizer and the end tokens.
 
     Raises:
         UserError: the folder is not one that it made with Star Attention, or the settings do not
@@ -68,6 +72,8 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
     settings = content.get("pretrained_config", {}).get(STAR, {})
     given = {name: star.get(f"star_{name}") for name in SETTINGS}
     settings.update({name: value for name, value in given.items() if value is not None})
+    if tokenizer:
+        settings[_ENDS] = _end_tokens(tokenizer)
     config = engine_config(folder, content)
     try:
         (folder / CONFIG).write_text(json.dumps(content, indent=4))
@@ -76,6 +82,18 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
             save_tokenizer(tokenizer, folder / TOKENIZER)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _end_tokens(model: Path) -> list[int]:
+    """Those of a Hugging Face folder's config.json and generation_config.json together."""
+    files = (model / name for name in ("config.json", "generation_config.json"))
+    found = [
+        token
+        for file in files
+        if file.exists()
+        for token in Fields(read_json(file), file.name).tokens("eos_token_id")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def load_plugins(folder: Path) -> None:
