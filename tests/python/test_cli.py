@@ -135,10 +135,26 @@ def test_plan_over_a_slow_network():
 
 
 def test_info():
-    run = star_attn("info")
+    run = star_attn("info", env={**os.environ, "COLUMNS": "80"})
     assert run.returncode == 0
     assert "torch" in run.stdout
-    assert json.loads(star_attn("info", "--json").stdout)["mpirun"]["found"]
+    assert "transformers" not in run.stdout
+    assert run.stdout.count("\n") <= 24
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "transformers" in star_attn("info", "--verbose").stdout
+    found = json.loads(star_attn("info", "--json").stdout)
+    assert found["mpirun"]["found"]
+    assert found["transformers"]["found"]
+
+
+def test_info_counts_gpus(tmp_path):
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'H9, 1.2'\necho 'H9, 1.2'\necho 'A1, 1.2'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    found = json.loads(star_attn("info", "--json", env={**os.environ, "PATH": path}).stdout)
+    assert found["GPU"]["found"] == "2 \u00d7 H9, 1.2; 1 \u00d7 A1, 1.2"
 
 
 def test_ask_streams_an_answer_and_reports(report):

