@@ -38,10 +38,11 @@ def report(tmp_path_factory):
 class Terminal:
     """A program at a terminal of its own."""
 
-    def __init__(self, *command, **environment):
+    def __init__(self, *command, code="", **environment):
         self._master, slave = pty.openpty()
+        program = ["-c", code] if code else ["-m", "star_attention"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "star_attention", *map(str, command)],
+            [sys.executable, *program, *map(str, command)],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -99,7 +100,7 @@ def test_at_a_terminal(report, smollm2_folder, tmp_path):
         assert "of context in 2 blocks on 1 rank" in shown
         chat.type(f"{QUESTION}\n")
         assert "Tomasz" in chat.wait_for(f"{PROMPT}$")
-        chat.type("/stats\n")
+        chat.type("/st\t\n")
         assert "tokens/s" in chat.wait_for(f"{PROMPT}$")
         chat.type("/help\n")
         assert "/clear" in chat.wait_for(f"{PROMPT}$")
@@ -117,6 +118,21 @@ def test_at_a_terminal(report, smollm2_folder, tmp_path):
         assert "Tomasz" in chat.wait_for(f"{PROMPT}$")
         chat.type("/exit\n")
         assert chat.end() == 0
+
+
+def test_without_readline(tiny_chat_model, tmp_path):
+    code = (
+        "import sys; sys.modules['readline'] = None\n"
+        "from star_attention.cli import main; main.main()"
+    )
+    environment = {"XDG_STATE_HOME": str(tmp_path)}
+    with Terminal(*CHAT, tiny_chat_model, code=code, **environment) as chat:
+        chat.wait_for(PROMPT)
+        chat.type("/help\n")
+        assert "/clear" in chat.wait_for(f"{PROMPT}$")
+        chat.type("\x04")
+        assert chat.end() == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -160,6 +176,19 @@ def test_under_mpirun(report, smollm2_folder):
     )
     assert run.returncode == 0, run.stderr
     assert "Tomasz" in run.stdout
+
+
+def test_what_does_not_fit(tmp_path, tiny_chat_model):
+    """Of files, before anything is asked; of questions, which are told and passed over."""
+    (tmp_path / "long").write_text(TEXT * 9)
+    command = [*CHAT, tiny_chat_model, "--kv-cache-gib", 0.0006]
+    run = star_attn(*command, "--context-file", tmp_path / "long", input="Hi\n")
+    check_refusal(run, "tokens of KV cache on a rank, there is room for")
+    run = star_attn(*command, input="why " * 2500 + "\nHi\n")
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.startswith("star-attn: error: the prompt has")
+    assert run.stderr.count("\n") == 1
+    assert len(run.stdout.strip()) > 3
 
 
 def test_what_was_read_is_there_the_next_time(report, tiny_chat_model, tmp_path):

@@ -12,6 +12,8 @@ import threading
 import click
 import pytest
 
+from helpers import HERE
+from star_attention import SamplingParams
 from star_attention.cli.main import cli
 from star_attention.distributed.launch import mpirun_command
 from star_attention.models.config import LLAMA_3_1_8B
@@ -538,6 +540,34 @@ def test_options_have_two_spellings(names):
                 with pytest.raises(click.BadParameter):
                     option.type.convert(f"{choice}_-", option, context)
     assert spelled or names == ("trtllm", "model-file")
+
+
+PAGE = (HERE.parents[1] / "docs" / "command_line.md").read_text()
+
+
+def test_what_the_page_of_the_command_line_names_is_there():
+    commands = dict(all_commands())
+    for name in re.findall(r"^## (ask|chat)$", PAGE, re.MULTILINE):
+        section = PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        known = {opt for param in commands[name,].params for opt in param.opts}
+        # Of somebody else: pip's, and the server's.
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", section))
+        assert named <= known | {"--context-dir"}, name
+    for name in re.findall(r"`star-attn (\w+)`", PAGE):
+        assert any(name == each[0] for each in commands), name
+    for target in re.findall(r"\]\(([^)#]+)", PAGE):
+        assert (HERE.parents[1] / "docs" / target).exists(), target
+
+
+def test_steps_of_sampling_are_in_the_order_of_the_page():
+    """And what is off is the default."""
+    table = PAGE.partition("| step |")[2]
+    steps = re.findall(r"^\| `(\w+)` \| .* \| (\S*) ?\|$", table, re.MULTILINE)
+    for name, off in steps:
+        if off:
+            assert getattr(SamplingParams(), name) == float(off)
+    order = ["repetition_penalty", "frequency_penalty", "presence_penalty", "temperature"]
+    assert [name for name, _ in steps] == [*order, "min_p", "top_k", "top_p"]
 
 
 def test_values_keep_their_spelling(report):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from star_attention.cache import state_folder
 from star_attention.cli import terminal
 from star_attention.cli.event_loop import EventLoop
 from star_attention.cli.front import engine_maker, run_with_ranks
+from star_attention.cli.lines import are_typed, lines
 from star_attention.cli.options import (
     check_run,
     check_sampling,
@@ -29,7 +28,7 @@ from star_attention.cli.options import (
 )
 from star_attention.cli.ranks import check_ranks
 from star_attention.cli.texts import read_texts
-from star_attention.errors import UserError, counted, say
+from star_attention.errors import RankError, UserError, counted, say
 from star_attention.models.checkpoint import find_model
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
     from star_attention.serve.front import Front
 
 _LOOK_SECONDS = 0.05
-_STOP_SECONDS = 2.0
-_HISTORY_LINES = 1000
+_STOP_SECONDS = 60.0  # in which what was read is saved
 # Of the server's options, those that a conversation of one has no use for.
 _AS_THE_SERVER = {
     "host_cache_gib": 0.0,
@@ -137,6 +135,7 @@ class _Chat:
     def __init__(self, front: Front, conversation: Conversation, loop: EventLoop) -> None:
         self._front, self._conversation, self._loop = front, conversation, loop
         self._console = Console(highlight=False)
+        self._has_failed = False
         self._commands: dict[str, tuple[Callable[[], None], str]] = {
             "/context": (self._print_context, "what is read, how it is divided, what was cached"),
             "/stats": (self._print_stats, "what the last answer took, and what the ranks hold"),
@@ -146,25 +145,36 @@ class _Chat:
         }
 
     def run(self) -> int:
-        """Until nothing more comes. The exit code."""
+        """Until nothing more comes. The exit code: where nobody looks, 1 if an answer failed.
+
+        Raises:
+            UserError: the files do not fit.
+            RankError: the ranks were lost while they read them.
+        """
         if self._conversation.files:
             self._read()
-        for line in _lines():
+        for line in lines(self._commands):
             if line == "/exit":
                 break
             if line.startswith("/"):
                 self._command(line)
             elif line:
                 self._answer(line)
-        return 0
+        return int(self._has_failed and not are_typed())
 
     def _read(self) -> None:
-        with self._failures_are_told():
-            reading = self._loop.iterate(self._conversation.read())
+        from star_attention.serve.engine import EngineLostError, EngineRefusalError
+
+        reading = self._loop.iterate(self._conversation.read())
+        try:
             with terminal.progress(True) as on_progress, reading as shares:
                 for share in shares:
                     on_progress(share)
-        if _is_interactive():
+        except EngineRefusalError as error:
+            raise UserError(str(error)) from None
+        except EngineLostError as error:
+            raise RankError(str(error)) from None
+        if are_typed():
             self._print_context()
 
     def _command(self, line: str) -> None:
@@ -188,10 +198,9 @@ class _Chat:
 
         try:
             yield
-        except (UserError, EngineRefusalError) as error:
+        except (UserError, EngineRefusalError, EngineLostError) as error:
+            self._has_failed = True
             say(f"error: {error}")
-        except EngineLostError as error:
-            say(f"error: {error}: ask again")
 
     def _clear(self) -> None:
         self._conversation.clear()
@@ -251,46 +260,3 @@ def _rows_of(turn: Any) -> list[tuple[str, str]]:
         if more and seconds:
             rows.append(("then", f"{more / seconds:.1f} tokens/s"))
     return rows
-
-
-def _is_interactive() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def _lines() -> Iterator[str]:
-    """What comes, without white space around it; with a history where people type."""
-    if not _is_interactive():
-        yield from map(str.strip, sys.stdin)
-        return
-    remember = _history()
-    while True:
-        try:
-            line = input("> ").strip()
-        except KeyboardInterrupt:
-            click.echo()
-            continue
-        except EOFError:
-            click.echo()
-            return
-        remember()
-        yield line
-
-
-def _history() -> Callable[[], None]:
-    """Lines of earlier runs can be found again; returns what keeps those of this one."""
-    try:
-        import readline
-    except ImportError:
-        return lambda: None
-    path = state_folder() / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(_HISTORY_LINES)
-
-    def remember() -> None:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            path.touch(0o600)
-            readline.write_history_file(path)
-
-    return remember

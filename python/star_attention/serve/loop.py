@@ -85,10 +85,10 @@ class ServerLoop:
         self._told_progress = self._told_statistics = 0.0
 
     def run(self) -> None:
-        """Until the front says stop and nothing is left to do, or is gone."""
+        """Until the front says stop and nothing is left to do or to save, or is gone."""
         try:
             is_idle = False
-            while not (self._is_stopping and not self._jobs):
+            while not self._is_stopping or self._jobs or self._scheduler.copies.is_saving:
                 self._receive(wait=is_idle)
                 new = self._leader.step(self._on_chunk)
                 is_idle = new is None
