@@ -241,7 +241,7 @@ def test_an_idle_loop_looks_after_saves(is_saving):
     scheduler = SimpleNamespace(
         is_cached=None,
         num_running=0,
-        copies=SimpleNamespace(awaits_saves=is_saving),
+        copies=SimpleNamespace(awaits_saves=is_saving, is_saving=False),
         cached=lambda: {"gpu": (0, 0)},
         pages_held=np.zeros(1),
     )
@@ -249,3 +249,29 @@ def test_an_idle_loop_looks_after_saves(is_saving):
     ServerLoop(leader, Connection(), None, frozenset(), 1, 1).run()
     assert waited[0] == 0
     assert (waited[1] <= 0.1) == is_saving
+
+
+def test_a_loop_that_is_stopped_saves_what_was_read():
+    requests, left, steps = [Stop()], [True, True, False], []
+    connection = SimpleNamespace(
+        poll=lambda seconds: bool(requests), recv=requests.pop, send=lambda event: None
+    )
+
+    class Copies:
+        awaits_saves = True
+
+        @property
+        def is_saving(self):
+            return left.pop(0)
+
+    scheduler = SimpleNamespace(
+        is_cached=None,
+        num_running=0,
+        copies=Copies(),
+        cached=lambda: {"gpu": (0, 0)},
+        pages_held=np.zeros(1),
+    )
+    leader = SimpleNamespace(scheduler=scheduler, step=steps.append)
+    ServerLoop(leader, connection, None, frozenset(), 1, 1).run()
+    assert left == []
+    assert len(steps) == 3
