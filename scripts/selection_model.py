@@ -35,9 +35,9 @@ class Reader:
         checkpoint = open_checkpoint(find_model(model))
         self.config = checkpoint.config
         with ThreadPoolExecutor() as threads:  # dequantising takes longer than all the rest
-            names = [weight.name for weight in weight_table(self.config)]
-            tensors = {name: threads.submit(checkpoint.tensor, name) for name in names}
-            read = replace(checkpoint, tensor=lambda name: tensors.pop(name).result())
+            table = weight_table(self.config)
+            tensors = {weight: threads.submit(checkpoint.tensor, weight) for weight in table}
+            read = replace(checkpoint, tensor=lambda weight: tensors.pop(weight).result())
             self._weights = load_weights(read, self.dtype, self.device)
         self.scale = self.config.head_dim**-0.5
         self._pages = -(-length // PAGE) + 1

@@ -27,6 +27,7 @@ from star_attention.models import tokenizer as tokenizers
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.fingerprint import fingerprint
 from star_attention.models.loading import load_weights
+from star_attention.models.weights import weight_table
 from star_attention.runtime.leader import lead_together
 from test_models import write_gguf
 from test_tokenizer import write_gguf_tokenizer
@@ -201,7 +202,10 @@ def test_index(folder, model, data):
     (model / "model.safetensors.index.json").write_bytes(data.draw(changed_json(index)))
     checkpoint = one_line(lambda: open_checkpoint(find_model(str(model))))
     if checkpoint is not None:
-        assert all(checkpoint.tensor(name).equal(weights[name]) for name in weights)
+        assert all(
+            checkpoint.tensor(weight).equal(weights[weight.name])
+            for weight in weight_table(checkpoint.config)
+        )
 
 
 @fuzz(500)

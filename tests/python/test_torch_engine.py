@@ -28,8 +28,9 @@ from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
 from star_attention.engines.torch.memory import pass_limits
 from star_attention.errors import UserError
-from star_attention.models.config import LLAMA_3_1_8B, ModelConfig, RopeConfig
+from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from thread_ranks import ThreadRanks
 
 PAGE = 8
@@ -371,7 +372,7 @@ def test_a_fixed_pool():
 def test_positions_are_reserved():
     engine, step = make_engine(), step_of(([0], 0, 1))
     assert len(engine._rotary) == 256  # what the model was made for
-    with pytest.raises(ValueError, match="position 256 is not reserved"):
+    with pytest.raises(ValueError, match="row 256 of the rotary table is not there"):
         engine.step(ints(1), ints(256), step, ints(0))
     before = engine.step(ints(1), ints(255), step, ints(0)).clone()
     engine.reserve_positions(257)

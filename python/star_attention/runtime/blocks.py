@@ -41,12 +41,13 @@ class Block:
     copied: int = 0
 
 
-def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
+def block_keys(token_ids: np.ndarray, plan: Plan, is_long: bool) -> list[bytes | None]:
     """A key for each part of a plan; equal ones have equal KV, for one model and dtype. In a ring,
     where nothing stays as it is when a text grows, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
+        is_long: whether the model rotates it otherwise than shorter contexts.
     """
     if plan.attention == "ring":
         return [None] * len(plan.parts)
@@ -56,7 +57,7 @@ def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
     for part in plan.parts:
         block = plan.blocks[part.block]
         if part.start == block.start:
-            before = block.start, anchor if block.prefix else b""
+            before = (block.start, anchor if block.prefix else b"", *(["long"] if is_long else []))
             digest = hashlib.blake2b(repr(before).encode(), digest_size=32)
         digest.update(tokens[part.start : part.end])
         own = digest.copy()

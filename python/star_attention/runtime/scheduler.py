@@ -136,7 +136,7 @@ class Scheduler:
         plan = self._room.plan(len(token_ids), config)
         keys: list[bytes | None] = [None] * len(plan.parts)
         if self._shares_blocks:
-            keys[:] = block_keys(token_ids, plan)
+            keys[:] = block_keys(token_ids, plan, self._model.rope.is_long(len(token_ids)))
         self._numbers += 1
         context = Context(
             self._numbers,

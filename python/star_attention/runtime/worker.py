@@ -170,10 +170,11 @@ class Worker:
             context_pass = reading.part.take(order.spans)
             if context_pass is not None:
                 positions = context_pass.positions
+                rope, length = self.engine.config.rope, len(reading.token_ids)
                 with interrupts.allowed():
                     self.engine.step(
                         reading.token_ids[positions],
-                        positions,
+                        rope.rows(positions, length),
                         context_pass.attention,
                         NO_ROWS,
                         on_layer,
@@ -221,7 +222,7 @@ class Worker:
         rows: list[Rows] = []
         for question, tokens, here in zip(questions, inputs, stored, strict=True):
             places, row = question.append(len(tokens), here, page, engine.copy_page)
-            positions.append(places)
+            positions.append(engine.config.rope.rows(places, question.context.plan.context_len))
             rows.append(row)
         engine.reserve_positions(max(question.position for question in questions))
         token_ids = np.concatenate(inputs).astype(np.int32)

@@ -176,6 +176,7 @@ def _profile(
     rows: Sequence[int],
 ) -> dict[str, Range]:
     pages = limits.max_pages_of_sequence
+    rotary = limits.max_seq_len * model.rope.rows_per_position
 
     def ranges(*sizes: Sequence[int]) -> Range:
         least, usual, largest = zip(*sizes, strict=True)
@@ -189,7 +190,7 @@ def _profile(
         "kv_lens": ranges(sequences),
         "page_table": ranges(sequences, (1, pages, pages)),
         "logit_rows": ranges(rows),
-        "rotary": ranges([limits.max_seq_len] * 3, [model.head_dim] * 3),
+        "rotary": ranges([rotary] * 3, [model.head_dim] * 3),
     }
 
 

@@ -38,7 +38,10 @@ def pass_limits(
     alone = (part.hidden_size + 2 * q) * itemsize + part.num_q_heads * _FLOAT
     # Of a chunk's, whichever is more: the MLP's normed x, gate, up and their product, or the fused
     # projection.
-    chunk = (part.hidden_size + max(3 * part.intermediate_size, q + kv)) * itemsize
+    inner = 3 * part.intermediate_size
+    if part.experts:  # an expert may get all rows: its gate, up, product, input and output, the sum
+        inner = max(inner, 3 * part.experts.intermediate_size + 4 * part.hidden_size)
+    chunk = (part.hidden_size + max(inner, q + kv)) * itemsize
     usable = int(_USABLE * free)
     context = question = ring = _rows(usable, alone, chunk)
     if num_ranks > 1:
