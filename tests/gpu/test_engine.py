@@ -15,6 +15,7 @@ import torch
 from decode_job import COUNTS, WITHOUT
 from helpers import (
     LLAMA3_ROPE,
+    LONG_ROPE,
     block_mask,
     hf_logits,
     run_job,
@@ -35,6 +36,20 @@ MODELS = {
         "tie_word_embeddings": True,
     },
     "qwen2": {"architecture": "qwen2", "hidden_size": 512},
+    "biases": {"hidden_size": 256, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"architecture": "qwen3", "hidden_size": 256, "head_dim": 128},
+    "qwen3-moe": {
+        "architecture": "qwen3_moe",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "norm_topk_prob": True,
+    },
+    "phi3": {
+        "architecture": "phi3",
+        "hidden_size": 256,
+        "rope_parameters": {**LONG_ROPE, "short_factor": [1.0] * 24, "long_factor": [3.0] * 24},
+        "original_max_position_embeddings": 128,
+    },
 }
 MODES = ("recompute", "local", "broadcast")
 PLACEMENTS = ["tail", "round_robin"]

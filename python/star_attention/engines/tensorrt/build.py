@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.cache import cache_folder
+from star_attention.engines.options import check_gpu_model
 from star_attention.engines.tensorrt.folder import (
     PLAN,
     ROTARY,
@@ -118,6 +119,7 @@ def build_folder(
     options = options or BuildOptions()
     if folder.exists() and not is_engine_folder(folder) and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} has other files in it: name another folder")
+    check_gpu_model(checkpoint.config)
     trt = load_tensorrt()
     gpu, capability = gpu_of()
     log = LogFile(folder.with_name(f"{folder.name}.build.log"), on_progress=on_progress)

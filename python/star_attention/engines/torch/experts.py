@@ -57,7 +57,7 @@ def mix_captured(
         each = chosen.flatten()
         repeated = inputs.repeat_interleave(experts.per_token, 0)[:, None]
         out = _through(repeated, gate_up[each], down[each])
-        return (out.view(*chosen.shape, -1) * shares[..., None]).sum(1)
+        return (out.view(*chosen.shape, inputs.shape[1]) * shares[..., None]).sum(1)
     out = _through(inputs.expand(experts.count, -1, -1), gate_up, down)
     weights = shares.new_zeros(len(inputs), experts.count).scatter_(1, chosen, shares)
     return (out * weights.t()[..., None]).sum(0)
