@@ -39,8 +39,8 @@ def by_definition(inputs, layer, experts):
 @pytest.mark.parametrize("normalises", [True, False])
 @pytest.mark.parametrize(
     ("rows", "per_token"),
-    # Also no rows; as many choices as experts, and one fewer; experts without rows.
-    [(0, 2), (1, 1), (1, 7), (3, 2), (7, 1), (6, 1), (40, 3)],
+    # Also no rows; few enough to copy their experts, and not; experts without rows; all experts.
+    [(0, 2), (1, 1), (1, 2), (2, 1), (3, 1), (1, 7), (3, 2), (40, 3)],
 )
 def test_rows_get_what_their_experts_give(mix, rows, per_token, normalises):
     layer, experts = make_layer(), ExpertsConfig(COUNT, per_token, INNER, normalises)

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from dataclasses import asdict
 
 import gguf
 import numpy as np
@@ -145,6 +146,28 @@ def test_longrope_blocks_are_not_shared_between_short_and_long_contexts():
     plan = make_plan(64, StarConfig(32, 16, tokens_per_block=16), 1, LLAMA_3_1_8B)
     short, long = (block_keys(tokens, plan, is_long) for is_long in (False, True))
     assert not set(short) & set(long)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_names_of_longrope(kind):
+    """Phi-3's configs have had three."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    base = {"architectures": ["Phi3ForCausalLM"], **SIZES, "max_position_embeddings": 131072}
+    config = {**base, "rope_scaling": {"type": kind, **factors}}
+    rope = ModelConfig.from_hf({**config, "original_max_position_embeddings": 8192}).rope
+    assert (rope.scaling, rope.original_max_position) == ("longrope", 8192)
+    assert ModelConfig.from_hf(config).rope.original_max_position == 4096
+    llama = {**base, "architectures": ["LlamaForCausalLM"], "rope_scaling": {"type": "su"}}
+    with pytest.raises(UserError, match="rope scaling 'su' is not supported"):
+        ModelConfig.from_hf(llama)
+
+
+def test_configs_behind_json(tmp_path):
+    for name in ("qwen3-moe", "phi3-long", "yarn"):
+        architecture, overrides = MODELS[name]
+        save_tiny_model(tmp_path / name, architecture, **overrides)
+        config = open_checkpoint(tmp_path / name).config
+        assert ModelConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_dynamic_rope(tmp_path):
@@ -347,7 +370,7 @@ def test_models_that_are_not_there(tmp_path):
         ({"num_key_value_heads": 3}, "4 query heads, which its 3 KV heads do not divide"),
         (
             {"rope_parameters": {"rope_type": "proportional"}},
-            "'proportional' is not supported: use default, linear, llama3, yarn, longrope or dyn",
+            "'proportional' is not supported: use one of default, linear, llama3, yarn, longrope",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

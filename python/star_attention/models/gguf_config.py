@@ -59,7 +59,7 @@ class _Architecture:
     is_partial: bool = False
 
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": _Architecture(),
     "qwen2": _Architecture(qkv_bias=True),
     "qwen3": _Architecture(qk_norm=True),
@@ -84,11 +84,11 @@ def read_config(
         UserError: the model is not supported, or a value is missing or wrong.
     """
     name = header.word("general.architecture", "(none)")
-    if name not in _ARCHITECTURES:
+    if name not in ARCHITECTURES:
         shown = name if name.isidentifier() else repr(name)
-        known = ", ".join(_ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
         raise UserError(f"GGUF architecture {shown} is not supported: use {known}")
-    architecture = _ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
 
     def key(field: str) -> str:
         return f"{name}.{field}"

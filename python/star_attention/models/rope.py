@@ -111,9 +111,9 @@ def rope_from_hf(
         raise UserError(f"rope parameters for {nested[0]!r} alone are not supported: use one set")
     kind = scaling.word("rope_type", scaling.word("type", "default"))
     kind = defaults.aliases.get(kind, kind)
-    if kind not in (*_READERS, "dynamic"):
-        known = ", ".join(_READERS)
-        raise UserError(f"rope scaling {kind!r} is not supported: use {known} or dynamic")
+    if kind not in SCALINGS:
+        known = ", ".join(SCALINGS)
+        raise UserError(f"rope scaling {kind!r} is not supported: use one of {known}")
     original = config.whole(
         "original_max_position_embeddings",
         defaults.original_max_position
@@ -223,3 +223,4 @@ _READERS: dict[str, Callable[[Fields, int, int, int], dict]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
+SCALINGS = (*_READERS, "dynamic")

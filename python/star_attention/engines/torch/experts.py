@@ -13,6 +13,9 @@ from star_attention import ops
 from star_attention.models.config import ExpertsConfig
 from star_attention.models.weights import LayerWeights
 
+# To read, write and read again what is copied.
+_COPY = 3
+
 
 def route(
     inputs: torch.Tensor, router: torch.Tensor, experts: ExpertsConfig
@@ -49,11 +52,11 @@ def mix_by_expert(
 def mix_captured(
     inputs: torch.Tensor, layer: LayerWeights[torch.Tensor], experts: ExpertsConfig
 ) -> torch.Tensor:
-    """The same for a CUDA graph, of which the host sees no numbers. Few rows read the weights of
-    their own experts; where these would be more than there are, all rows go through all."""
+    """The same for a CUDA graph, of which the host sees no numbers. Few rows copy the weights of
+    their own experts; where that takes longer than to read all of them, all rows go through all."""
     chosen, shares = route(inputs, layer.router, experts)
     gate_up, down = (w.view(experts.count, -1, w.shape[1]) for w in (layer.gate_up, layer.down))
-    if chosen.numel() < experts.count:
+    if _COPY * chosen.numel() < experts.count:
         each = chosen.flatten()
         repeated = inputs.repeat_interleave(experts.per_token, 0)[:, None]
         out = _through(repeated, gate_up[each], down[each])
