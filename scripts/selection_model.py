@@ -12,6 +12,7 @@ import torch
 from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.attention import Attention, PagedTables
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
+from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.decoder import decode
 from star_attention.models.loading import load_weights
@@ -34,6 +35,8 @@ class Reader:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         checkpoint = open_checkpoint(find_model(model))
         self.config = checkpoint.config
+        if self.config.rope.rows_per_position > 1:
+            raise UserError("the study does not know longrope, whose rotation depends on the text")
         with ThreadPoolExecutor() as threads:  # dequantising takes longer than all the rest
             table = weight_table(self.config)
             tensors = {weight: threads.submit(checkpoint.tensor, weight) for weight in table}

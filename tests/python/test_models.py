@@ -115,30 +115,46 @@ def test_rotary_table_matches_hf(name, is_old):
         torch.testing.assert_close(table[:, index], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [30, 100, 128])
-def test_longrope_of_short_and_long_contexts(tmp_path, length):
-    """One choice for a context and all that is asked about it: long factors if the context leaves
-    less than an eighth of the original length, here of 128."""
+def test_longrope_of_short_and_long_texts(tmp_path):
+    """One choice for a context and all that is asked about it, Hugging Face's for the whole text,
+    here of up to 128 tokens; all are cached at the same time."""
     from transformers import AutoModelForCausalLM
 
     architecture, overrides = MODELS["phi3-long"]
     save_tiny_model(tmp_path, architecture, **overrides)
     hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    tokens = np.random.default_rng(7).integers(0, 97, length + 14).astype(np.int32)
     engine = load_engine(tmp_path, SingleProcess(), 16, EngineOptions())
     leader, _ = lead_together(engine, SingleProcess())
-    # All three are cached at the same time, and asked in one pass.
-    other = leader.encode(
-        np.resize(tokens, 200), StarConfig(attention="dense", tokens_per_block=16)
-    )
-    context = leader.encode(tokens[:length], StarConfig(attention="dense", tokens_per_block=16))
-    ours = forced_logits(leader, context, tokens[length : length + 7], tokens[length + 7 :])
-    wanted = hf_logits(hf_model, tokens, np.tri(len(tokens), dtype=bool))[length:]
-    np.testing.assert_allclose(ours, wanted, atol=1e-4)
-    ours = forced_logits(leader, other, tokens[:2], [])
-    tokens = np.concatenate([np.resize(tokens, 200), tokens[:2]])
-    wanted = hf_logits(hf_model, tokens, np.tri(202, dtype=bool))[200:]
-    np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    tokens = np.random.default_rng(7).integers(0, 97, 220).astype(np.int32)
+    texts = [(context, context + 14) for context in (30, 114, 115, 200)] + [(115, 128), (115, 150)]
+    config = StarConfig(attention="dense", tokens_per_block=16)
+    contexts = [
+        leader.scheduler.add_context(tokens[:context], config, [(5, end - context - 5)])
+        for context, end in texts
+    ]
+    while not all(context.is_ready for context in contexts):
+        leader.step()
+    assert [context.is_long for context in contexts] == [False, False, True, True, False, True]
+    for context, (begin, end) in zip(contexts, texts, strict=True):
+        question, answer = np.split(tokens[begin:end], [5])
+        ours = forced_logits(leader, context, question, answer)
+        wanted = hf_logits(hf_model, tokens[:end], np.tri(end, dtype=bool))[begin:]
+        np.testing.assert_allclose(ours, wanted, atol=1e-4)
+
+
+def test_longrope_without_questions_leaves_room_for_some(tmp_path):
+    architecture, overrides = MODELS["phi3-long"]
+    save_tiny_model(tmp_path, architecture, **overrides)
+    engine = load_engine(tmp_path, SingleProcess(), 16, EngineOptions())
+    leader, _ = lead_together(engine, SingleProcess())
+    config = StarConfig(attention="dense", tokens_per_block=16)
+    tokens = np.arange(97, dtype=np.int32)
+    short, long = (leader.encode(np.resize(tokens, n), config) for n in (96, 97))
+    assert (short.is_long, long.is_long) == (False, True)
+    leader.scheduler.add_question(short, tokens[:20], SamplingParams(max_tokens=12))
+    leader.scheduler.add_question(long, tokens[:20], SamplingParams(max_tokens=2))
+    with pytest.raises(UserError, match="have 129 tokens, but the context was read for 128"):
+        leader.scheduler.add_question(short, tokens[:20], SamplingParams(max_tokens=13))
 
 
 def test_longrope_blocks_are_not_shared_between_short_and_long_contexts():

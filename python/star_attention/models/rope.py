@@ -12,8 +12,7 @@ import numpy as np
 from star_attention.errors import UserError
 from star_attention.models.fields import Fields
 
-# Positions that a context leaves to its questions and answers before it counts as long.
-_ROOM = 1024
+_ROOM = 1024  # tokens
 # Of yarn's borders.
 _LEAST_TURNS, _MOST_TURNS = 1e-3, 1e6
 
@@ -66,18 +65,20 @@ kept where more than `beta_fast` do (arXiv 2309.00071) |
         """Of a rotary table: longrope has a row for short contexts and one for long ones."""
         return 2 if self.scaling == "longrope" else 1
 
-    def is_long(self, context_len: int) -> bool:
-        """Whether a context of so many tokens, its questions and answers are rotated by
-        `long_factors`: if, with some room for these, it exceeds the original length."""
-        room = min(_ROOM, self.original_max_position // 8)
-        return self.scaling == "longrope" and context_len + room > self.original_max_position
+    @property
+    def room(self) -> int:
+        """Tokens for questions and answers that a context leaves which does not know them yet."""
+        return min(_ROOM, self.original_max_position // 4)
 
-    def rows(self, positions: np.ndarray, context_len: int) -> np.ndarray:
-        """The rows of a rotary table for tokens of a context and its questions and answers, of
-        their positions, int [T]."""
+    def is_long(self, tokens: int) -> bool:
+        """Whether so many tokens of context, question and answer are rotated by `long_factors`."""
+        return self.scaling == "longrope" and tokens > self.original_max_position
+
+    def rows(self, positions: np.ndarray, is_long: bool) -> np.ndarray:
+        """The rows of a rotary table for tokens of a text, of their positions, int [T]."""
         if self.rows_per_position == 1:
             return positions
-        return self.rows_per_position * positions + self.is_long(context_len)
+        return self.rows_per_position * positions + is_long
 
 
 @dataclass(frozen=True)
