@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import gguf
@@ -377,6 +378,28 @@ def test_wrong_values_in_config(model, name, value):
     with pytest.raises(UserError) as error:
         load(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_experts", 10**9),
+        ("num_experts_per_tok", 0),
+        ("moe_intermediate_size", "40"),
+        ("norm_topk_prob", 1),
+        ("mlp_only_layers", "1"),
+        ("decoder_sparse_step", 0),
+    ],
+)
+def test_wrong_values_of_experts(tmp_path, name, value):
+    """Are refused at once."""
+    save_tiny_model(tmp_path, "qwen3_moe")
+    edit_config(tmp_path, **{name: value})
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=f"{name} is|the model has {value}"):
+        load(tmp_path)
+    assert time.perf_counter() - begin < 1
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,13 @@ from star_attention.engines.loader import load_engine
 from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
-from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
+from star_attention.models.config import ModelConfig
 from star_attention.models.loading import load_weights
 from star_attention.models.rope import RopeConfig
 from star_attention.models.rotary import rotary_frequencies, rotary_table
-from star_attention.plan import make_plan
-from star_attention.runtime.blocks import block_keys
-from star_attention.runtime.leader import lead_together
+from star_attention.runtime.leader import Leader, lead_together
 from star_attention.runtime.sampling import SamplingParams
+from star_attention.runtime.worker import Worker
 
 SIZES = {
     "num_hidden_layers": 1,
@@ -117,14 +116,15 @@ def test_rotary_table_matches_hf(name, is_old):
 
 def test_longrope_of_short_and_long_texts(tmp_path):
     """One choice for a context and all that is asked about it, Hugging Face's for the whole text,
-    here of up to 128 tokens; all are cached at the same time."""
+    here of up to 128 tokens; all are cached at the same time, and those alike share blocks."""
     from transformers import AutoModelForCausalLM
 
     architecture, overrides = MODELS["phi3-long"]
     save_tiny_model(tmp_path, architecture, **overrides)
     hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     engine = load_engine(tmp_path, SingleProcess(), 16, EngineOptions())
-    leader, _ = lead_together(engine, SingleProcess())
+    worker = Worker(engine, SingleProcess())
+    leader = Leader(worker.execute, engine, 1, engine.limits, shares_blocks=True)
     tokens = np.random.default_rng(7).integers(0, 97, 220).astype(np.int32)
     texts = [(context, context + 14) for context in (30, 114, 115, 200)] + [(115, 128), (115, 150)]
     config = StarConfig(attention="dense", tokens_per_block=16)
@@ -135,6 +135,8 @@ def test_longrope_of_short_and_long_texts(tmp_path):
     while not all(context.is_ready for context in contexts):
         leader.step()
     assert [context.is_long for context in contexts] == [False, False, True, True, False, True]
+    third, fifth, sixth = (contexts[index].blocks for index in (2, 4, 5))
+    assert third == sixth != fifth
     for context, (begin, end) in zip(contexts, texts, strict=True):
         question, answer = np.split(tokens[begin:end], [5])
         ours = forced_logits(leader, context, question, answer)
@@ -155,13 +157,6 @@ def test_longrope_without_questions_leaves_room_for_some(tmp_path):
     leader.scheduler.add_question(long, tokens[:20], SamplingParams(max_tokens=2))
     with pytest.raises(UserError, match="have 129 tokens, but the context was read for 128"):
         leader.scheduler.add_question(short, tokens[:20], SamplingParams(max_tokens=13))
-
-
-def test_longrope_blocks_are_not_shared_between_short_and_long_contexts():
-    tokens = np.arange(64, dtype=np.int32)
-    plan = make_plan(64, StarConfig(32, 16, tokens_per_block=16), 1, LLAMA_3_1_8B)
-    short, long = (block_keys(tokens, plan, is_long) for is_long in (False, True))
-    assert not set(short) & set(long)
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])

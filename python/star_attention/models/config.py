@@ -12,7 +12,7 @@ from star_attention.errors import UserError
 from star_attention.models.fields import Fields
 from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf
 
-_MOST_LAYERS, _MOST_HEAD_DIM = 4096, 4096
+_MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,10 @@ class ModelConfig:
                 f"the model has {self.num_q_heads} query heads, "
                 f"which its {self.num_kv_heads} KV heads do not divide"
             )
+        if self.experts and self.experts.count > _MOST_EXPERTS:
+            raise UserError(
+                f"the model has {self.experts.count} experts: use at most {_MOST_EXPERTS}"
+            )
         if self.experts and self.experts.per_token > self.experts.count:
             raise UserError(
                 f"a token goes through {self.experts.per_token} experts, "
@@ -319,7 +323,8 @@ def _experts(
         fields.flag("norm_topk_prob"),
     )
     step, dense = fields.whole("decoder_sparse_step", 1), fields.tokens("mlp_only_layers")
-    return experts, tuple(i for i in range(num_layers) if i in dense or (i + 1) % step)
+    layers = range(min(num_layers, _MOST_LAYERS))
+    return experts, tuple(i for i in layers if i in dense or (i + 1) % step)
 
 
 def _window(fields: Fields, architecture: Architecture, max_position: int) -> int | None:

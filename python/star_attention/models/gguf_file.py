@@ -54,7 +54,7 @@ def open_gguf(path: Path) -> Checkpoint:
         for name, tensor in tensors.items()
         if name not in ROPE_FACTORS
     }
-    check_stored(path, shapes, [weight.gguf for weight in weight_table(config)])
+    check_stored(path, shapes, (weight.gguf for weight in weight_table(config)))
     interleaved = header.get("general.architecture") == "llama"
 
     def tensor(weight: Weight) -> torch.Tensor:

@@ -28,7 +28,7 @@ class RopeConfig:
     | yarn | divided by `factor` where fewer than `beta_slow` turns fit into the original context, \
 kept where more than `beta_fast` do (arXiv 2309.00071) |
     | factors | frequency i divided by `factors[i]` (Llama 3.1's scaling, in GGUF files) |
-    | longrope | likewise; by `long_factors[i]` for long contexts (arXiv 2402.13753) |
+    | longrope | likewise; by `long_factors[i]` for long texts (arXiv 2402.13753) |
 
     Attributes:
         original_max_position: that the model was trained with before it was extended.
@@ -62,7 +62,7 @@ kept where more than `beta_fast` do (arXiv 2309.00071) |
 
     @property
     def rows_per_position(self) -> int:
-        """Of a rotary table: longrope has a row for short contexts and one for long ones."""
+        """Of a rotary table: longrope has a row for short texts and one for long ones."""
         return 2 if self.scaling == "longrope" else 1
 
     @property
@@ -100,8 +100,8 @@ class RopeDefaults:
 def rope_from_hf(
     config: Fields, defaults: RopeDefaults, head_dim: int, max_position: int
 ) -> tuple[RopeConfig, int | None]:
-    """Reads a `config.json`, and up to which length of a text, if any, that is all: `dynamic`
-    scales by the text's length once that is beyond `max_position`.
+    """What a `config.json` says, and for texts of which length; None: of any. (`dynamic` scales by
+    the text's length beyond `max_position`.)
 
     Raises:
         UserError: a value is missing or wrong, or the scaling is not supported.
@@ -216,7 +216,8 @@ def longrope_attention_factor(factor: float, original: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-# What each scaling has of a config: (parameters, original and present length, rotated elements).
+# What each scaling has of a config: from its parameters, the lengths that the model was trained
+# with and is made for, and how many elements of a head are rotated.
 _READERS: dict[str, Callable[[Fields, int, int, int], dict]] = {
     "default": _default,
     "linear": _linear,

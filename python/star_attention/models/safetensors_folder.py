@@ -43,7 +43,7 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
             for name, file in shards.items()
             if not name.endswith(_REDUNDANT)
         }
-        check_stored(folder, shapes, [weight.hf for weight in weight_table(config)])
+        check_stored(folder, shapes, (weight.hf for weight in weight_table(config)))
 
     def tensor(weight: Weight) -> torch.Tensor:
         name, file = weight.hf.name, shards[weight.hf.name]
