@@ -12,6 +12,7 @@ import torch
 from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.attention import Attention, PagedTables
 from star_attention.engines.torch.operators import PassInputs, TorchOperators
+from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.decoder import decode
 from star_attention.models.loading import load_weights
@@ -34,10 +35,12 @@ class Reader:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         checkpoint = open_checkpoint(find_model(model))
         self.config = checkpoint.config
+        if self.config.rope.rows_per_position > 1:
+            raise UserError("the study does not know longrope, whose rotation depends on the text")
         with ThreadPoolExecutor() as threads:  # dequantising takes longer than all the rest
-            names = [weight.name for weight in weight_table(self.config)]
-            tensors = {name: threads.submit(checkpoint.tensor, name) for name in names}
-            read = replace(checkpoint, tensor=lambda name: tensors.pop(name).result())
+            table = weight_table(self.config)
+            tensors = {weight: threads.submit(checkpoint.tensor, weight) for weight in table}
+            read = replace(checkpoint, tensor=lambda weight: tensors.pop(weight).result())
             self._weights = load_weights(read, self.dtype, self.device)
         self.scale = self.config.head_dim**-0.5
         self._pages = -(-length // PAGE) + 1

@@ -15,6 +15,7 @@ import torch
 from decode_job import COUNTS, WITHOUT
 from helpers import (
     LLAMA3_ROPE,
+    LONG_ROPE,
     block_mask,
     hf_logits,
     run_job,
@@ -35,6 +36,21 @@ MODELS = {
         "tie_word_embeddings": True,
     },
     "qwen2": {"architecture": "qwen2", "hidden_size": 512},
+    "biases": {"hidden_size": 256, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"architecture": "qwen3", "hidden_size": 256, "head_dim": 128},
+    "qwen3-moe": {
+        "architecture": "qwen3_moe",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 6,  # all, so that rounding chooses no other ones
+    },
+    "phi3": {
+        "architecture": "phi3",
+        "hidden_size": 256,
+        "rope_parameters": {**LONG_ROPE, "short_factor": [1.0] * 24, "long_factor": [3.0] * 24},
+        "original_max_position_embeddings": 128,
+    },
 }
 MODES = ("recompute", "local", "broadcast")
 PLACEMENTS = ["tail", "round_robin"]
@@ -122,15 +138,17 @@ def test_ranks_without_blocks(tmp_path, processes, blocks):
 
 
 @pytest.mark.parametrize(
-    ("processes", "tp"), [(1, 1), (2, 1), (2, 2), (4, 2)], ids=["1", "2", "2-tp2", "4-tp2"]
+    ("model", "processes", "tp"),
+    [("llama", 1, 1), ("llama", 2, 1), ("llama", 2, 2), ("llama", 4, 2), ("qwen3-moe", 1, 1)],
+    ids=["1", "2", "2-tp2", "4-tp2", "experts"],
 )
-def test_decode_runs_by_graph(tmp_path, processes, tp):
+def test_decode_runs_by_graph(tmp_path, model, processes, tp):
     """All steps but the first of each padded number of questions, on every rank, over two contexts
     whose parts have different lengths, which are a prefix or not; rows beyond the questions change
     nothing."""
     if tp > 1 and torch.cuda.device_count() < processes:
         pytest.skip(f"{processes} processes with --tp {tp} need as many GPUs")
-    save_tiny_model(tmp_path, initializer_range=0.05, vocab_size=98, **MODELS["llama"])
+    save_tiny_model(tmp_path, initializer_range=0.05, vocab_size=98, **MODELS[model])
     options = {"device": "cuda", "dtype": "float16", "kv_cache_gib": 1, "tp": tp}
     job = Path(__file__).parents[1] / "python/decode_job.py"
     run = run_job(processes, job, tmp_path, json.dumps(options))

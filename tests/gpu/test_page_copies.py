@@ -13,8 +13,9 @@ import torch
 from engine_steps import step_of
 from star_attention.distributed import SingleProcess
 from star_attention.engines.torch.engine import TorchEngine
-from star_attention.models.config import ModelConfig, RopeConfig
+from star_attention.models.config import ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from star_attention.runtime.tiers import StoreDescription, Tiers
 
 pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)

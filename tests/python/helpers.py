@@ -1,5 +1,6 @@
 """What several test modules use."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -25,6 +26,39 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+# Of a head of 16 elements, of which 12 are rotated.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+}
+# Every supported kind of model by a name: its architecture and what differs from the tiny model.
+MODELS = {
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "yarn": ("llama", {"rope_parameters": YARN_ROPE}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "ministral": ("ministral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-moe": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5}),
+    "phi3-long": (
+        "phi3",
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128},
+    ),
 }
 
 LLAMA3_SPLIT = (
@@ -114,6 +148,13 @@ def forced_logits(leader, context, question, answer, placement="tail"):
     return np.concatenate(rows)
 
 
+# What the classes of some architectures do not share.
+_ONLY = {
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+}
+
+
 def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=False, **overrides):
     """A random model of two KV heads in a Hugging Face folder; returns the HF model."""
     import transformers
@@ -129,13 +170,14 @@ def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=Fa
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
         "attn_implementation": "eager",
+        **_ONLY.get(architecture, {}),
         **overrides,
     }
-    name = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[architecture]
-    config = getattr(transformers, f"{name}Config")(**options)
+    name = "".join(map(str.capitalize, architecture.split("_")))
+    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(options))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):
+        if parameter_name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(parameter)
         parameter.data = parameter.data.to(dtype)  # not the rotary frequencies
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")

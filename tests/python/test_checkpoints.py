@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import gguf
@@ -15,12 +16,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import save_tiny_model, train_tokenizer
+from star_attention.config import StarConfig
+from star_attention.distributed import SingleProcess
+from star_attention.engines.loader import load_engine
+from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model, open_checkpoint
-from star_attention.models.config import ModelConfig
+from star_attention.models.config import ExpertsConfig, ModelConfig
 from star_attention.models.fingerprint import fingerprint
 from star_attention.models.tokenizer import Tokenizer
+from star_attention.runtime.leader import lead_together
 from test_models import edit_config, hf_causal_logits, load, logits_of, write_gguf
+
+BASE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 640,
+    "intermediate_size": 64,
+    "num_attention_heads": 64,
+    "vocab_size": 10,
+    "max_position_embeddings": 32768,
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +124,32 @@ def test_rotary_frequencies_of_old_checkpoints_are_passed_over(model, tiny):
     np.testing.assert_allclose(logits_of(model), hf_causal_logits(tiny[1]), atol=1e-4)
 
 
-def test_architecture_is_refused_before_weights_are_read(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "architecture None is not supported: use LlamaForCausalLM, Mistral"),
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
+        ({"architectures": ["Ministral3ForCausalLM"]}, "Ministral3ForCausalLM is not supported"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "sliding_window 8 is not"),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window 2047 is"),
+    ],
+)
+def test_models_are_refused_before_weights_are_read(tmp_path, config, message):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
-    with pytest.raises(UserError, match="architecture MambaForCausalLM is not supported: use Lla"):
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **config}))
+    with pytest.raises(UserError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "llama4", "phimoe", "qwen35"])
+def test_gguf_models_are_refused_before_weights_are_read(tmp_path, architecture):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    message = f"GGUF architecture {architecture} is not supported: use llama, qwen2, qwen3, qwen3mo"
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("others", ["consolidated.safetensors", "stale index"])
@@ -226,56 +262,86 @@ def test_end_tokens_of_both_configs(model):
         open_checkpoint(model)
 
 
-BASE = {
-    "num_hidden_layers": 2,
-    "hidden_size": 640,
-    "intermediate_size": 64,
-    "num_attention_heads": 64,
-    "vocab_size": 10,
-    "max_position_embeddings": 32768,
-}
+LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+QWEN3, QWEN3_MOE, PHI3 = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM"
 
 
 @pytest.mark.parametrize(
-    ("config", "kv_heads"),
+    ("name", "config", "kv_heads", "longest"),
     [
-        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 8}, 64),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 8),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32768}, 8),
-        ({"architectures": ["MistralForCausalLM"]}, "sliding_window 4096, the default of this arc"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "sliding_window 8 is not"),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}, 32),
-        ({"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": None}, 64),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, 32),
+        (LLAMA, {"sliding_window": 8}, 64, None),
+        (MISTRAL, {"sliding_window": None}, 8, None),
+        (MISTRAL, {"sliding_window": 32768}, 8, 32768),
+        ("MinistralForCausalLM", {"sliding_window": None}, 8, None),
         (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "use_sliding_window": True,
-                "max_window_layers": 1,
-            },
-            "sliding_window 4096, the default",
+            "MinistralForCausalLM",
+            {"sliding_window": 40000, "layer_types": ["full_attention", "sliding_attention"]},
+            8,
+            40000,
         ),
+        (QWEN2, {"sliding_window": 8}, 32, None),
+        (QWEN2, {"num_key_value_heads": None}, 64, None),
+        (QWEN2, {"use_sliding_window": True}, 32, None),
+        (QWEN3, {"sliding_window": 8}, 32, None),
+        (QWEN3_MOE, {"use_sliding_window": True, "sliding_window": 32768}, 4, 32768),
+        (PHI3, {}, 64, None),
+        (PHI3, {"sliding_window": 262144}, 64, 262144),
+    ],
+)
+def test_what_a_config_leaves_out(name, config, kv_heads, longest):
+    """Is as in Hugging Face's class."""
+    import transformers
+
+    config = {**BASE, **config}
+    ours = ModelConfig.from_hf({**config, "architectures": [name]})
+    assert (ours.num_kv_heads, ours.longest_text) == (kv_heads, longest)
+    options = {"pad_token_id": 0} if name == PHI3 else {}
+    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(**config, **options)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert theirs.num_key_value_heads == kv_heads
+    assert ours.head_dim == head_dim
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    if ours.experts:
+        assert ours.experts == ExpertsConfig(
+            theirs.num_experts,
+            theirs.num_experts_per_tok,
+            theirs.moe_intermediate_size,
+            theirs.norm_topk_prob,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        (MISTRAL, {}, "sliding_window 4096, the default of this arc"),
+        (MISTRAL, {"sliding_window": 8}, "sliding_window 8 is not"),
+        ("MinistralForCausalLM", {}, "sliding_window 4096, the default"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 1}, "4096, the default"),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 0}, "4096, the default"),
+        (QWEN3_MOE, {"use_sliding_window": True}, "sliding_window 4096, the default"),
+        (PHI3, {"sliding_window": 2047}, "sliding_window 2047 is not supported"),
         (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
+            QWEN2,
+            {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types other than full_attention are not supported",
         ),
     ],
 )
-def test_what_a_config_leaves_out(config, kv_heads):
-    """Is as in Hugging Face's class."""
-    import transformers
+def test_windows_that_a_text_may_exceed(name, config, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf({**BASE, **config, "architectures": [name]})
 
-    if isinstance(kv_heads, str):
-        with pytest.raises(UserError, match=kv_heads):
-            ModelConfig.from_hf({**BASE, **config})
-        return
-    assert ModelConfig.from_hf({**BASE, **config}).num_kv_heads == kv_heads
-    name = config["architectures"][0].replace("ForCausalLM", "Config")
-    theirs = getattr(transformers, name)(**{**BASE, **config})
-    assert theirs.num_key_value_heads == kv_heads
+
+def test_a_text_beyond_the_window_is_refused(tmp_path):
+    save_tiny_model(tmp_path, "mistral", sliding_window=512)
+    llm_config = StarConfig(attention="dense", tokens_per_block=16)
+    leader, _ = lead_together(
+        load_engine(tmp_path, SingleProcess(), 16, EngineOptions()), SingleProcess()
+    )
+    leader.encode(np.arange(512, dtype=np.int32) % 97, llm_config)
+    with pytest.raises(UserError, match=r"513 tokens: beyond 512 the model has a sliding window"):
+        leader.encode(np.arange(513, dtype=np.int32) % 97, llm_config)
 
 
 WRONG_VALUES = [
@@ -312,6 +378,28 @@ def test_wrong_values_in_config(model, name, value):
     with pytest.raises(UserError) as error:
         load(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_experts", 10**9),
+        ("num_experts_per_tok", 0),
+        ("moe_intermediate_size", "40"),
+        ("norm_topk_prob", 1),
+        ("mlp_only_layers", "1"),
+        ("decoder_sparse_step", 0),
+    ],
+)
+def test_wrong_values_of_experts(tmp_path, name, value):
+    """Are refused at once."""
+    save_tiny_model(tmp_path, "qwen3_moe")
+    edit_config(tmp_path, **{name: value})
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=f"{name} is|the model has {value}"):
+        load(tmp_path)
+    assert time.perf_counter() - begin < 1
 
 
 @pytest.mark.parametrize(
@@ -377,8 +465,11 @@ def test_gguf_attention_biases(tmp_path):
 
 def test_gguf_weights_that_would_not_be_read(tmp_path):
     hf_model = save_tiny_model(tmp_path, attention_bias=True)
-    write_gguf(tmp_path / "m.gguf", hf_model, "llama")
-    with pytest.raises(UserError, match=r"3 weights of another .*'blk.0.attn_output.bias'"):
+    write_gguf(tmp_path / "m.gguf", hf_model, "llama", extra="blk.0.attn_k_norm.weight")
+    with pytest.raises(UserError, match=r"1 weight of another .*'blk.0.attn_k_norm.weight'"):
+        load(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), "qwen2")
+    with pytest.raises(UserError, match=r"the weights lack blk.0.attn_q.bias"):
         load(tmp_path / "m.gguf")
 
 
@@ -396,7 +487,8 @@ def test_gguf_end_tokens(tmp_path, tiny):
         ({"llama.expert_count": 8}, "llama.expert_count is 8: not supported"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8: use 16"),
         ({"llama.attention.sliding_window": 64}, "sliding_window 64 is not supported"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported: use"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5: not supported"),
         ({"llama.attention.value_length": 32}, "value_length is 32: use 16"),
         ({"llama.attention.key_length": "x"}, "key_length is 'x': use a whole number"),
     ],

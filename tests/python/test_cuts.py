@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from helpers import forced_logits
 from star_attention.config import StarConfig
 from star_attention.engines.torch.engine import TorchEngine
-from star_attention.models.config import ModelConfig, RopeConfig
+from star_attention.models.config import ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from star_attention.runtime.leader import lead_together
 from star_attention.runtime.sampling import SamplingParams
 from thread_ranks import ThreadRanks

@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from safetensors.torch import load_file, save_file
 
-from helpers import LLAMA3_ROPE, forced_logits, save_tiny_model
+from helpers import MODELS, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import Limits
@@ -61,7 +61,7 @@ class OnnxEngine:
         self._pools = None
 
     def reserve_positions(self, positions):
-        assert positions <= len(self._rotary)
+        assert positions <= 512
 
     def reserve_pages(self, num_pages):
         grown = torch.zeros(self.config.kv_shape(num_pages, PAGE))
@@ -89,16 +89,9 @@ class OnnxEngine:
 
 
 @pytest.mark.parametrize("gemm_plugin", [True, False], ids=["plugin", "gemm"])
-@pytest.mark.parametrize(
-    ("architecture", "overrides"),
-    [
-        ("llama", {"rope_parameters": LLAMA3_ROPE}),
-        ("llama", {"tie_word_embeddings": True}),
-        ("qwen2", {}),
-    ],
-    ids=["llama3-rope", "tied", "qwen2"],
-)
-def test_same_logits_as_torch(tmp_path, architecture, overrides, gemm_plugin):
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3-moe"])
+def test_same_logits_as_torch(tmp_path, name, gemm_plugin):
+    architecture, overrides = MODELS[name]
     save_tiny_model(tmp_path / "model", architecture, **overrides)
     graph = export_graph(tmp_path / "model", tmp_path / "graph", "float32", gemm_plugin=gemm_plugin)
     onnx.checker.check_model(str(graph))
@@ -113,6 +106,13 @@ def test_same_logits_as_torch(tmp_path, architecture, overrides, gemm_plugin):
         encoded = leader.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
         logits.append(forced_logits(leader, encoded, question, answer))
     np.testing.assert_allclose(*logits, atol=2e-5)
+
+
+def test_experts_are_refused(tmp_path):
+    save_tiny_model(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(UserError, match="mixture of experts, which TensorRT engines do not have"):
+        export_graph(tmp_path / "model", tmp_path / "graph")
+    assert not any((tmp_path / "graph").iterdir())
 
 
 def weights_by_file(graph):

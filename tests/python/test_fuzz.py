@@ -1,6 +1,6 @@
 """Damaged model files: the right model, or one line that says what is wrong.
 
-2,000 examples, always the same ones; STAR_ATTENTION_FUZZ=10 takes ten times as many, random ones.
+2,600 examples, always the same ones; STAR_ATTENTION_FUZZ=10 takes ten times as many, random ones.
 """
 
 import copy
@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import processors
 
-from helpers import forced_logits, hf_logits, save_tiny_model, train_tokenizer
+from helpers import (
+    LONG_ROPE,
+    MODELS,
+    YARN_ROPE,
+    forced_logits,
+    hf_logits,
+    save_tiny_model,
+    train_tokenizer,
+)
 from star_attention import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import load_engine
@@ -27,6 +35,7 @@ from star_attention.models import tokenizer as tokenizers
 from star_attention.models.checkpoint import find_model, open_checkpoint
 from star_attention.models.fingerprint import fingerprint
 from star_attention.models.loading import load_weights
+from star_attention.models.weights import weight_table
 from star_attention.runtime.leader import lead_together
 from test_models import write_gguf
 from test_tokenizer import write_gguf_tokenizer
@@ -66,12 +75,35 @@ def folder(tmp_path_factory):
     return folder
 
 
+SCALED = {
+    "yarn": ("llama", {"rope_parameters": YARN_ROPE, "attention_bias": True}),
+    "phi3": (
+        "phi3",
+        {
+            "rope_parameters": {**LONG_ROPE, "short_factor": [1, 2, 3], "long_factor": [4, 5, 6]},
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 16, "mlp_only_layers": [0]}),
+}
+
+
+@pytest.fixture(scope="module", params=SCALED)
+def other_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    architecture, options = SCALED[request.param]
+    save_tiny_model(folder, architecture, vocab_size=64, **sizes, **options)
+    return folder
+
+
 NUMBERS = (0, 1, -1, 2, 3, 7, 1 << 31, 1 << 62, 1 << 64, 10**400, 0.5, -0.0, 1e-300, 1e300)
 WORDS = ("", "1", "true", "null", "a\nb", "\ud800", "x" * 5000, "silu", "gelu", "linear", "default")
 ODD = st.sampled_from(
     [
         *(*NUMBERS, float("inf"), float("nan"), None, True, False, [], [1], [[]], [None], {}),
-        *(*WORDS, "llama3", "yarn", {"a": 1}, ["MistralForCausalLM"], ["Qwen2ForCausalLM"]),
+        *(*WORDS, "llama3", "yarn", "longrope", "dynamic", {"a": 1}, [1.0] * 4, [0.5, 2, 3, 4]),
+        *(["MistralForCausalLM"], ["Qwen2ForCausalLM"], ["Qwen3ForCausalLM"]),
     ]
 ).map(copy.deepcopy)
 NAMES = st.sampled_from(
@@ -80,7 +112,10 @@ NAMES = st.sampled_from(
         *("num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "rope_type"),
         *("factor", "partial_rotary_factor", "quantization_config", "attention_bias", "type"),
         *("tie_word_embeddings", "hidden_act", "original_max_position_embeddings", "a\nb", ""),
-        "eos_token_id",
+        *("eos_token_id", "mlp_bias", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("truncate", "attention_factor", "short_factor", "long_factor", "num_experts"),
+        *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"),
+        "decoder_sparse_step",
     ]
 )
 
@@ -151,14 +186,17 @@ def logits_of(path):
 
 
 def hf_logits_of(path):
-    """None if Hugging Face's class does not take the config."""
+    """None if Hugging Face's class does not take the config, or draws weights of its own."""
     import transformers
 
     name = json.loads((path / "config.json").read_text("utf-8-sig"))["architectures"][0]
     try:
-        model = getattr(transformers, name).from_pretrained(
-            path, attn_implementation="eager", local_files_only=True, dtype=torch.float32
+        options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+        model, found = getattr(transformers, name).from_pretrained(
+            path, attn_implementation="eager", **options
         )
+        if found["missing_keys"]:
+            return None
         return hf_logits(model.eval(), TOKENS, np.tri(len(TOKENS), dtype=bool))[16:]
     except Exception:
         return None
@@ -174,6 +212,17 @@ def model(folder, tmp_path):
 @fuzz(700)
 @given(data=st.data())
 def test_config(folder, model, data):
+    check_config(folder, model, data)
+
+
+@fuzz(200)
+@given(data=st.data())
+def test_config_of_other_models(other_folder, tmp_path, data):
+    model = shutil.copytree(other_folder, tmp_path / "model", dirs_exist_ok=True)
+    check_config(other_folder, model, data)
+
+
+def check_config(folder, model, data):
     text = (folder / "config.json").read_text()
     (model / "config.json").write_bytes(data.draw(changed_json(text)))
     ours = one_line(lambda: logits_of(find_model(str(model))))
@@ -201,7 +250,10 @@ def test_index(folder, model, data):
     (model / "model.safetensors.index.json").write_bytes(data.draw(changed_json(index)))
     checkpoint = one_line(lambda: open_checkpoint(find_model(str(model))))
     if checkpoint is not None:
-        assert all(checkpoint.tensor(name).equal(weights[name]) for name in weights)
+        assert all(
+            checkpoint.tensor(weight).equal(weights[weight.name])
+            for weight in weight_table(checkpoint.config)
+        )
 
 
 @fuzz(500)
@@ -223,19 +275,21 @@ def test_safetensors(folder, model, data):
         torch.testing.assert_close(weights.embedding, embedding, equal_nan=True)
 
 
-@pytest.fixture(scope="module")
-def gguf(folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=["llama", "phi3-long", "qwen3-moe"])
+def gguf(request, tmp_path_factory):
     """A file's bytes, and how many of them are the header."""
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM
 
-    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    hf_model = AutoModelForCausalLM.from_pretrained(folder)
-    write_gguf(path, hf_model, "llama", **{"tokenizer.ggml.eos_token_id": 2})
+    folder = tmp_path_factory.mktemp("gguf")
+    architecture, options = MODELS[request.param]
+    options = {**options, "num_hidden_layers": 1}
+    hf_model = save_tiny_model(folder / "hf", architecture, vocab_size=64, **options)
+    path, name = folder / "m.gguf", architecture.replace("_", "")
+    write_gguf(path, hf_model, name, **{"tokenizer.ggml.eos_token_id": 2})
     return path.read_bytes(), GGUFReader(path).data_offset
 
 
-@fuzz(450)
+@fuzz(150)
 @given(data=st.data())
 def test_gguf(gguf, tmp_path, data):
     path = tmp_path / "m.gguf"

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
-from helpers import LLAMA3_ROPE, block_mask, hf_logits, run_oracle_job, save_tiny_model
+from helpers import MODELS, block_mask, hf_logits, run_oracle_job, save_tiny_model
 
 PLACEMENTS = ["tail", "round_robin"]
 MODES = ("recompute", "local", "broadcast")
+# What differs from others in its weights only, or not at all, runs over fewer numbers of ranks.
+FIRST = ("llama", "llama3-rope", "qwen2")
+ALIKE = ("mistral", "ministral", "yarn", "qwen3-biases")
+RANKS = {**dict.fromkeys(MODELS, (1, 3)), **dict.fromkeys(FIRST, (1, 2, 3, 4))}
+RANKS |= dict.fromkeys(ALIKE, (2,))
 
 
 def star_cases(page, block, anchors):
@@ -49,17 +54,12 @@ def check(
     return oracles
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("architecture", "overrides"),
-    [
-        ("llama", {"tie_word_embeddings": True}),
-        ("llama", {"rope_parameters": LLAMA3_ROPE}),
-        ("qwen2", {}),
-    ],
-    ids=["llama", "llama3-rope", "qwen2"],
+    ("name", "num_ranks"),
+    [(name, ranks) for name in MODELS for ranks in RANKS[name]],
 )
-def test_tiny_model(tmp_path, num_ranks, architecture, overrides):
+def test_tiny_model(tmp_path, name, num_ranks):
+    architecture, overrides = MODELS[name]
     hf_model = save_tiny_model(tmp_path / "model", architecture, **overrides)
     page, block, num_question = 8, 32, 11
     # The last block is one partial page; answers cross page borders.
@@ -83,10 +83,14 @@ def test_tiny_model(tmp_path, num_ranks, architecture, overrides):
     assert min(spread) > 1e-2
 
 
-@pytest.mark.parametrize(("architecture", "processes"), [("llama", 2), ("qwen2", 4)])
-def test_tensor_parallel(tmp_path, architecture, processes):
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [("llama", 2), ("qwen2", 4), ("biases", 2), ("qwen3", 4), ("qwen3-moe", 4), ("phi3-long", 2)],
+)
+def test_tensor_parallel(tmp_path, name, processes):
     """Two processes a rank."""
-    hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98)
+    architecture, overrides = MODELS[name]
+    hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98, **overrides)
     page, num_question = 8, 9
     tokens = np.random.default_rng(4).integers(0, 98, 100 + 2 * num_question).astype(np.int32)
     cases = [*star_cases(page, 32, [0, 16]), exact_case("ring", page)]

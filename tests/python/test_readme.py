@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
-from helpers import HERE
+from helpers import HERE, MODELS
+from star_attention.models.config import ARCHITECTURES
+from star_attention.models.gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
+from star_attention.models.rope import SCALINGS
 from test_llm import TEXT
 
 README = (HERE.parent.parent / "README.md").read_text()
@@ -32,3 +35,20 @@ def test_pictures_and_pages_exist():
         if section:
             titles = re.findall(r"^#+ (.*)$", (HERE.parent.parent / path).read_text(), re.MULTILINE)
             assert section in (title.lower().replace(" ", "-") for title in titles), target
+
+
+def test_models_are_those_of_the_table():
+    """Each is in the documentation, and there is a tiny one that tests run."""
+    text = (HERE.parent.parent / "docs/models.md").read_text()
+    rows = re.findall(r"^\| `(\w+ForCausalLM)` \| .* \| (.*) \| .* \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(ARCHITECTURES)
+    assert {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)} == set(
+        GGUF_ARCHITECTURES
+    )
+    tested = {"".join(map(str.capitalize, name.split("_"))) for name, _ in MODELS.values()}
+    assert {f"{name}ForCausalLM" for name in tested} == set(ARCHITECTURES)
+    rotary = text[text.index("| `rope_type` |") : text.index("- **longrope.**")]
+    named = re.findall(
+        r"`([a-z0-9]+)`", " ".join(re.findall(r"^\| (.*?) \|", rotary, re.MULTILINE))
+    )
+    assert {*named} - {"su"} == set(SCALINGS)

@@ -13,8 +13,9 @@ from star_attention.distributed import SingleProcess
 from star_attention.engines.base import Limits
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
-from star_attention.models.config import ModelConfig, RopeConfig
+from star_attention.models.config import ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from star_attention.plan import make_plan
 from star_attention.runtime.leader import lead_together
 from star_attention.runtime.phase1 import scratch_pages

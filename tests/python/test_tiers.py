@@ -21,8 +21,9 @@ from star_attention.engines.base import Exchange, Hop, Pages, runs_of
 from star_attention.engines.page_copies import PagesUnderCopy
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
-from star_attention.models.config import ModelConfig, RopeConfig
+from star_attention.models.config import ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from star_attention.runtime import tiers as tiers_module
 from star_attention.runtime.kv_file import MAGIC, StoreDescription, checksum_of
 from star_attention.runtime.orders import OpenStore

@@ -1,5 +1,6 @@
 """The torch engine step by step, without the runtime: several ranks are threads."""
 
+import functools
 import itertools
 import weakref
 from dataclasses import replace
@@ -28,8 +29,9 @@ from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
 from star_attention.engines.torch.memory import pass_limits
 from star_attention.errors import UserError
-from star_attention.models.config import LLAMA_3_1_8B, ModelConfig, RopeConfig
+from star_attention.models.config import LLAMA_3_1_8B, ExpertsConfig, ModelConfig
 from star_attention.models.loading import random_weights
+from star_attention.models.rope import RopeConfig
 from thread_ranks import ThreadRanks
 
 PAGE = 8
@@ -38,11 +40,11 @@ CONFIG = ModelConfig(3, 32, 48, 4, 2, 8, 64, 256, 1e-5, RopeConfig())
 TOKENS = np.random.default_rng(0).integers(0, 64, 200).astype(np.int32)
 
 
-def make_engine(comm=None, pages=None):
-    weights = random_weights(CONFIG, torch.float32, CPU)
-    engine = TorchEngine(CONFIG, weights, comm or SingleProcess(), PAGE, pages)
+def make_engine(comm=None, pages=None, config=CONFIG):
+    weights = random_weights(config, torch.float32, CPU)
+    engine = TorchEngine(config, weights, comm or SingleProcess(), PAGE, pages)
     engine.reserve_pages(pages or 20)
-    engine.reserve_positions(CONFIG.max_position)
+    engine.reserve_positions(config.max_position)
     return engine
 
 
@@ -371,7 +373,7 @@ def test_a_fixed_pool():
 def test_positions_are_reserved():
     engine, step = make_engine(), step_of(([0], 0, 1))
     assert len(engine._rotary) == 256  # what the model was made for
-    with pytest.raises(ValueError, match="position 256 is not reserved"):
+    with pytest.raises(ValueError, match="row 256 of the rotary table is not there"):
         engine.step(ints(1), ints(256), step, ints(0))
     before = engine.step(ints(1), ints(255), step, ints(0)).clone()
     engine.reserve_positions(257)
@@ -436,8 +438,9 @@ class StandIn:
 
 
 def with_graphs(engine):
+    forward = functools.partial(engine._forward, is_captured=True)
     engine._graphs = DecodeGraphs(
-        engine._forward, engine._comm, engine._scale, CPU, engine.limits.pages, PAGE
+        forward, engine._comm, engine._scale, CPU, engine.limits.pages, PAGE
     )
     return engine
 
@@ -450,10 +453,15 @@ def decode(engine, count, step, length=10):
     return engine.step(tokens, places, attention, np.arange(count)).clone()
 
 
-def test_graphs_of_padded_counts(monkeypatch):
+EXPERTS = replace(CONFIG, experts=ExpertsConfig(6, 2, 24, True), dense_layers=(1,), qk_norm=True)
+
+
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=["dense", "experts"])
+def test_graphs_of_padded_counts(monkeypatch, config):
     """Any number of questions, by graph or not, gets the same logits; rows beyond do no harm."""
     stand_in = StandIn(monkeypatch)
-    plain, graphed = make_engine(pages=16), with_graphs(make_engine(pages=16))
+    plain = make_engine(pages=16, config=config)
+    graphed = with_graphs(make_engine(pages=16, config=config))
     for engine in (plain, graphed):
         spans = [(0, 10)] * 8
         run(engine, spans, step_of(*(([2 * i, 2 * i + 1], 0, 10) for i in range(8))))

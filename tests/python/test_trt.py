@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import load
 
-from helpers import save_tiny_model, train_tokenizer
+from helpers import MODELS, save_tiny_model, train_tokenizer
 from star_attention.cli import build as trt_cli
 from star_attention.cli import main as cli
 from star_attention.config import StarConfig
@@ -67,7 +67,8 @@ def tensorrt(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    save_tiny_model(tmp_path / "model", vocab_size=700, max_position_embeddings=2048)
+    sizes = {"vocab_size": 700, "max_position_embeddings": 2048}
+    save_tiny_model(tmp_path / "model", head_dim=64, **sizes)
     return train_tokenizer(tmp_path / "model", "llama3")
 
 
@@ -190,6 +191,36 @@ def test_nothing_is_left_of_a_build_that_fails(tmp_path, tensorrt, model):
     with pytest.raises(UserError, match=r"node 7: no kernel \(log: .*engine.build.log\)"):
         build_engine(model, folder, limits_for(cli_config(model)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.build.log", "model"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("llama", {"head_dim": 96}, "heads have 96 elements, the GPU kernels 64 or 128: use --dev"),
+        ("qwen3_moe", {"head_dim": 64}, "mixture of experts, which TensorRT engines do not have"),
+    ],
+)
+def test_models_that_engines_cannot_have(tmp_path, tensorrt, architecture, options, message):
+    save_tiny_model(tmp_path / "other", architecture, **options)
+    train_tokenizer(tmp_path / "other", "llama3")
+    with pytest.raises(UserError, match=message):
+        build_engine(tmp_path / "other", tmp_path / "engine", EngineLimits(2, 400, 512, 512, 64))
+    assert not (tmp_path / "engine").exists()
+
+
+def test_rotary_table_of_two_choices(tmp_path, tensorrt):
+    """An engine of a longrope model has the rows for short and for long contexts."""
+    architecture, overrides = MODELS["phi3-long"]
+    rope = {**overrides["rope_parameters"], "short_factor": [1.0] * 24, "long_factor": [4.0] * 24}
+    overrides = {**overrides, "rope_parameters": rope, "hidden_size": 256}
+    save_tiny_model(tmp_path / "model", architecture, **overrides)
+    train_tokenizer(tmp_path / "model", "llama3")
+    limits = EngineLimits(2, 400, 512, 512, 64)
+    written = build_engine(tmp_path / "model", tmp_path / "engine", limits)
+    context, _ = tensorrt.options["profiles"]
+    assert context["rotary"] == ([1024, 64],) * 3
+    assert (tmp_path / "engine" / "rotary.bin").stat().st_size == 4 * 1024 * 64
+    assert read_engine_config(tmp_path / "engine") == written
 
 
 def test_other_folders_are_not_overwritten(tmp_path, tensorrt, model):

@@ -297,7 +297,7 @@ def test_more_than_the_engine_was_built_for(engine):
 def test_steps_beyond_the_limits(engine, count, rows, message):
     """Bugs: no order asks for them."""
     positions = np.full(count, 512 if "position" in message else 0, np.int32)
-    message = message.replace("position 512", "a step of 513 positions, the engine takes 512")
+    message = message.replace("position 512", "a step of 513 rotary rows, the engine takes 512")
     step = step_of((list(range(8)), 0, count), page=PAGE)
     with pytest.raises(ValueError, match=message):
         engine.step(np.zeros(count, np.int32), positions, step, np.zeros(rows, np.int32))

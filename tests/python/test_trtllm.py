@@ -35,6 +35,7 @@ from star_attention.errors import UserError
 from star_attention.llm import LLM
 from star_attention.models.checkpoint import find_model, is_engine_folder, open_checkpoint
 from star_attention.models.tokenizer import Tokenizer, save_tokenizer
+from star_attention.models.weights import weight_table
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.trtllm import settings
 from star_attention.trtllm.engine_folder import finish, load_plugins, used_plugins
@@ -114,8 +115,9 @@ def make_model(folder, **changes):
         weights |= {f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
         if checkpoint.config.qkv_bias:
             weights |= {f"{layer}self_attn.{part}_proj.bias" for part in "qkv"}
+    table = {weight.name: weight for weight in weight_table(checkpoint.config)}
     config = fake_tensorrt_llm.PretrainedConfig(
-        **fields, weights={name: checkpoint.tensor(name).float() for name in weights}
+        **fields, weights={name: checkpoint.tensor(table[name]).float() for name in weights}
     )
     return getattr(load_model_file(), MODEL_CLASSES[config.architecture])(config)
 
@@ -274,7 +276,10 @@ BAD_CHECKPOINTS = [
     ({"quantization": {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}, "quant_algo is W8A8_SQ_PER_CHANNEL"),
     ({"dtype": "float32"}, "the checkpoint's dtype is float32: convert it with --dtype float16"),
     ({"head_size": 80}, "the checkpoint's head_size is 80: use a model"),
-    ({"rotary_scaling": {"type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+    (
+        {"rotary_scaling": {"type": "yarn", "factor": 2.0}},
+        "rotary_scaling is .*yarn.*: use default, linear",
+    ),
 ]
 
 

@@ -260,7 +260,8 @@ class ModelEngine(Protocol):
 
         Args:
             token_ids: int32 [T].
-            positions: int32 [T], positions of the tokens in the whole text.
+            positions: int32 [T], rows of the rotary table: positions of the tokens in the whole
+                text, or what `RopeConfig.rows` makes of them.
             attention: what the tokens attend to and where their KV goes.
             logit_rows: int32 [R], the tokens whose logits are wanted. With none, the pass ends
                 once the last layer's KV is stored.

@@ -8,11 +8,14 @@ from typing import Literal
 
 from star_attention.config import MERGE_PATHS, MergePath
 from star_attention.errors import UserError
+from star_attention.models.config import ModelConfig
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
 # What each device computes in; the first is the default.
 DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("bfloat16", "float16")}
+# Elements of a head that the GPU kernels have.
+_HEAD_DIMS = (64, 128)
 # Share of a GPU's free memory that the KV cache takes; activations of long blocks need the rest.
 _KV_CACHE_SHARE = 0.8
 
@@ -83,3 +86,12 @@ def free_memory() -> int:
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def check_gpu_model(config: ModelConfig) -> None:
+    """Raises UserError for a model that the GPU kernels cannot compute."""
+    if config.head_dim not in _HEAD_DIMS:
+        raise UserError(
+            f"the model's heads have {config.head_dim} elements, the GPU kernels "
+            f"{' or '.join(map(str, _HEAD_DIMS))}: use --device cpu"
+        )

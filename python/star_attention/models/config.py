@@ -3,62 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from star_attention.errors import UserError
 from star_attention.models.fields import Fields
+from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf
 
-_MOST_LAYERS, _MOST_HEAD_DIM = 4096, 4096
+_MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What Hugging Face's class of a model means by a config that leaves something out.
+    """What Hugging Face's class of a model is, and means by a config that leaves something out.
 
     Attributes:
+        biases: fields of the config that ask for biases.
         kv_heads: without `num_key_value_heads`; None: as many as query heads.
+        head_dim: without `head_dim`; None: hidden size over heads.
+        windows: whether `sliding_window` counts: never, always, only with `use_sliding_window`, or
+            also then only in the layers from `max_window_layers` on.
         window: without `sliding_window`; None: every token sees all before it.
-        window_is_optional: whether windows only count with `use_sliding_window`.
+        is_fused: Q, K and V are one tensor of a checkpoint, gate and up another.
     """
 
     qkv_bias: bool = False
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
     kv_heads: int | None = None
-    window: int | None = None
-    window_is_optional: bool = True
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    windows: Literal["never", "always", "if used", "in later layers"] = "never"
+    window: int | None = 4096
+    has_experts: bool = False
+    is_fused: bool = False
+    rope: RopeDefaults = field(default_factory=RopeDefaults)
 
 
+_MISTRAL = Architecture(kv_heads=8, windows="always")
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(),
-    "MistralForCausalLM": Architecture(kv_heads=8, window=4096, window_is_optional=False),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, kv_heads=32, window=4096),
+    "LlamaForCausalLM": Architecture(biases=("attention_bias", "mlp_bias")),
+    "MistralForCausalLM": _MISTRAL,
+    "MinistralForCausalLM": _MISTRAL,
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, kv_heads=32, windows="in later layers"),
+    "Qwen3ForCausalLM": Architecture(
+        biases=("attention_bias",),
+        qk_norm=True,
+        kv_heads=32,
+        head_dim=128,
+        windows="in later layers",
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        biases=("attention_bias",), qk_norm=True, kv_heads=4, windows="if used", has_experts=True
+    ),
+    "Phi3ForCausalLM": Architecture(
+        rms_norm_eps=1e-5,
+        windows="always",
+        window=None,
+        is_fused=True,
+        rope=RopeDefaults(
+            is_partial=True,
+            original_max_position=4096,
+            aliases={"su": "longrope", "yarn": "longrope"},
+        ),
+    ),
 }
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: `theta` and how its frequencies are scaled.
+class ExpertsConfig:
+    """A mixture of experts instead of one MLP.
 
-    `llama3` is Llama 3.1's scaling by wavelength; `factors` divides frequency i by `factors[i]`
-    (GGUF files carry Llama 3.1's scaling in that form).
+    Attributes:
+        count: experts of a layer.
+        per_token: those that a token goes through, the ones of its largest router probabilities.
+        intermediate_size: of an expert.
+        normalises: whether the probabilities of a token's experts are made to add up to one.
     """
 
-    theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3", "factors"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    factors: tuple[float, ...] = ()
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalises: bool
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What a layer has besides the sizes that all of them share."""
+    """What a layer has besides the sizes that all of them share.
+
+    Attributes:
+        out_bias: of the projection behind attention.
+        qk_norm: each head of Q and K is normalised before it is rotated.
+        experts: None: one MLP, with biases if `mlp_bias`.
+    """
 
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    experts: ExpertsConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +111,13 @@ class ModelConfig:
     """Shape of a Llama-family decoder. Names are Hugging Face's where they exist.
 
     The fields are the model's; `layers` says what follows from them for each layer.
+
+    Attributes:
+        is_fused: how checkpoints store projections, as in `Architecture`.
+        experts: of all layers but `dense_layers`.
+        longest_text: tokens of context, question and answer with which the model computes what it
+            was made for; longer texts are refused. None: any number, with answers that may get
+            worse beyond `max_position`.
     """
 
     num_layers: int
@@ -81,6 +133,13 @@ class ModelConfig:
     qkv_bias: bool = False
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    is_fused: bool = False
+    experts: ExpertsConfig | None = None
+    dense_layers: tuple[int, ...] = ()
+    longest_text: int | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -93,7 +152,12 @@ class ModelConfig:
         def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
-        return cls(**{**tuples(values), "rope": RopeConfig(**tuples(values["rope"]))})
+        experts = values.get("experts")
+        parts = {
+            "rope": RopeConfig(**tuples(values["rope"])),
+            "experts": ExpertsConfig(**experts) if experts else None,
+        }
+        return cls(**{**tuples(values), **parts})
 
     def __post_init__(self) -> None:
         if self.num_layers > _MOST_LAYERS:
@@ -107,6 +171,24 @@ class ModelConfig:
                 f"the model has {self.num_q_heads} query heads, "
                 f"which its {self.num_kv_heads} KV heads do not divide"
             )
+        if self.experts and self.experts.count > _MOST_EXPERTS:
+            raise UserError(
+                f"the model has {self.experts.count} experts: use at most {_MOST_EXPERTS}"
+            )
+        if self.experts and self.experts.per_token > self.experts.count:
+            raise UserError(
+                f"a token goes through {self.experts.per_token} experts, "
+                f"of which the model has {self.experts.count}"
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raises UserError for more tokens of context, question and answer than `longest_text`."""
+        if self.longest_text is not None and tokens > self.longest_text:
+            raise UserError(
+                f"context, question and answer have {tokens} tokens: beyond {self.longest_text} "
+                "the model has a sliding window, or a rotary embedding that depends on the text's "
+                "length, which is not supported: use a shorter text"
+            )
 
     def check_tokens(self, token_ids: np.ndarray) -> None:
         """Raises UserError for a token, of int32 [n], that the model's vocabulary does not have."""
@@ -119,7 +201,11 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
-        return (LayerConfig(qkv_bias=self.qkv_bias),) * self.num_layers
+        sparse = LayerConfig(
+            self.qkv_bias, self.out_bias, self.mlp_bias, self.qk_norm, self.experts
+        )
+        dense = replace(sparse, experts=None)
+        return tuple(dense if i in self.dense_layers else sparse for i in range(self.num_layers))
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the KV of `tokens` tokens in all layers, in elements of `itemsize` bytes."""
@@ -137,21 +223,24 @@ class ModelConfig:
             UserError: the heads, the MLP or the vocabulary cannot be divided so.
         """
         divided = ("num_kv_heads", "num_q_heads", "intermediate_size", "vocab_size")
-        for name in divided:
-            if getattr(self, name) % parts:
-                raise UserError(
-                    f"--tp is {parts}, which does not divide the model's {name}, "
-                    f"{getattr(self, name)}"
-                )
-        return replace(self, **{name: getattr(self, name) // parts for name in divided})
+        part = {name: _part_of(name, getattr(self, name), parts) for name in divided}
+        if self.experts:
+            inner = _part_of("experts' size", self.experts.intermediate_size, parts)
+            part["experts"] = replace(self.experts, intermediate_size=inner)
+        return replace(self, **part)
 
     @property
     def gemm_flops_per_token(self) -> int:
         """FLOPs of all projections of one token, without embedding and lm_head."""
         qkv = self.hidden_size * (self.num_q_heads + 2 * self.num_kv_heads) * self.head_dim
         out = self.num_q_heads * self.head_dim * self.hidden_size
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return 2 * self.num_layers * (qkv + out + mlp)
+        inner = sum(
+            each.experts.per_token * each.experts.intermediate_size
+            if each.experts
+            else self.intermediate_size
+            for each in self.layers
+        )
+        return 2 * (self.num_layers * (qkv + out) + 3 * self.hidden_size * inner)
 
     @property
     def attention_flops_per_pair(self) -> int:
@@ -180,70 +269,90 @@ class ModelConfig:
         if (activation := fields.word("hidden_act", "silu")) != "silu":
             raise UserError(f"hidden_act {activation!r} is not supported: use silu")
         for flag in ("attention_bias", "mlp_bias"):
-            if fields.flag(flag):
+            if fields.flag(flag) and flag not in architecture.biases:
                 raise UserError(f"{flag} is not supported for {name}")
         max_position = fields.whole("max_position_embeddings")
-        _check_window(fields, architecture, max_position)
+        num_layers = fields.whole("num_hidden_layers")
         num_q_heads = fields.whole("num_attention_heads")
         hidden_size = fields.whole("hidden_size")
         kv_heads = architecture.kv_heads if "num_key_value_heads" not in fields else None
+        head_dim = fields.whole("head_dim", architecture.head_dim or hidden_size // num_q_heads)
+        rope, longest = rope_from_hf(fields, architecture.rope, head_dim, max_position)
+        experts, dense_layers = _experts(fields, architecture, num_layers)
+        lengths = [longest, _window(fields, architecture, max_position)]
         return cls(
-            num_layers=fields.whole("num_hidden_layers"),
+            num_layers=num_layers,
             hidden_size=hidden_size,
             intermediate_size=fields.whole("intermediate_size"),
             num_q_heads=num_q_heads,
             num_kv_heads=fields.whole("num_key_value_heads", kv_heads or num_q_heads),
-            head_dim=fields.whole("head_dim", hidden_size // num_q_heads),
+            head_dim=head_dim,
             vocab_size=fields.whole("vocab_size"),
             max_position=max_position,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(fields),
-            qkv_bias=architecture.qkv_bias,
+            rms_norm_eps=fields.number("rms_norm_eps", architecture.rms_norm_eps),
+            rope=rope,
+            qkv_bias=architecture.qkv_bias or fields.flag("attention_bias"),
             tie_embeddings=fields.flag("tie_word_embeddings"),
             eos_token_ids=fields.tokens("eos_token_id"),
+            out_bias=fields.flag("attention_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
+            qk_norm=architecture.qk_norm,
+            is_fused=architecture.is_fused,
+            experts=experts,
+            dense_layers=dense_layers,
+            longest_text=min((each for each in lengths if each), default=None),
         )
 
 
-def _check_window(fields: Fields, architecture: Architecture, max_position: int) -> None:
-    """Raises UserError if there are tokens that do not see all tokens before them."""
-    layers, first = fields.whole("num_hidden_layers"), fields.whole("max_window_layers", 28, 0)
-    is_used = fields.flag("use_sliding_window") and first < layers
-    is_null = "sliding_window" in fields and fields.get("sliding_window") is None
-    window = architecture.window
-    if is_null or (architecture.window_is_optional and not is_used):
-        window = None
-    elif window is not None:
-        window = fields.whole("sliding_window", window)
+def _part_of(name: str, size: int, parts: int) -> int:
+    if size % parts:
+        raise UserError(f"--tp is {parts}, which does not divide the model's {name}, {size}")
+    return size // parts
+
+
+def _experts(
+    fields: Fields, architecture: Architecture, num_layers: int
+) -> tuple[ExpertsConfig | None, tuple[int, ...]]:
+    """The experts of the layers that have some, and the layers that have none."""
+    if not architecture.has_experts:
+        return None, ()
+    experts = ExpertsConfig(
+        fields.whole("num_experts", fields.whole("num_local_experts", 128)),
+        fields.whole("num_experts_per_tok", 8),
+        fields.whole("moe_intermediate_size", 768),
+        fields.flag("norm_topk_prob"),
+    )
+    step, dense = fields.whole("decoder_sparse_step", 1), fields.tokens("mlp_only_layers")
+    layers = range(min(num_layers, _MOST_LAYERS))
+    return experts, tuple(i for i in layers if i in dense or (i + 1) % step)
+
+
+def _window(fields: Fields, architecture: Architecture, max_position: int) -> int | None:
+    """How many tokens may see one another; None: any number. Raises UserError if those are fewer
+    than the model was made for."""
     kinds = fields.get("layer_types") or ()
-    if not isinstance(kinds, Sequence) or any(kind != "full_attention" for kind in kinds):
+    known = ["full_attention"]
+    if architecture.windows == "always":
+        known.append("sliding_attention")
+    if not isinstance(kinds, Sequence) or any(kind not in known for kind in kinds):
         raise UserError("layer_types other than full_attention are not supported")
-    if window is not None and window < max_position:
-        said = "" if "sliding_window" in fields else ", the default of this architecture,"
+    used, first = architecture.windows == "always", 0
+    if architecture.windows in ("if used", "in later layers"):
+        used = fields.flag("use_sliding_window")
+    if architecture.windows == "in later layers":
+        first = fields.whole("max_window_layers", 28, 0)
+    is_null = fields.get("sliding_window") is None
+    is_none = is_null and ("sliding_window" in fields or architecture.window is None)
+    if not used or is_none or first >= fields.whole("num_hidden_layers"):
+        return None
+    window = fields.whole("sliding_window", architecture.window)
+    if window < max_position:
+        said = ", the default of this architecture," if is_null else ""
         raise UserError(
             f"sliding_window {window}{said} is not supported: use a model without one "
             "(its config.json says null), or one whose max_position_embeddings it does not limit"
         )
-
-
-def _rope_from_hf(fields: Fields) -> RopeConfig:
-    # transformers 5 writes "rope_parameters", which includes theta; 4 wrote the two fields apart.
-    scaling = fields.fields("rope_parameters" if fields.get("rope_parameters") else "rope_scaling")
-    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
-    for each in (fields, scaling):
-        if (share := each.number("partial_rotary_factor", 1.0)) != 1:
-            raise UserError(f"partial_rotary_factor {share} is not supported: use 1")
-    kind = scaling.word("rope_type", scaling.word("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, "linear", factor=scaling.number("factor"))
-    if kind == "llama3":
-        low, high = (scaling.number(f"{name}_freq_factor") for name in ("low", "high"))
-        if low >= high:
-            raise UserError(f"low_freq_factor is {low}: use less than high_freq_factor, {high}")
-        original = scaling.whole("original_max_position_embeddings")
-        return RopeConfig(theta, "llama3", scaling.number("factor"), low, high, original)
-    raise UserError(f"rope scaling {kind!r} is not supported: use default, linear or llama3")
+    return window
 
 
 LLAMA_3_1_8B = ModelConfig(

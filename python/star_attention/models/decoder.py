@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from star_attention.models.weights import ModelWeights, W
+from star_attention.models.weights import LayerWeights, ModelWeights, W
 
 
 class Operators(Protocol[W]):
@@ -31,8 +31,15 @@ class Operators(Protocol[W]):
     def linear(self, x: W, weight: W, bias: W | None = None) -> W:
         """x weight^T + bias."""
 
-    def add_linear(self, x: W, inputs: W, weight: W) -> W:
-        """x + inputs weight^T, where tensor-parallel parts of it are summed up."""
+    def norm_heads(self, qkv: W, q_norm: W, k_norm: W) -> W:
+        """The fused Q, K and V, with each head of Q and K normalised, weights [D]."""
+
+    def add_linear(self, x: W, inputs: W, weight: W, bias: W | None = None) -> W:
+        """x + inputs weight^T + bias, where tensor-parallel parts of the product are summed up."""
+
+    def add_experts(self, x: W, inputs: W, layer: LayerWeights[W]) -> W:
+        """x + what each row of `inputs` gets from its experts, where tensor-parallel parts of it
+        are summed up."""
 
     def silu_mul(self, gate_up: W) -> W: ...
 
@@ -56,12 +63,16 @@ def decode(
 
         def project(rows: W, layer=layer) -> W:
             normed = ops.rms_norm(rows, layer.input_norm)
-            return ops.linear(normed, layer.qkv, layer.qkv_bias)
+            qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
+            return qkv if layer.q_norm is None else ops.norm_heads(qkv, layer.q_norm, layer.k_norm)
 
         def finish(rows: W, attended: W, layer=layer) -> W:
-            rows = ops.add_linear(rows, attended, layer.out)
-            gate_up = ops.linear(ops.rms_norm(rows, layer.post_norm), layer.gate_up)
-            return ops.add_linear(rows, ops.silu_mul(gate_up), layer.down)
+            rows = ops.add_linear(rows, attended, layer.out, layer.out_bias)
+            normed = ops.rms_norm(rows, layer.post_norm)
+            if layer.router is not None:
+                return ops.add_experts(rows, normed, layer)
+            gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
+            return ops.add_linear(rows, ops.silu_mul(gate_up), layer.down, layer.down_bias)
 
         attended = ops.attend(index, x, project)
         if attended is None:

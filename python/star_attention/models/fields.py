@@ -62,13 +62,27 @@ class Fields:
     def number(self, name: str, default: float | None = None, least: float = 0.0) -> float:
         """A finite one, more than `least`."""
         value = self._value(name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least < value < math.inf:
+        if not _is_number(value) or not least < value < math.inf:
             raise self._refusal(name, f"use a number above {least:g}")
         try:
             return float(value)
         except OverflowError:
             raise self._refusal(name, "use a smaller number") from None
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above 0."""
+        values = self._value(name, None)
+        is_list = isinstance(values, list) and len(values) == count
+        if not is_list or not all(_is_number(value) and 0 < value < math.inf for value in values):
+            raise self._refusal(name, f"use a list of {count} numbers above 0")
+        try:
+            return tuple(map(float, values))
+        except OverflowError:
+            raise self._refusal(name, "use smaller numbers") from None
+
+    def objects(self) -> list[str]:
+        """Names of the values that are objects."""
+        return [name for name, value in self._values.items() if isinstance(value, dict)]
 
     def flag(self, name: str) -> bool:
         """False by default."""
@@ -105,3 +119,7 @@ class Fields:
 
     def _refusal(self, name: str, right: str) -> UserError:
         return UserError(f"{self._source}: {name} is {reprlib.repr(self.get(name))}: {right}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -14,7 +14,6 @@ from star_attention.models.weights import (
     ModelWeights,
     Weight,
     assemble,
-    weight_table,
 )
 
 
@@ -32,7 +31,7 @@ def load_weights(
     """
     return _load(
         checkpoint.config,
-        lambda weight: checkpoint.tensor(weight.name),
+        checkpoint.tensor,
         dtype,
         device,
         part,
@@ -59,11 +58,10 @@ def random_weights(
 
 def random_checkpoint(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Checkpoint:
     """The model of `random_weights`, weight by weight, drawn on `device` and kept on the CPU."""
-    table = {weight.name: weight for weight in weight_table(config)}
     return Checkpoint(
         Path("random weights"),
         config,
-        lambda name: _random_weight(table[name], dtype, device).cpu(),
+        lambda weight: _random_weight(weight, dtype, device).cpu(),
     )
 
 
@@ -91,13 +89,18 @@ def _load(
             return whole.chunk(parts, weight.split)[part]
         return whole
 
+    def part_shape(weight: Weight) -> tuple[int, ...]:
+        shape = enumerate(weight.shape)
+        return tuple(size // parts if dim == weight.split else size for dim, size in shape)
+
     def make(weights: Sequence[Weight]) -> torch.Tensor:
         """One that is stored as it is wanted stays in the file's memory; others are copied, a
         stored one at a time."""
         if len(weights) == 1:
             return take(weights[0]).to(device=device, dtype=dtype).contiguous()
-        rows = [w.shape[0] // (1 if w.split is None else parts) for w in weights]
-        made = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=device)
+        shapes = [part_shape(weight) for weight in weights]
+        rows = [shape[0] for shape in shapes]
+        made = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         for weight, place in zip(weights, made.split(rows), strict=True):
             place.copy_(take(weight))
         return made

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from star_attention.errors import UserError, reason_of, refusing
 from star_attention.models.config import ModelConfig
 from star_attention.models.fields import Fields, read_json
-from star_attention.models.weights import Checkpoint, check_stored
+from star_attention.models.weights import Checkpoint, Weight, check_stored, weight_table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of old checkpoints: what the config says too.
@@ -43,17 +43,21 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
             for name, file in shards.items()
             if not name.endswith(_REDUNDANT)
         }
-        check_stored(folder, shapes, config)
+        check_stored(folder, shapes, (weight.hf for weight in weight_table(config)))
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(weight: Weight) -> torch.Tensor:
+        name, file = weight.hf.name, shards[weight.hf.name]
         try:
-            dtype = shards[name].get_slice(name).get_dtype()
+            rows = file.get_slice(name)
+            dtype = rows.get_dtype()
             if dtype not in _DTYPES:
                 raise UserError(
                     f"{folder}: {name} is stored as {dtype}, which is not read: use float32, "
                     "bfloat16 or float16, or a GGUF file"
                 )
-            return shards[name].get_tensor(name)
+            if weight.hf.begin is None:
+                return weight.arranged(file.get_tensor(name))
+            return weight.arranged(rows[weight.hf.begin : weight.hf.end].view(weight.shape))
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {name} cannot be read: {reason_of(error)}") from None
 

@@ -41,13 +41,14 @@ class Block:
     copied: int = 0
 
 
-def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
+def block_keys(token_ids: np.ndarray, plan: Plan, is_long: bool) -> list[bytes | None]:
     """A key for each part of a plan; equal ones have equal KV, for one model and dtype. With
     selected pages it is one of all the text so far. In a ring, where nothing stays as it is when a
     text grows, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
+        is_long: whether the model rotates it otherwise than shorter contexts.
     """
     if plan.attention == "ring":
         return [None] * len(plan.parts)
@@ -57,7 +58,7 @@ def block_keys(token_ids: np.ndarray, plan: Plan) -> list[bytes | None]:
     for part in plan.parts:
         block = plan.blocks[part.block]
         if part.start == block.start and not (part.start and plan.selected_pages):
-            before = block.start, anchor if block.prefix else b""
+            before = (block.start, anchor if block.prefix else b"", *(["long"] if is_long else []))
             if plan.selected_pages:
                 before += plan.selected_pages, plan.block_size, plan.anchor_size
             digest = hashlib.blake2b(repr(before).encode(), digest_size=32)

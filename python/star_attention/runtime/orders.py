@@ -28,12 +28,17 @@ class BlockPart:
 @dataclass(frozen=True)
 class Open:
     """A context, int32 [n], is going to be read, as far as its blocks are not there already: each
-    rank takes pages for its new ones."""
+    rank takes pages for its new ones.
+
+    Attributes:
+        is_long: it is rotated as the model rotates long texts; see `RopeConfig.is_long`.
+    """
 
     context: int
     token_ids: np.ndarray
     config: StarConfig
     blocks: tuple[BlockPart, ...]
+    is_long: bool
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from star_attention.runtime.pages import PagePool, Rows, page_count, page_table,
 
 @dataclass
 class CachedContext:
-    """What this rank caches of a context: `kv_len` tokens in `pages`."""
+    """What this rank caches of a context: `kv_len` tokens in `pages`, rotated as the model rotates
+    long texts or not."""
 
     plan: Plan
     pages: list[int]
     kv_len: int
+    is_long: bool
 
 
 class CachedQuestion:

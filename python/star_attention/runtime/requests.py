@@ -44,6 +44,7 @@ class Context:
 
     Attributes:
         keys: of its parts, None for those that are nobody else's.
+        is_long: it is rotated as the model rotates long texts.
         is_kept: it stays until it is released, whoever else waits for room.
         division: until it is open, as if it were read anew; then how it is held.
         blocks: once it is open, those of its parts; which of them its phase 1 reads, and which it
@@ -55,6 +56,7 @@ class Context:
     token_ids: np.ndarray
     config: StarConfig
     keys: Sequence[bytes | None]
+    is_long: bool
     is_kept: bool
     division: Division
     phase1: Passes

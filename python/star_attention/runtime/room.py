@@ -62,6 +62,7 @@ class Room:
             )
         if config.selected_pages and not self._has_selection:
             raise UserError("--selected-pages needs --device cpu so far: leave it away")
+        self._model.check_length(tokens)
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)
         if plan.exchanges and not self._has_exchanges:
@@ -123,6 +124,7 @@ class Room:
         """Pages that a question takes on each rank at most; raises UserError if that does not fit
         beside `contexts`."""
         asked = division.plan.context_len + question
+        self._model.check_length(asked + answer)
         self._check_length(asked, self.limits.input_len, "--max_input_len")
         self._check_length(asked + answer, self.limits.seq_len, "--max_seq_len")
         if asked + answer > _MOST_POSITIONS:

@@ -127,7 +127,8 @@ class Scheduler:
 
         Args:
             token_ids: int32 [n].
-            questions: tokens of questions and of their answers that it must leave room for.
+            questions: tokens of questions and of their answers that it must leave room for. A model
+                that rotates long texts otherwise counts these, or some room for them.
             keep: it stays until it is released, so nothing is added that does not fit beside it.
                 Others wait for one another.
 
@@ -137,15 +138,19 @@ class Scheduler:
         """
         self._model.check_tokens(token_ids)
         plan = self._room.plan(len(token_ids), config)
+        rope = self._model.rope
+        asked = max(map(sum, questions), default=rope.room)
+        is_long = rope.is_long(len(token_ids) + asked)
         keys: list[bytes | None] = [None] * len(plan.parts)
         if self._shares_blocks:
-            keys[:] = block_keys(token_ids, plan)
+            keys[:] = block_keys(token_ids, plan, is_long)
         self._numbers += 1
         context = Context(
             self._numbers,
             token_ids,
             config,
             keys,
+            is_long,
             keep,
             _even(plan),
             plan.passes(),
@@ -179,6 +184,13 @@ class Scheduler:
         self._model.check_tokens(token_ids)
         if context.is_released:
             raise UserError("the context was released: encode the text again")
+        whole = len(context.token_ids) + len(token_ids) + params.max_tokens
+        if self._model.rope.is_long(whole) and not context.is_long:
+            raise UserError(
+                f"context, question and answer have {whole} tokens, but the context was read for "
+                f"{self._model.rope.original_max_position}, beyond which the model's rotary "
+                "embedding is another: encode it with its questions, or use a smaller max_tokens"
+            )
         most = self._check(context, [(len(token_ids), params.max_tokens)])
         self._numbers += 1
         question = Question(
@@ -415,7 +427,7 @@ class Scheduler:
         self._unopened.popleft()
         self._hold(context, division)
         parts = (BlockPart(b.number, b.rank, b in context.reads) for b in context.blocks)
-        order = Open(context.number, context.token_ids, config, tuple(parts))
+        order = Open(context.number, context.token_ids, config, tuple(parts), context.is_long)
         if context.phase1.finished:
             self._end_reading(context)
         else:

@@ -144,7 +144,7 @@ class Worker:
         pages = [page for _, part in parts for page in self._blocks.get(part.number, ())]
         self.pool.share(pages)
         kv_len = sum(part.tokens for part in plan.parts_of(rank))
-        self._contexts[order.context] = CachedContext(plan, pages, kv_len)
+        self._contexts[order.context] = CachedContext(plan, pages, kv_len, order.is_long)
         scratch = self.pool.allocate(scratch_pages(plan, rank))
         part = ContextPart(plan, rank, pages, scratch)
         if not part.finished:
@@ -170,10 +170,11 @@ class Worker:
             context_pass = reading.part.take(order.spans)
             if context_pass is not None:
                 positions = context_pass.positions
+                rope, is_long = self.engine.config.rope, self._contexts[order.context].is_long
                 with interrupts.allowed():
                     self.engine.step(
                         reading.token_ids[positions],
-                        positions,
+                        rope.rows(positions, is_long),
                         context_pass.attention,
                         NO_ROWS,
                         on_layer,
@@ -221,7 +222,7 @@ class Worker:
         rows: list[Rows] = []
         for question, tokens, here in zip(questions, inputs, stored, strict=True):
             places, row = question.append(len(tokens), here, page, engine.copy_page)
-            positions.append(places)
+            positions.append(engine.config.rope.rows(places, question.context.is_long))
             rows.append(row)
         engine.reserve_positions(max(question.position for question in questions))
         token_ids = np.concatenate(inputs).astype(np.int32)

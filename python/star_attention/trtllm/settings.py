@@ -39,6 +39,7 @@ _CHECKPOINT = {  # fields of its config.json
         "convert it with one of w8a16, w4a16, w4a16_awq, w4a16_gptq, fp8, or without",
     ),
 }
+_SCALINGS = ("default", "linear", "llama3")
 _FLAGS = {  # of trtllm-build
     "workers": ("1", "there is one engine to build: leave it away"),
     "max_beam_width": ("1", "there is no beam search: use 1"),
@@ -98,7 +99,11 @@ def check_model(pretrained: Mapping[str, Any]) -> ModelConfig:
     same += ("num_key_value_heads", "vocab_size", "max_position_embeddings", "hidden_act")
     names |= {name: name for name in same}
     known = {name: pretrained[theirs] for name, theirs in names.items() if theirs in pretrained}
-    return ModelConfig.from_hf({"architectures": [architecture], **known})
+    model = ModelConfig.from_hf({"architectures": [architecture], **known})
+    if model.rope.scaling not in _SCALINGS or model.longest_text is not None:
+        kind = pretrained["rotary_scaling"]
+        raise UserError(f"the checkpoint's rotary_scaling is {kind}: use {', '.join(_SCALINGS)}")
+    return model
 
 
 def limits_of(build: Mapping[str, Any], star: Mapping[str, Any]) -> EngineLimits:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.cache import cache_folder
+from star_attention.engines.options import check_gpu_model
 from star_attention.engines.tensorrt.folder import (
     PLAN,
     ROTARY,
@@ -118,6 +119,7 @@ def build_folder(
     options = options or BuildOptions()
     if folder.exists() and not is_engine_folder(folder) and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} has other files in it: name another folder")
+    check_gpu_model(checkpoint.config)
     trt = load_tensorrt()
     gpu, capability = gpu_of()
     log = LogFile(folder.with_name(f"{folder.name}.build.log"), on_progress=on_progress)
@@ -176,6 +178,7 @@ def _profile(
     rows: Sequence[int],
 ) -> dict[str, Range]:
     pages = limits.max_pages_of_sequence
+    rotary = limits.max_seq_len * model.rope.rows_per_position
 
     def ranges(*sizes: Sequence[int]) -> Range:
         least, usual, largest = zip(*sizes, strict=True)
@@ -189,7 +192,7 @@ def _profile(
         "kv_lens": ranges(sequences),
         "page_table": ranges(sequences, (1, pages, pages)),
         "logit_rows": ranges(rows),
-        "rotary": ranges([limits.max_seq_len] * 3, [model.head_dim] * 3),
+        "rotary": ranges([rotary] * 3, [model.head_dim] * 3),
     }
 
 

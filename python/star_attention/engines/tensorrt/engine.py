@@ -282,7 +282,7 @@ class TensorRtEngine:
                 "as ranks, or --anchor-mode local"
             )
         for what, needed, most in (
-            ("positions", int(positions.max(initial=-1)) + 1, built.max_seq_len),
+            ("rotary rows", int(positions.max(initial=-1)) + 1, len(self._rotary)),
             ("tokens", len(positions), limits.question_tokens if merges else limits.pass_tokens),
             ("sequences", len(step.kv_lens), limits.questions if decodes else built.max_sequences),
             ("rows of logits", num_rows, built.max_logit_rows),
@@ -320,7 +320,7 @@ class TensorRtEngine:
 
     def _read_rotary(self, path: Path) -> Any:
         table = np.memmap(path, np.float32, "r").reshape(-1, self.config.head_dim)
-        if len(table) != self._built.max_seq_len:
+        if len(table) != self._built.max_seq_len * self.config.rope.rows_per_position:
             raise UserError(f"{path} is damaged: build the engine again")
         return self._cupy.asarray(table)
 

@@ -2,7 +2,7 @@
 
 config.json   `EngineConfig`
 engine.plan   the engine
-rotary.bin    float32 [max_seq_len, head_dim], cosines, then sines, of every position
+rotary.bin    float32 [max_seq_len or, for longrope, twice that, head_dim]: `rotary_table`
 tokenizer/    the model's, in Hugging Face's format
 """
 

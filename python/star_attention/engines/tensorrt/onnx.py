@@ -5,7 +5,7 @@ the step's runtime context, which knows the KV pools and the other ranks; a Tens
 name computes it. What else a layer does are nodes of the same domain, whose definition by standard
 operators is in the graph (ONNX's functions): TensorRT 8 has plugins of their names, newer versions
 and other runtimes read the definitions. Inputs of the graph, in tokens T, sequences S, pages P,
-rotary positions M and rows R whose logits are wanted:
+rows M of the rotary table and rows R whose logits are wanted:
 
     input_ids, position_ids, slot_mapping  int32 [T]
     cu_seqlens_q int32 [S + 1], kv_lens int32 [S], page_table int32 [S, P]
@@ -26,13 +26,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
-from star_attention.models.weights import Checkpoint, Weight, assemble
+from star_attention.models.weights import Checkpoint, LayerWeights, Weight, assemble
 
 if TYPE_CHECKING:
     import onnx
@@ -119,10 +119,15 @@ def write_graph(
     """Writes graph and weights into `folder`, to be moved to `final`.
 
     Raises:
-        UserError: a weight is missing or has another shape than the config asks for.
+        UserError: the model has experts, or a weight cannot be read.
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
+    if checkpoint.config.experts:
+        raise UserError(
+            "the model has a mixture of experts, which TensorRT engines do not have: run it with "
+            "--model and --device cuda"
+        )
     _Graph(checkpoint, folder, final, dtype, gemm_plugin).save()
 
 
@@ -152,7 +157,7 @@ class _Graph:
         output = helper.make_tensor_value_info(
             logits, TensorProto.FLOAT, ["R", self._config.vocab_size]
         )
-        graph = helper.make_graph(self._nodes, "llama", infos, [output], self._weights.finish())
+        graph = helper.make_graph(self._nodes, "decoder", infos, [output], self._weights.finish())
         used = {node.op_type for node in self._nodes}
         model = helper.make_model(
             graph,
@@ -187,8 +192,29 @@ class _Graph:
     def linear(self, x: str, weight: str, bias: str | None = None) -> str:
         return self._linear([x, weight] + ([bias] if bias else []))
 
-    def add_linear(self, x: str, inputs: str, weight: str) -> str:
+    def norm_heads(self, qkv: str, q_norm: str, k_norm: str) -> str:
+        config = self._config
+        heads = config.num_q_heads, config.num_kv_heads, config.num_kv_heads
+        sizes = self._constant([count * config.head_dim for count in heads])
+        name = self._new_name("Split")
+        q, k, v = parts = [f"{name}_{part}" for part in "qkv"]
+        self._append("Split", [qkv, sizes], parts, "", axis=-1)
+        q, k = self._norm_each(q, heads[0], q_norm), self._norm_each(k, heads[1], k_norm)
+        return self._node("Concat", [q, k, v], domain="", axis=-1)
+
+    def _norm_each(self, part: str, heads: int, weight: str) -> str:
+        size = self._config.head_dim
+        rows = self._node("Reshape", [part, self._constant([-1, size])], domain="")
+        normed = self.rms_norm(rows, weight)
+        return self._node("Reshape", [normed, self._constant([-1, heads * size])], domain="")
+
+    def add_linear(self, x: str, inputs: str, weight: str, bias: str | None = None) -> str:
+        if bias is not None:
+            x = self._node("Add", [x, bias], domain="")
         return self._linear([inputs, weight, x])
+
+    def add_experts(self, x: str, inputs: str, layer: LayerWeights[str]) -> str:
+        raise NotImplementedError("write_graph refuses models with experts")
 
     def silu_mul(self, gate_up: str) -> str:
         return self._node(SILU_MUL, [gate_up])
@@ -202,21 +228,41 @@ class _Graph:
             return self._node("Gemm", inputs, domain="", transB=1)
         return self._node(LINEAR_ADD if len(inputs) == 3 else LINEAR, inputs)
 
+    def _constant(self, values: Sequence[int]) -> str:
+        """int64 [len(values)]."""
+        from onnx import TensorProto, helper
+
+        tensor = helper.make_tensor("", TensorProto.INT64, [len(values)], values)
+        return self._node("Constant", [], domain="", value=tensor)
+
     def _node(
         self,
         operator: str,
         inputs: Sequence[str],
         name: str | None = None,
         domain: str = DOMAIN,
-        **attributes: int | float | str,
+        **attributes: Any,
     ) -> str:
+        name = name or self._new_name(operator)
+        self._append(operator, inputs, [name], domain, **attributes)
+        return name
+
+    def _append(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        domain: str,
+        **attributes: Any,
+    ) -> None:
         from onnx import helper
 
-        name = name or f"{operator.lower()}_{len(self._nodes)}"
         self._nodes.append(
-            helper.make_node(operator, inputs, [name], name=name, domain=domain, **attributes)
+            helper.make_node(operator, inputs, outputs, outputs[0], domain=domain, **attributes)
         )
-        return name
+
+    def _new_name(self, operator: str) -> str:
+        return f"{operator.lower()}_{len(self._nodes)}"
 
 
 def _definitions(dtype: int) -> list[onnx.FunctionProto]:
@@ -307,7 +353,7 @@ class _Weights:
         self._own.write(b"\0" * (-self._own.tell() % _ALIGNMENT))
         offset = self._own.tell()
         for weight in weights:
-            stored = self._checkpoint.tensor(weight.name)
+            stored = self._checkpoint.tensor(weight)
             data = stored.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
             self._own.write(data.tobytes())
         return offset, self._own.tell() - offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 from collections.abc import Callable, Sequence
 
@@ -72,8 +73,9 @@ class TorchEngine:
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
         if on_gpu and comm.capturable and self._group.capturable:
+            forward = functools.partial(self._forward, is_captured=True)
             self._graphs = DecodeGraphs(
-                self._forward, comm, self._scale, self._device, max_pages, tokens_per_block
+                forward, comm, self._scale, self._device, max_pages, tokens_per_block
             )
 
     @property
@@ -95,7 +97,7 @@ class TorchEngine:
         self._pool.reserve(num_pages)
 
     def reserve_positions(self, positions: int) -> None:
-        if positions > len(self._rotary):
+        if positions * self.config.rope.rows_per_position > len(self._rotary):
             rows = -(-positions // _POSITIONS) * _POSITIONS
             if positions <= self.config.max_position < rows:
                 rows = self.config.max_position
@@ -145,7 +147,7 @@ class TorchEngine:
         beyond = int(positions.max(initial=-1)) + 1
         if beyond > len(self._rotary):
             raise ValueError(
-                f"position {beyond - 1} is not reserved: reserve_positions({beyond}) comes first"
+                f"row {beyond - 1} of the rotary table is not there: reserve_positions comes first"
             )
         self._copies.before_step(attention, self.tokens_per_block)
         try:
@@ -172,9 +174,10 @@ class TorchEngine:
         inputs: PassInputs,
         attention: Attention,
         on_layer: Callable[[int], None] = lambda layer: None,
+        is_captured: bool = False,
     ) -> torch.Tensor:
         operators = TorchOperators(
-            self._part, inputs, self._pool.data, self._rotary, attention, self._group
+            self._part, inputs, self._pool.data, self._rotary, attention, self._group, is_captured
         )
         logits = decode(operators, self._weights, on_layer)
         if logits is None:

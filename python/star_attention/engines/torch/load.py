@@ -11,7 +11,7 @@ from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.distributed.topology import local_device, share_cores
 from star_attention.engines.base import Limits
-from star_attention.engines.options import DTYPES, EngineOptions, free_memory
+from star_attention.engines.options import DTYPES, EngineOptions, check_gpu_model, free_memory
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.memory import pass_limits
 from star_attention.errors import UserError
@@ -43,6 +43,7 @@ def load_torch_engine(
     on_gpu = options.device == "cuda"
     if on_gpu:
         device = _take_gpu(world)
+        agree(world, lambda: check_gpu_model(config))
         comm = _on_gpu(comm, device, options.merge)
         group = group and _on_gpu(group, device, "nccl")
     ranks_here = comm.ranks_here if on_gpu and comm.size > 1 else 1

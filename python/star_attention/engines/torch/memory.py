@@ -37,8 +37,12 @@ def pass_limits(
     # Of all rows: x, q and attention's output, and the log-sum-exp beside it.
     alone = (part.hidden_size + 2 * q) * itemsize + part.num_q_heads * _FLOAT
     # Of a chunk's, whichever is more: the MLP's normed x, gate, up and their product, or the fused
-    # projection.
-    chunk = (part.hidden_size + max(3 * part.intermediate_size, q + kv)) * itemsize
+    # projection, and heads of Q before and after they are normalised.
+    inner = 3 * part.intermediate_size
+    if part.experts:  # an expert may get all rows: its gate, up, product, input and output, the sum
+        inner = max(inner, 3 * part.experts.intermediate_size + 4 * part.hidden_size)
+    projected = q + kv + (2 * q if part.qk_norm else 0)
+    chunk = (part.hidden_size + max(inner, projected)) * itemsize
     usable = int(_USABLE * free)
     context = question = ring = _rows(usable, alone, chunk)
     if num_ranks > 1:

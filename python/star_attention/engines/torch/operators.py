@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from star_attention import ops
 from star_attention.distributed import Communicator
 from star_attention.engines.torch.attention import Attention, stream_of
+from star_attention.engines.torch.experts import mix_by_expert, mix_captured
 from star_attention.models.config import ModelConfig
+from star_attention.models.weights import LayerWeights
 
 # Rows that go through the projections and the MLP at a time: bounds the activations of a long
 # block, and keeps them in the cache of a CPU core.
@@ -25,7 +27,8 @@ class PassInputs:
     """A pass's tokens on the device.
 
     Attributes:
-        token_ids, positions, slots: int32 [T].
+        token_ids, slots: int32 [T].
+        positions: int32 [T], rows of the rotary table.
         logit_rows: int32 [R]; None: all rows.
     """
 
@@ -41,9 +44,10 @@ class TorchOperators:
     Args:
         part: what this GPU computes of the model.
         pool: KV pages of all layers, [num_layers, num_pages, 2, Hkv, tokens_per_block, D].
-        rotary: float32 [positions, D].
+        rotary: `rotary_table` of enough positions.
         attention: of this pass.
         group: the ranks that have the other parts of the model.
+        is_captured: the pass becomes a CUDA graph, so the host must not look at its values.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class TorchOperators:
         rotary: torch.Tensor,
         attention: Attention,
         group: Communicator,
+        is_captured: bool = False,
     ) -> None:
         self._part = part
         self._inputs = inputs
@@ -61,6 +66,7 @@ class TorchOperators:
         self._rotary = rotary
         self._attention = attention
         self._group = group
+        self._is_captured = is_captured
         rows = inputs.logit_rows
         self._wants_logits = rows is None or len(rows) > 0
 
@@ -107,11 +113,41 @@ class TorchOperators:
     ) -> torch.Tensor:
         return ops.linear(x, weight, bias)
 
+    def norm_heads(
+        self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor
+    ) -> torch.Tensor:
+        """In qkv."""
+        q, kv = (
+            heads * self._part.head_dim
+            for heads in (self._part.num_q_heads, self._part.num_kv_heads)
+        )
+        for part, weight in ((qkv[:, :q], q_norm), (qkv[:, q : q + kv], k_norm)):
+            heads = part.reshape(-1, self._part.head_dim)
+            part.copy_(self.rms_norm(heads, weight).view_as(part))
+        return qkv
+
     def add_linear(
-        self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
+        self,
+        x: torch.Tensor,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """In x, which the group's first rank adds, and the bias."""
+        is_first = self._group.rank == 0
+        if bias is not None and is_first:
+            x += bias
+        ops.linear(inputs, weight, x if is_first else None, out=x)
+        self._group.all_reduce(x, stream_of(x.device))
+        return x
+
+    def add_experts(
+        self, x: torch.Tensor, inputs: torch.Tensor, layer: LayerWeights[torch.Tensor]
     ) -> torch.Tensor:
         """In x, which the group's first rank adds."""
-        ops.linear(inputs, weight, None if self._group.rank else x, out=x)
+        mix = mix_captured if self._is_captured else mix_by_expert
+        mixed = mix(inputs, layer, self._part.experts)
+        x.copy_(mixed) if self._group.rank else x.add_(mixed)
         self._group.all_reduce(x, stream_of(x.device))
         return x
 

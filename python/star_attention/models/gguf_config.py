@@ -1,0 +1,205 @@
+"""A GGUF file's header as `ModelConfig`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from star_attention.errors import UserError
+from star_attention.models.config import ExpertsConfig, ModelConfig
+from star_attention.models.fields import Fields
+from star_attention.models.rope import RopeConfig, yarn_attention_factor
+
+_FACTORS = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+# Tensors that describe the rotary embedding.
+ROPE_FACTORS = (_FACTORS, _SHORT, _LONG)
+# llama.cpp ends an answer at each of them.
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# What changes a model in ways that the decoder does not know, and the value without effect.
+_UNKNOWN = {
+    "attention.scale": 0,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0,
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "logit_scale": 1,
+    "rope.scale_linear": 1,
+    "rope.scaling.alpha": 0,
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+    "expert_shared_count": 0,
+    "expert_weights_scale": 1,
+    "expert_gating_func": 1,  # softmax
+    "expert_group_count": 1,
+    "leading_dense_block_count": 0,
+}
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What llama.cpp computes for an architecture.
+
+    Attributes:
+        qkv_bias: the file must have it; otherwise biases are those that it has.
+        is_fused: Q, K and V are one tensor, gate and up another.
+        is_partial: heads may be rotated in part.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    has_experts: bool = False
+    is_fused: bool = False
+    is_partial: bool = False
+
+
+ARCHITECTURES = {
+    "llama": _Architecture(),
+    "qwen2": _Architecture(qkv_bias=True),
+    "qwen3": _Architecture(qk_norm=True),
+    "qwen3moe": _Architecture(qk_norm=True, has_experts=True),
+    "phi3": _Architecture(is_fused=True, is_partial=True),
+}
+
+
+def read_config(
+    path: Path,
+    header: Fields,
+    tensors: Mapping[str, Any],
+    numbers: Callable[[str], list[float]],
+) -> ModelConfig:
+    """The shape of the model.
+
+    Args:
+        tensors: of all files, by name.
+        numbers: reads one of them.
+
+    Raises:
+        UserError: the model is not supported, or a value is missing or wrong.
+    """
+    name = header.word("general.architecture", "(none)")
+    if name not in ARCHITECTURES:
+        shown = name if name.isidentifier() else repr(name)
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"GGUF architecture {shown} is not supported: use {known}")
+    architecture = ARCHITECTURES[name]
+
+    def key(field: str) -> str:
+        return f"{name}.{field}"
+
+    refused = _UNKNOWN if architecture.has_experts else {"expert_count": 0, **_UNKNOWN}
+    for field, neutral in refused.items():
+        if header.get(key(field)) not in (None, 0, neutral):
+            raise UserError(f"{path}: {key(field)} is {header.get(key(field))!r}: not supported")
+    max_position = header.whole(key("context_length"))
+    window = header.whole(key("attention.sliding_window"), 0, 0)
+    if 0 < window < max_position:
+        raise UserError(f"{path}: attention.sliding_window {window} is not supported")
+    num_q_heads = header.whole(key("attention.head_count"))
+    hidden_size = header.whole(key("embedding_length"))
+    head_dim = header.whole(key("attention.key_length"), hidden_size // num_q_heads)
+    rotated = header.whole(key("rope.dimension_count"), head_dim)
+    is_partial = architecture.is_partial and rotated < head_dim and rotated % 2 == 0
+    for field in ("attention.value_length", *(() if is_partial else ("rope.dimension_count",))):
+        if header.whole(key(field), head_dim) != head_dim:
+            raise UserError(f"{path}: {key(field)} is {header.get(key(field))}: use {head_dim}")
+    ends = (header.tokens(f"tokenizer.ggml.{field}") for field in _ENDS)
+    vocabulary = tensors.get("token_embd.weight")
+    if vocabulary is None:
+        raise UserError(f"{path}: the weights lack token_embd.weight")
+    experts = None
+    if architecture.has_experts:
+        counts = (header.whole(key(field)) for field in ("expert_count", "expert_used_count"))
+        inner = header.whole(key("expert_feed_forward_length"))
+        experts = ExpertsConfig(*counts, inner, normalises=True)
+    return ModelConfig(
+        num_layers=header.whole(key("block_count")),
+        hidden_size=hidden_size,
+        intermediate_size=header.whole(key("feed_forward_length")),
+        num_q_heads=num_q_heads,
+        num_kv_heads=header.whole(key("attention.head_count_kv"), num_q_heads),
+        head_dim=head_dim,
+        vocab_size=int(vocabulary.shape[-1]),
+        max_position=max_position,
+        rms_norm_eps=header.number(key("attention.layer_norm_rms_epsilon")),
+        rope=_Rope(path, header, name, tensors, numbers).read(rotated, head_dim, max_position),
+        qkv_bias=architecture.qkv_bias or "blk.0.attn_q.bias" in tensors,
+        tie_embeddings="output.weight" not in tensors,
+        eos_token_ids=tuple(dict.fromkeys(token for tokens in ends for token in tokens)),
+        out_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_down.bias" in tensors,
+        qk_norm=architecture.qk_norm,
+        is_fused=architecture.is_fused,
+        experts=experts,
+        longest_text=window or None,
+    )
+
+
+class _Rope:
+    """The rotary embedding of a file, from header and tensors."""
+
+    def __init__(
+        self,
+        path: Path,
+        header: Fields,
+        architecture: str,
+        tensors: Mapping[str, Any],
+        numbers: Callable[[str], list[float]],
+    ) -> None:
+        self._path, self._header, self._prefix = path, header, f"{architecture}.rope"
+        self._tensors, self._numbers = tensors, numbers
+
+    def read(self, rotated: int, head_dim: int, max_position: int) -> RopeConfig:
+        header, scaling = self._header, f"{self._prefix}.scaling"
+        unnamed = "linear" if f"{scaling}.factor" in header else "none"
+        kind = header.word(f"{scaling}.type", unnamed)
+        original = header.whole(f"{scaling}.original_context_length", max_position)
+        # llama.cpp multiplies what is rotated by it, whatever the scaling.
+        attention_factor = header.number(f"{scaling}.attn_factor", 1.0)
+        options = {
+            "theta": header.number(f"{self._prefix}.freq_base", 10000.0),
+            "rotated": None if rotated == head_dim else rotated,
+            "attention_factor": attention_factor,
+        }
+        if _FACTORS in self._tensors:
+            return RopeConfig(
+                scaling="factors", factors=self._factors(_FACTORS, rotated), **options
+            )
+        if _SHORT in self._tensors or _LONG in self._tensors:
+            return RopeConfig(
+                scaling="longrope",
+                factors=self._factors(_SHORT, rotated),
+                long_factors=self._factors(_LONG, rotated),
+                original_max_position=original,
+                **options,
+            )
+        if kind == "none":
+            return RopeConfig(**options)
+        if kind not in ("linear", "yarn"):
+            raise UserError(f"rope scaling {kind!r} is not supported: use none, linear or yarn")
+        factor = header.number(f"{scaling}.factor")
+        if kind == "linear":
+            return RopeConfig(scaling="linear", factor=factor, **options)
+        options["attention_factor"] = attention_factor * yarn_attention_factor(factor)
+        return RopeConfig(
+            scaling="yarn",
+            factor=factor,
+            original_max_position=original,
+            beta_fast=header.number(f"{scaling}.yarn_beta_fast", 32.0),
+            beta_slow=header.number(f"{scaling}.yarn_beta_slow", 1.0),
+            **options,
+        )
+
+    def _factors(self, name: str, rotated: int) -> tuple[float, ...]:
+        if name not in self._tensors:
+            raise UserError(f"{self._path}: the weights lack {name}")
+        values = self._numbers(name)
+        if len(values) != rotated // 2 or not all(0 < value < math.inf for value in values):
+            raise UserError(f"{self._path}: {name} are not {rotated // 2} positive numbers")
+        return tuple(values)
