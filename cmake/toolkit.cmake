@@ -1,21 +1,26 @@
-# CUDA's toolkit, looked at before its language is enabled: what is wrong with it is said in one line.
-set(install "install one of 12.4 to 13 from developer.nvidia.com/cuda-downloads")
-find_package(CUDAToolkit QUIET)
-if(NOT CUDAToolkit_FOUND)
-  message(FATAL_ERROR " no CUDA toolkit was found: ${install}, or name its folder in "
-                      "CUDAToolkit_ROOT")
+# CUDA's toolkit. Its version is read before CMake enables the language and tries the compiler: so
+# what is wrong is said in one line.
+set(install "install a CUDA toolkit of 12.4 to 13 from developer.nvidia.com/cuda-downloads")
+if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
+  set(CMAKE_CUDA_COMPILER $ENV{CUDACXX})
 endif()
-if(CUDAToolkit_VERSION VERSION_LESS 12.4)
-  message(FATAL_ERROR " CUDA ${CUDAToolkit_VERSION} (${CUDAToolkit_NVCC_EXECUTABLE}) is too old: "
-                      "${install}")
+find_program(CMAKE_CUDA_COMPILER nvcc PATHS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+set(version "")
+if(CMAKE_CUDA_COMPILER)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE version ERROR_QUIET)
 endif()
-if(CUDAToolkit_VERSION VERSION_LESS 12.8 AND CMAKE_CUDA_ARCHITECTURES MATCHES "100a|120")
-  message(FATAL_ERROR " STAR_ATTENTION_ARCHS: ${CMAKE_MATCH_0} needs CUDA 12.8 or newer, this is "
-                      "${CUDAToolkit_VERSION}")
+if(NOT version MATCHES "release [0-9.]+, V([0-9.]+)")
+  message(FATAL_ERROR " nvcc was not found: ${install}, or name its nvcc in CMAKE_CUDA_COMPILER")
 endif()
-if(NOT CMAKE_CUDA_COMPILER)
-  set(CMAKE_CUDA_COMPILER ${CUDAToolkit_NVCC_EXECUTABLE})
+set(version ${CMAKE_MATCH_1})
+if(version VERSION_LESS 12.4)
+  message(FATAL_ERROR " ${CMAKE_CUDA_COMPILER} is CUDA ${version}: ${install}")
+endif()
+if(version VERSION_LESS 12.8 AND CMAKE_CUDA_ARCHITECTURES MATCHES "100a|120")
+  message(FATAL_ERROR " STAR_ATTENTION_ARCHS: ${CMAKE_MATCH_0} needs CUDA 12.8, "
+                      "${CMAKE_CUDA_COMPILER} is ${version}")
 endif()
 enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " archs)
-message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${archs}")
+message(STATUS "CUDA ${version} for ${archs}")
