@@ -1,6 +1,7 @@
-"""What installation and CMake say about toolkits, GPUs and missing tools. Nothing is compiled."""
+"""What installation and CMake say about toolkits, GPUs and missing tools."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_toolkits_are_refused(tmp_path, version, options, said):
     )
     assert run.returncode == 1
     assert said.format(nvcc=compiler) + "\n" in run.stderr
+
+
+@needs_cmake
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("make")), reason="nvcc and make are not installed"
+)
+def test_all_architectures_compile(tmp_path):
+    """The smallest kernel that all of them have."""
+    options = ["-DSTAR_ATTENTION_PYTHON=OFF", f"-DSTAR_ATTENTION_ARCHS={SUPPORTED}"]
+    make = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Unix Makefiles", *options]
+    subprocess.run(make, check=True)
+    kernel = "csrc/layers/gather_rows.cu"
+    subprocess.run(["make", "-C", tmp_path, f"{kernel}.o"], check=True)
+    compiled = tmp_path / f"CMakeFiles/star_attention_common.dir/{kernel}.o"
+    found = re.findall(rb"sm_(\d+a?)", compiled.read_bytes())
+    assert sorted(set(found)) == sorted(SUPPORTED.encode().split(b", "))
 
 
 CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -101,14 +102,13 @@ def session_log() -> LogFile:
 
 def _import_trt() -> Any:
     try:
-        from star_attention import _trt
+        return importlib.import_module("star_attention._trt")
     except ImportError as error:
         cublas = _pip_cublas(str(error))
         if not cublas:
             raise
         ctypes.CDLL(cublas)
-        from star_attention import _trt
-    return _trt
+        return importlib.import_module("star_attention._trt")
 
 
 def _pip_cublas(error: str) -> str:
