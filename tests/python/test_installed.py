@@ -1,6 +1,7 @@
 """The installed C++ library, as other projects use it. scripts/test.sh installs it in
 build/installed; STAR_ATTENTION_BUILD names a build folder other than build/."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from star_attention.engines.tensorrt.library import _import_trt
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = Path(os.environ.get("STAR_ATTENTION_BUILD", ROOT / "build")) / "installed"
@@ -126,6 +129,15 @@ def test_what_the_libraries_show(prefix):
         assert [name for name in names if not name.startswith(ours)] == []
         # Nothing that only the library itself calls.
         assert not [name for name in names if "current_device" in name or "_sm80" in name]
+
+
+def test_modules_find_what_they_call():
+    """A name that is hidden by mistake is missing when a module is loaded."""
+    package = ROOT / "python/star_attention"
+    if list(package.glob("_C.*.so")):
+        importlib.import_module("star_attention._C")
+    if list(package.glob("_trt.*.so")):
+        assert _import_trt()
 
 
 def test_libraries_look_beside_themselves(prefix):
