@@ -34,10 +34,15 @@ def find_headers(package, folder):
 
 
 @pytest.fixture
-def tensorrt(tmp_path, prefix):
+def libraries(prefix):
+    return next(prefix.glob("lib*"))  # lib or lib64
+
+
+@pytest.fixture
+def tensorrt(tmp_path, libraries):
     """TENSORRT_ROOT."""
     headers = find_headers("kernel_lens", "include/tensorrt")
-    if not headers or not (prefix / "lib/libstar_attention_plugin.so").exists():
+    if not headers or not (libraries / "libstar_attention_plugin.so").exists():
         pytest.skip("needs a library with the TensorRT plugin, and pip's kernel-lens")
     (tmp_path / "tensorrt").mkdir()
     return Path(shutil.copytree(headers, tmp_path / "tensorrt/include")).parent
@@ -61,7 +66,7 @@ def lines(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_kernels(tmp_path, prefix):
+def test_kernels(tmp_path, prefix, libraries):
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.24)\n"
         "project(user LANGUAGES CXX)\n"
@@ -86,7 +91,7 @@ def test_kernels(tmp_path, prefix):
         "hidden_size: got 0, expected a multiple of 8, at most 32768"
     ]
     linked = "\n".join(lines("ldd", tmp_path / "build/user"))
-    assert f"libstar_attention.so.0.1 => {prefix}/lib/libstar_attention.so.0.1 " in linked
+    assert f"libstar_attention.so.0.1 => {libraries}/libstar_attention.so.0.1 " in linked
 
 
 def test_the_example(tmp_path, prefix, tensorrt):
@@ -112,16 +117,16 @@ def test_an_engine_of_another_tensorrt_is_refused(tmp_path, prefix, tensorrt):
     assert "name one of that major version in TENSORRT_ROOT" in said
 
 
-def test_no_engine_without_tensorrt(tmp_path, prefix):
-    (prefix / "lib/cmake/star_attention/engine.cmake").unlink(missing_ok=True)
+def test_no_engine_without_tensorrt(tmp_path, prefix, libraries):
+    (libraries / "cmake/star_attention/engine.cmake").unlink(missing_ok=True)
     run = configure(ROOT / "plugin/examples", tmp_path / "build", f"CMAKE_PREFIX_PATH={prefix}")
     assert run.returncode == 1
     assert "it was built without TensorRT's headers" in " ".join(run.stderr.split())
 
 
-def test_what_the_libraries_show(prefix):
+def test_what_the_libraries_show(libraries):
     """Their own names only. Inline code of the C++ library is weak or unique."""
-    for library in prefix.glob("lib/lib*.so"):
+    for library in libraries.glob("*.so"):
         shown = [line.split(" ", 2)[1:] for line in lines("nm", "-DC", "--defined-only", library)]
         names = [name for kind, name in shown if kind not in "VWu"]
         ours = ("star_attention::", "getCreators", "getPluginCreators", "setLoggerFinder")
@@ -140,10 +145,9 @@ def test_modules_find_what_they_call():
         assert _import_trt()
 
 
-def test_libraries_look_beside_themselves(prefix):
+def test_libraries_look_beside_themselves(libraries):
     package = ROOT / "python/star_attention"
-    libraries = [*prefix.glob("lib/*.so"), *package.glob("*.so*")]
-    for library in libraries:
+    for library in [*libraries.glob("*.so"), *package.glob("*.so*")]:
         found = [line for line in lines("readelf", "-d", library) if "RUNPATH" in line]
         folders = found[0].split("[")[1].rstrip("]").split(":") if found else []
         assert all(folder.startswith("$ORIGIN") for folder in folders), library
