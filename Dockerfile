@@ -6,7 +6,7 @@ ARG TENSORRT_LLM=1.2.0
 ARG CUDA=13.0.2
 
 FROM nvcr.io/nvidia/tensorrt-llm/release:${TENSORRT_LLM} AS build
-ENV STAR_ATTENTION_ARCHS="80;90a" TENSORRT_ROOT=/usr/local/tensorrt
+ENV STAR_ATTENTION_CUDA=1 STAR_ATTENTION_ARCHS="80;90a" TENSORRT_ROOT=/usr/local/tensorrt
 WORKDIR /src
 COPY . .
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

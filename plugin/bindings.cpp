@@ -8,10 +8,10 @@
 #include <tuple>
 
 #include "bindings/tensor_view.h"
-#include "builder.h"
 #include "common/check.h"
 #include "common/device_guard.h"
-#include "session.h"
+#include "star_attention/builder.h"
+#include "star_attention/session.h"
 
 namespace star_attention {
 namespace {

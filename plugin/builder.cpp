@@ -1,4 +1,4 @@
-#include "builder.h"
+#include "star_attention/builder.h"
 
 #include <cerrno>
 #include <cstdio>

@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "tensorrt.h"
+#include "star_attention/tensorrt.h"
 
 namespace star_attention {
 namespace {

@@ -1,4 +1,4 @@
-#include "session.h"
+#include "star_attention/session.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-#include "tensorrt.h"
+#include "star_attention/tensorrt.h"
 
 #include <dlfcn.h>
 

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$repository"
 if [ "$venv" != none ] && [ "${STAR_ATTENTION_CUDA:-}" != 0 ] && command -v nvcc >/dev/null; then
-  once kernels csrc plugin CMakeLists.txt setup.py -- build_kernels
+  once kernels csrc plugin cmake CMakeLists.txt setup.py -- build_kernels
 fi
 if [ "${1:-}" = --gpu ]; then
   shift

@@ -16,9 +16,16 @@ inline CUtensorMap make_tensor_map(DType dtype, const void* base, const cuuint64
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                cudaEnableDefault, &found),
-               "cuTensorMapEncodeTiled");
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                               12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    check_cuda(error, "cuTensorMapEncodeTiled");
+    require(found == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled", "a driver without it",
+            "one for CUDA 12 or newer");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   }();
   const auto type =

@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "session.h"
+#include "star_attention/session.h"
 #include "star_attention/step_context.h"
 
 namespace {

@@ -20,9 +20,9 @@
 #include <vector>
 
 #include "common/check.h"
-#include "session.h"
 #include "star_attention/paged_attention.h"
 #include "star_attention/rope.h"
+#include "star_attention/session.h"
 
 namespace star_attention {
 namespace {

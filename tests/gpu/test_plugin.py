@@ -2,6 +2,7 @@
 folder other than build/, TENSORRT_LIB_DIR the folder of TensorRT's libraries where the loader
 does not find them."""
 
+import importlib.util
 import os
 import subprocess
 from pathlib import Path
@@ -20,11 +21,23 @@ def built(name: str) -> str:
     return str(max(found, key=lambda file: file.stat().st_mtime))
 
 
-def run(*command: str, **environment: str) -> None:
+def environment(*folders: str) -> dict[str, str]:
+    """With these folders and those of pip's cuBLAS for the loader."""
+    nvidia = importlib.util.find_spec("nvidia")
+    cublas = [
+        Path(folder).glob("cu*/lib")
+        for folder in (nvidia.submodule_search_locations if nvidia else [])
+    ]
+    before = os.environ.get("LD_LIBRARY_PATH", "")
+    path = [*folders, before, *(str(found) for each in cublas for found in each)]
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, path))}
+
+
+def run(*command: str, folders: tuple[str, ...] = ()) -> None:
     folder = os.environ.get("TENSORRT_LIB_DIR")
     command += (folder,) if folder else ()
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=900, env=environment(*folders)
     )
     print(done.stdout, done.stderr, sep="")
     if done.returncode == NO_TENSORRT:
@@ -40,5 +53,4 @@ def test_every_way_of_loading():
 def test_plugin_in_a_network():
     program = built("plugin_test")
     gpu = pytest.importorskip("star_attention.distributed.gpu", exc_type=ImportError)
-    folders = [str(Path(gpu._nccl_path()).parent), os.environ.get("LD_LIBRARY_PATH", "")]
-    run(program, LD_LIBRARY_PATH=":".join(folders))
+    run(program, folders=(str(Path(gpu._nccl_path()).parent),))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import MODES, check
-from test_plugin import ROOT, built
+from test_plugin import ROOT, built, environment
 
 from helpers import run_job
 from star_attention.errors import UserError
@@ -117,13 +117,12 @@ def test_example_without_python(engine, text, smollm2):
     question = tokenizer.question_tokens("What is the magic number?")
     ids = tokenizer.context_tokens(text.read_text()) + question
     command = [built("ask_tokens"), engine, str(len(question)), "24"]
-    libraries = os.environ.get("TENSORRT_LIB_DIR", "") + ":" + os.environ.get("LD_LIBRARY_PATH", "")
     run = subprocess.run(
         command,
         input=" ".join(map(str, ids)),
         capture_output=True,
         text=True,
-        env={**os.environ, "LD_LIBRARY_PATH": libraries},
+        env=environment(os.environ.get("TENSORRT_LIB_DIR", "")),
         timeout=120,
     )
     assert run.returncode == 0, run.stderr

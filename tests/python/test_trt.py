@@ -24,7 +24,7 @@ from star_attention.engines.tensorrt import build as trt_build
 from star_attention.engines.tensorrt.build import BuildOptions, build_engine, limits_for, profiles
 from star_attention.engines.tensorrt.engine import exchange_runs
 from star_attention.engines.tensorrt.folder import EngineConfig, EngineLimits
-from star_attention.engines.tensorrt.library import LogFile
+from star_attention.engines.tensorrt.library import LogFile, load_tensorrt
 from star_attention.engines.tensorrt.read import read_engine_config
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
@@ -301,6 +301,31 @@ def test_log_file(tmp_path):
     log("error", "very bad")
     assert str(log.explain(RuntimeError("bad"))) == f"bad (log: {tmp_path / 'log'})"
     assert "very bad" in log.path.read_text()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_pips_cublas_is_loaded_if_the_loader_finds_none(monkeypatch, tmp_path, installed):
+    path = tmp_path / "nvidia/cu13/lib/libcublasLt.so.13"
+    path.parent.mkdir(parents=True)
+    if installed:
+        path.touch()
+    loaded = []
+    trt = SimpleNamespace(load=lambda folder: None)
+
+    def import_trt(name):
+        if not loaded:
+            raise ImportError("libcublasLt.so.13: cannot open shared object file: No such file")
+        return trt
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("ctypes.CDLL", loaded.append)
+    monkeypatch.setattr("importlib.import_module", import_trt)
+    if installed:
+        assert load_tensorrt.__wrapped__() is trt
+        assert loaded == [str(path)]
+    else:
+        with pytest.raises(UserError, match=r"reinstall .*\(libcublasLt\.so\.13: cannot open"):
+            load_tensorrt.__wrapped__()
 
 
 def test_what_was_compiled():

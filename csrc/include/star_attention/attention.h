@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "star_attention/export.h"
+
 namespace star_attention {
 
 enum class DType { kFloat16, kBFloat16, kFloat32 };

@@ -18,7 +18,7 @@ struct RmsNormParams {
   void* out;           // [num_tokens, hidden_size], contiguous; may be x
 };
 
-void rms_norm(const RmsNormParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void rms_norm(const RmsNormParams& params, cudaStream_t stream);
 
 // out = silu(gate) * up, gate and up being the halves of each row of `gate_up`.
 struct SiluMulParams {
@@ -31,7 +31,7 @@ struct SiluMulParams {
   void* out;  // [num_tokens, intermediate_size], contiguous
 };
 
-void silu_mul(const SiluMulParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void silu_mul(const SiluMulParams& params, cudaStream_t stream);
 
 // out[i] = x[rows[i]], of 16-bit elements.
 struct GatherRowsParams {
@@ -43,7 +43,7 @@ struct GatherRowsParams {
   void* out;            // [num_rows, width], contiguous
 };
 
-void gather_rows(const GatherRowsParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void gather_rows(const GatherRowsParams& params, cudaStream_t stream);
 
 // out = x weight^T + addend, for the few rows of a decode step.
 struct SkinnyLinearParams {
@@ -59,14 +59,14 @@ struct SkinnyLinearParams {
   void* out;              // [num_tokens, out_features], contiguous
 };
 
-void skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
 // As many as skinny_linear() is the fastest for, on the current device; 0: it takes none.
-int max_skinny_tokens(int in_features);
+STAR_ATTENTION_EXPORT int max_skinny_tokens(int in_features);
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
-void check(const RmsNormParams& params);
-void check(const SiluMulParams& params);
-void check(const GatherRowsParams& params);
-void check(const SkinnyLinearParams& params);
+STAR_ATTENTION_EXPORT void check(const RmsNormParams& params);
+STAR_ATTENTION_EXPORT void check(const SiluMulParams& params);
+STAR_ATTENTION_EXPORT void check(const GatherRowsParams& params);
+STAR_ATTENTION_EXPORT void check(const SkinnyLinearParams& params);
 
 }  // namespace star_attention

@@ -28,8 +28,8 @@ struct MergeLseParams {
 };
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
-void check(const MergeLseParams& params);
+STAR_ATTENTION_EXPORT void check(const MergeLseParams& params);
 
-void merge_lse(const MergeLseParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void merge_lse(const MergeLseParams& params, cudaStream_t stream);
 
 }  // namespace star_attention

@@ -14,15 +14,15 @@ namespace star_attention {
 
 // Takes the libnccl.so.2 that the process has already, else the file `path` unless that is empty,
 // else the system's. Once one is loaded, does nothing.
-void load_nccl(const std::string& path);
+STAR_ATTENTION_EXPORT void load_nccl(const std::string& path);
 
 // Made by one rank; the program brings it to the others.
 using NcclId = std::array<char, 128>;
-NcclId make_nccl_id();
+STAR_ATTENTION_EXPORT NcclId make_nccl_id();
 
 // Every rank makes the same calls in the same order. They return at once and run on `stream`, a
 // stream of `device`.
-class NcclCommunicator {
+class STAR_ATTENTION_EXPORT NcclCommunicator {
  public:
   // Waits until all ranks have come.
   NcclCommunicator(const NcclId& id, int rank, int size, int device);

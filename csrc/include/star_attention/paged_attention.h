@@ -13,18 +13,19 @@ namespace star_attention {
 enum class AttentionKernel { kAuto, kContextSm80, kContextSm90, kQuerySm80, kQuerySm90 };
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
-void check(const PagedAttentionParams& params);
+STAR_ATTENTION_EXPORT void check(const PagedAttentionParams& params);
 
 // Bytes of device memory that a call needs. Depends on the host-side sizes only, so a workspace
 // stays valid for graph replays; its contents do not matter before or after a call.
-size_t paged_attention_workspace(const PagedAttentionParams& params,
-                                 AttentionKernel kernel = AttentionKernel::kAuto);
+STAR_ATTENTION_EXPORT size_t paged_attention_workspace(
+    const PagedAttentionParams& params, AttentionKernel kernel = AttentionKernel::kAuto);
 
 // The most that kAuto needs for up to params.max_q_len rows a sequence, however many sequences and
 // tokens there are.
-size_t most_paged_attention_workspace(PagedAttentionParams params);
+STAR_ATTENTION_EXPORT size_t most_paged_attention_workspace(PagedAttentionParams params);
 
-void paged_attention(const PagedAttentionParams& params, void* workspace, size_t workspace_bytes,
-                     cudaStream_t stream, AttentionKernel kernel = AttentionKernel::kAuto);
+STAR_ATTENTION_EXPORT void paged_attention(const PagedAttentionParams& params, void* workspace,
+                                           size_t workspace_bytes, cudaStream_t stream,
+                                           AttentionKernel kernel = AttentionKernel::kAuto);
 
 }  // namespace star_attention

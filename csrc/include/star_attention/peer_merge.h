@@ -47,9 +47,9 @@ struct PeerMergeParams {
 };
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
-void check(const PeerMergeParams& params);
+STAR_ATTENTION_EXPORT void check(const PeerMergeParams& params);
 
-class PeerMerge {
+class STAR_ATTENTION_EXPORT PeerMerge {
  public:
   static constexpr int kMaxRanks = 8;
   using Handle = cudaIpcMemHandle_t;

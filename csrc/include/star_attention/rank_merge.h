@@ -8,7 +8,7 @@ namespace star_attention {
 
 // Refers to what it is made of, which has to outlive it and the CUDA graphs that captured its
 // calls.
-class RankMerge {
+class STAR_ATTENTION_EXPORT RankMerge {
  public:
   explicit RankMerge(const PeerMerge& peers) : peers_(&peers) {}
   // `workspace`: device memory for every rank's o and lse of as many tokens as go through it at
@@ -35,7 +35,7 @@ class RankMerge {
 
 // Merges what has been gathered: every rank's o, in rank order, then every rank's lse. Of `params`,
 // o and lse themselves are not read.
-void merge_gathered(const PeerMergeParams& params, const void* gathered, int size,
-                    cudaStream_t stream);
+STAR_ATTENTION_EXPORT void merge_gathered(const PeerMergeParams& params, const void* gathered,
+                                          int size, cudaStream_t stream);
 
 }  // namespace star_attention

@@ -24,8 +24,8 @@ struct RopeAppendParams {
 };
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
-void check(const RopeAppendParams& params);
+STAR_ATTENTION_EXPORT void check(const RopeAppendParams& params);
 
-void rope_append(const RopeAppendParams& params, cudaStream_t stream);
+STAR_ATTENTION_EXPORT void rope_append(const RopeAppendParams& params, cudaStream_t stream);
 
 }  // namespace star_attention

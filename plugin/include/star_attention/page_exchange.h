@@ -8,7 +8,7 @@
 
 namespace star_attention {
 
-class PageExchange {
+class STAR_ATTENTION_EXPORT PageExchange {
  public:
   struct Run {
     int peer;       // where the pages go to, or come from

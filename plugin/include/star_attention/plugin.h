@@ -3,10 +3,12 @@
 // process has loaded.
 #pragma once
 
+#include "star_attention/export.h"
+
 namespace star_attention {
 
 // For programs that load TensorRT after the plugin library, or that somebody else's loadLibrary may
 // have taken the plugins from. False: no TensorRT is loaded.
-bool register_plugins();
+STAR_ATTENTION_EXPORT bool register_plugins();
 
 }  // namespace star_attention

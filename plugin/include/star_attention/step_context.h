@@ -35,7 +35,7 @@ struct StepContext {
 
 // What StepContext::workspace needs on the current device for all steps with sequences of up to
 // `max_q_len` rows, of which those that are merged over ranks have up to `max_merge_tokens` tokens.
-size_t step_workspace_bytes(int num_q_heads, int num_kv_heads, int head_dim, int max_q_len,
-                            int max_merge_tokens);
+STAR_ATTENTION_EXPORT size_t step_workspace_bytes(int num_q_heads, int num_kv_heads, int head_dim,
+                                                  int max_q_len, int max_merge_tokens);
 
 }  // namespace star_attention

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import importlib.util
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ def load_tensorrt() -> Any:
         UserError: one of them is missing.
     """
     try:
-        from star_attention import _trt
+        _trt = _import_trt()
     except ImportError as error:
         raise UserError(
             "TensorRT engines need star_attention._trt: set TENSORRT_ROOT to TensorRT's folder and "
@@ -95,6 +98,28 @@ def session_log() -> LogFile:
     """For running an engine: warnings and errors."""
     path = Path(tempfile.gettempdir()) / f"star-attn-tensorrt-{os.getpid()}.log"
     return LogFile(path, levels=("warning", "error"))
+
+
+def _import_trt() -> Any:
+    try:
+        return importlib.import_module("star_attention._trt")
+    except ImportError as error:
+        cublas = _pip_cublas(str(error))
+        if not cublas:
+            raise
+        ctypes.CDLL(cublas)
+        return importlib.import_module("star_attention._trt")
+
+
+def _pip_cublas(error: str) -> str:
+    """The library of the package nvidia-cublas if `error` says that it is missing, or nothing."""
+    missing = re.match(r"(libcublasLt\.so\.(\d+)):", error)
+    spec = importlib.util.find_spec("nvidia") if missing else None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder, f"cu{missing[2]}", "lib", missing[1])
+        if path.exists():
+            return str(path)
+    return ""
 
 
 def _pip_folder() -> str:

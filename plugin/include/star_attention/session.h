@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "shape.h"
+#include "star_attention/shape.h"
 #include "star_attention/step_context.h"
-#include "tensorrt.h"
+#include "star_attention/tensorrt.h"
 
 namespace star_attention {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "shape.h"
-#include "tensorrt.h"
+#include "star_attention/shape.h"
+#include "star_attention/tensorrt.h"
 
 namespace star_attention {
 
