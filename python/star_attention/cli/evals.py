@@ -461,6 +461,8 @@ def _load_tasks(
             say(f"{name} is left out: {error}")
     if not tasks:
         raise UserError(f"--data-dir {data_dir} has no file of any task; docs/evals.md names them")
+    for note in dict.fromkeys(task.note for task in tasks if task.note):
+        say(note)
     tasks.sort(key=lambda task: lengths.index(task.length))
     return tasks, benchmark.data_label(data_dir)
 

@@ -21,6 +21,7 @@ from star_attention.evals.maker import Draft, SampleMaker
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.sample import ANY, Sample, Task
 from star_attention.evals.texts import (
+    RULER_PACKAGE,
     Haystack,
     cut,
     data_file,
@@ -39,10 +40,15 @@ _LONG = 4096
 # Tokens of vt's example at most, where its lines allow.
 _EXAMPLE = 500
 
-SQUAD = "squad.json", "it is https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
+SQUAD = (
+    "squad.json",
+    "it is https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
+    RULER_PACKAGE,
+)
 HOTPOTQA = (
     "hotpotqa.json",
     "it is http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+    RULER_PACKAGE,
 )
 
 
@@ -329,9 +335,11 @@ def load_task(
         UserError: the length is below what the task needs, or a file is missing.
     """
     max_tokens = TASKS[name]
-    score, indices, smallest = metrics.string_match_all, ANY, len(NOISE) + 1
+    score, indices, smallest, note = metrics.string_match_all, ANY, len(NOISE) + 1, ""
     if name in NIAH:
-        draft = niah(**NIAH[name], essay=find_haystack(data_dir))
+        essay = find_haystack(data_dir)
+        draft = niah(**NIAH[name], essay=essay)
+        note = essay.note if NIAH[name]["haystack"] == "essay" else ""
     elif name == "vt":
         draft, smallest = variable_tracking(prompts), 5 * smallest
     elif name == "cwe":
@@ -349,6 +357,7 @@ def load_task(
         lambda prediction, sample: score(prediction, sample.outputs),
         SampleMaker(name, draft, prompts, length, max_tokens, smallest, f"ruler/{seed}"),
         indices,
+        note,
     )
 
 

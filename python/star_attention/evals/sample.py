@@ -45,6 +45,7 @@ class Task:
         score: (prediction, sample) -> 0 to 1.
         sample: makes the sample of an index.
         indices: of its samples.
+        note: what its user should know about its data before a run, if anything.
     """
 
     name: str
@@ -53,3 +54,4 @@ class Task:
     score: Callable[[str, Sample], float]
     sample: Callable[[Any], Sample]
     indices: Sequence[int | str] = ANY
+    note: str = ""
