@@ -69,6 +69,20 @@ def test_says_what_stands_in_for_essays(here, tiny_chat_model, tmp_path, monkeyp
     assert run.stderr.count(advice) == run.stderr.count("missing") == 1
 
 
+def test_tasks_that_a_length_has_no_room_for(here, tiny_chat_model, tmp_path):
+    """Of `all` they are left out, at that length only."""
+    options = ["--lengths", "700,1000", "--samples", 1, "--attention", "dense", "--no-report"]
+    run = here(
+        "eval", "ruler", *options, "--results", tmp_path / "results", *SMALL, tiny_chat_model
+    )
+    assert run.returncode == 0, run.stderr
+    name = "niah_multiquery"
+    assert f"{name} is left out: --lengths 700 is too short for {name}: use " in run.stderr
+    assert "700 tokens, niah_single_1" in run.stderr
+    assert f"700 tokens, {name}" not in run.stderr
+    assert f"1,000 tokens, {name}" in run.stderr
+
+
 def test_custom(here, tiny_chat_model, tmp_path):
     """The reference code's fields, in and out."""
     path = tmp_path / "mine.jsonl"
@@ -199,7 +213,7 @@ BAD_OPTIONS = {
     "ruler --samples 0": "0 is not in the range x>=1",
     "ruler --data-dir /nothing": "'/nothing' does not exist",
     "ruler --model /nothing": "--model /nothing: no such folder or file",
-    "infinitebench --data-dir .": "--data-dir . has no file of any task",
+    "infinitebench --data-dir .": "passkey.jsonl is missing in --data-dir .: it is in https://",
     "infinitebench --tasks passkey": "passkey.jsonl is missing in --data-dir (not given)",
     "custom --file /nothing": "'/nothing' does not exist",
     "ruler --attention dense --anchor-size page": "--anchor-size does nothing with --attention de",

