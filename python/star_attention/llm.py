@@ -290,6 +290,11 @@ class LLM:
             self._check_length(whole, "context, question and answer")
         return self._pieces(contexts, questions, token_ids, params)
 
+    @property
+    def has_fixed_cache(self) -> bool:
+        """Whether the KV cache has a size, beyond which contexts are refused."""
+        return self._leader.scheduler.has_fixed_cache
+
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: seconds that loading the model took, peak memory in bytes, pages in
         use, and what the phases `context`, `question` and `decode` took since the last `reset`."""

@@ -306,6 +306,11 @@ class Scheduler:
         return self._used - self._blocks.idle
 
     @property
+    def has_fixed_cache(self) -> bool:
+        """Whether pages are limited."""
+        return self._room.limits.pages is not None
+
+    @property
     def num_running(self) -> int:
         """Questions that are being answered."""
         return len(self._running)
