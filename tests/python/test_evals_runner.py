@@ -232,8 +232,8 @@ def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, 
     monkeypatch.setattr(runner, "_BATCH_TOKENS", 5 * longest)
     fewer = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 10))
     assert batches[2:] == [5, 5]
-    room = 3 * (longest // 32 + 4)  # of context, question and answer, in pages
-    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=room))
+    room = 3.5 * (longest // 32)  # pages: for three contexts, their questions and answers
+    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=int(room)))
     cached = recorded(llm, prompts, run_of(tmp_path / "c", short_task, Method("dense"), 6))
     assert batches[4:] == [3, 3]
     for records in (fewer, cached):
