@@ -202,6 +202,14 @@ def infinitebench(**options: Any) -> None:
     _evaluate("infinitebench", options)
 
 
+@evals.command("aa-lcr")
+@run_options()
+@times_option
+def aa_lcr(**options: Any) -> None:
+    """AA-LCR's questions over long documents, scored without a judge."""
+    _evaluate("aa-lcr", {**options, "tasks": ("all",), "lengths": None})
+
+
 @evals.command()
 @click.option(
     "--file",
@@ -290,6 +298,8 @@ def _evaluate(
         refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
     if benchmark == "custom":
         refuse_idle("with one's own questions", "data_dir", "seed")
+    if benchmark == "aa-lcr":
+        refuse_idle("with AA-LCR, which is not generated", "seed")
     try:
         if needs_ranks(options["ranks"], tp):
             code = run_as_ranks(ranks * tp, options["oversubscribe"], more=["--no-report"])
@@ -468,9 +478,14 @@ def _load_tasks(
 
 
 def _benchmark(name: str) -> ModuleType:
-    from star_attention.evals import babilong, infinitebench, ruler
+    from star_attention.evals import aa_lcr, babilong, infinitebench, ruler
 
-    return {"ruler": ruler, "babilong": babilong, "infinitebench": infinitebench}[name]
+    return {
+        "ruler": ruler,
+        "babilong": babilong,
+        "infinitebench": infinitebench,
+        "aa-lcr": aa_lcr,
+    }[name]
 
 
 @contextmanager

