@@ -13,7 +13,7 @@ from star_attention import LLM, StarConfig, UserError
 from star_attention.evals import aa_lcr
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.texts import package_file
-from test_evals_cli import SMALL, here  # noqa: F401
+from test_evals_cli import SMALL
 from test_evals_runner import Method, recorded, run_of
 
 DOCUMENTS = ["BEGIN DOCUMENT 1:\nThe quick brown fox. " * 20, "BEGIN DOCUMENT 1:\nWords. " * 40]
@@ -69,7 +69,7 @@ def test_documents_are_read_once(installed, tiny_chat_model, tmp_path, monkeypat
     assert [document in text for document, text in zip(DOCUMENTS, read, strict=True)] == [True] * 2
 
 
-def test_command(installed, here, tiny_chat_model, tmp_path, monkeypatch):  # noqa: F811
+def test_command(installed, here, tiny_chat_model, tmp_path, monkeypatch):
     monkeypatch.setitem(aa_lcr.TASKS, "aa_lcr", 4)
     options = ["--samples", 2, "--results", tmp_path / "out", *SMALL, tiny_chat_model]
     run = here("eval", "aa-lcr", *options)

@@ -10,29 +10,12 @@ import time
 
 import pytest
 
-from star_attention.cli import main as cli
 from star_attention.evals import texts
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
 from test_trt import engine_folder
 
 SMALL = ["--tokens-per-block", 32, "--model"]
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """`star_attn` without a process of its own."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["star-attn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return run
 
 
 def test_help(here):
