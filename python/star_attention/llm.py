@@ -291,9 +291,10 @@ class LLM:
         return self._pieces(contexts, questions, token_ids, params)
 
     @property
-    def has_fixed_cache(self) -> bool:
-        """Whether the KV cache has a size, beyond which contexts are refused."""
-        return self._leader.scheduler.has_fixed_cache
+    def free_tokens(self) -> int | None:
+        """What the KV cache has room for on the fullest rank; None: it takes what it needs."""
+        self._tidy()
+        return self._leader.scheduler.free_tokens
 
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: seconds that loading the model took, peak memory in bytes, pages in

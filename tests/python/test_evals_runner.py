@@ -232,21 +232,25 @@ def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, 
     monkeypatch.setattr(runner, "_BATCH_TOKENS", 5 * longest)
     fewer = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 10))
     assert batches[2:] == [5, 5]
-    room = 3.5 * (longest // 32)  # pages: for three contexts, their questions and answers
-    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=int(room)))
+    sample = short_task.sample(0)
+    question = prompts.question_tokens(sample.query, sample.answer_prefix)
+    each = longest + len(question) + 3 * 32 + short_task.max_tokens
+    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=3 * each // 32))
     cached = recorded(llm, prompts, run_of(tmp_path / "c", short_task, Method("dense"), 6))
     assert batches[4:] == [3, 3]
     for records in (fewer, cached):
         assert [r["pred"] for r in records] == [r["pred"] for r in together[: len(records)]]
     assert llm.report()[0]["pages_in_use"] == 0
+    assert llm.free_tokens == 3 * each // 32 * 32
 
 
 def test_answers_without_room_beside_all_contexts(llm, prompts, short_task, tmp_path, monkeypatch):
-    """The last context makes room, and is read again."""
+    """The last context makes room, and is read again; so for a context that is refused."""
     method, encoded = Method("dense"), []
     together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, method, 4))
     pages = sum(-(-record["context_tokens"] // 32) for record in together[:3])
     monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=pages))
+    monkeypatch.setattr(runner, "_is_full", lambda llm, batch: False)
     encode = llm.encode
     monkeypatch.setattr(llm, "encode", lambda *args: encoded.append(args[0]) or encode(*args))
     alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, method, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -99,11 +100,13 @@ class Read:
 
     Attributes:
         seconds: that reading it took, a sample's share.
+        asked_tokens: of KV that all its questions and answers take at most.
     """
 
     context: EncodedContext
     samples: Sequence[Sample]
     seconds: float
+    asked_tokens: int
 
 
 def evaluate(llm: LLM, prompts: PromptTokenizer, runs: Sequence[Run], on_sample: OnSample) -> None:
@@ -158,11 +161,24 @@ def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterat
 
 
 def _is_full(llm: LLM, batch: Sequence[Read]) -> bool:
-    """Whether no other context is tried beside these."""
-    lengths = [read.context.plan.context_len for read in batch]
-    if llm.has_fixed_cache or not batch:
-        return len(batch) == _BATCH
-    return len(batch) == _BATCH or sum(lengths) + max(lengths) > _BATCH_TOKENS
+    """Whether no context is tried beside these: answers to all, and to one more like them, would
+    have to wait for one another's memory."""
+    if not batch or len(batch) == _BATCH:
+        return bool(batch)
+    free = llm.free_tokens
+    if free is None:
+        lengths = [read.context.plan.context_len for read in batch]
+        return sum(lengths) + max(lengths) > _BATCH_TOKENS
+    asked = [read.asked_tokens for read in batch]
+    return free < max(map(_tokens_on_a_rank, batch)) + sum(asked) + max(asked)
+
+
+def _tokens_on_a_rank(read: Read) -> int:
+    """Of a context, on the rank that keeps most of it."""
+    tokens: Counter[int] = Counter()
+    for part in read.context.plan.parts:
+        tokens[part.rank] += part.tokens
+    return max(tokens.values())
 
 
 def _read(
@@ -172,12 +188,15 @@ def _read(
     begin = time.perf_counter()
     try:
         config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
+        questions = [prompts.question_tokens(each.query, each.answer_prefix) for each in samples]
         context = llm.encode(samples[0].context, config)
     except RankError:
         raise
     except Exception as error:
         return error
-    return Read(context, samples, (time.perf_counter() - begin) / len(samples))
+    seconds = (time.perf_counter() - begin) / len(samples)
+    each = task.max_tokens + config.tokens_per_block  # and what its last page leaves
+    return Read(context, samples, seconds, sum(len(tokens) + each for tokens in questions))
 
 
 def _ask_batch(
