@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import hypothesis
 import pytest
@@ -51,3 +53,20 @@ def tiny_chat_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder, vocab_size=700, max_position_embeddings=2048)
     return train_tokenizer(folder, "llama3")
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`star_attn` without a process of its own."""
+    from star_attention.cli import main as cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["star-attn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run

@@ -391,6 +391,12 @@ class LLM:
         """One token's text; a control token's spelling. What is no whole character is replaced."""
         return self._tokenizer.token_text(token)
 
+    @property
+    def free_tokens(self) -> int | None:
+        """What the KV cache has room for on the fullest rank; None: it takes what it needs."""
+        self._tidy()
+        return self._leader.scheduler.free_tokens
+
     def report(self, *, reset: bool = False) -> list[dict[str, Any]]:
         """Of every process: seconds that loading the model took, peak memory in bytes, pages in
         use, and what the phases `context`, `question` and `decode` took since the last `reset`."""

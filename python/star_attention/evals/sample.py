@@ -7,6 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_attention.errors import UserError
+
+
+class UnavailableError(UserError):
+    """A task cannot be had: its file is not there, or the length has no room for it."""
+
+
 # The indices of a task that can make any number of samples.
 ANY = range(sys.maxsize)
 
@@ -45,6 +52,7 @@ class Task:
         score: (prediction, sample) -> 0 to 1.
         sample: makes the sample of an index.
         indices: of its samples.
+        note: what its user should know about its data before a run, if anything.
     """
 
     name: str
@@ -53,3 +61,4 @@ class Task:
     score: Callable[[str, Sample], float]
     sample: Callable[[Any], Sample]
     indices: Sequence[int | str] = ANY
+    note: str = ""

