@@ -43,8 +43,8 @@ def prepare(
     """Writes `count` samples of a task to OUT/TASK-LENGTH.npz."""
     made = load_task(task, prompts, length, 42, data_dir)
     samples = [made.sample(index) for index in made.indices[:count]]
-    contexts = [prompts.context_tokens(prompts.context(sample)) for sample in samples]
-    questions = [prompts.question_tokens(prompts.query(sample)) for sample in samples]
+    contexts = [prompts.context_tokens(sample.context) for sample in samples]
+    questions = [prompts.question_tokens(each.query, each.answer_prefix) for each in samples]
     about = [
         {"outputs": list(sample.outputs), "needles": _needles(prompts, sample)}
         for sample in samples
@@ -74,7 +74,7 @@ def max_tokens(task: str) -> int:
 
 
 def _needles(prompts: PromptTokenizer, sample: Sample) -> list[int]:
-    text, behind = prompts.context(sample), len(sample.context)
-    opening = len(text) - behind
-    starts = sorted(opening + round(depth * behind) for depth in sample.depths)
+    """Where they begin, give or take the tokens that stand between context and question."""
+    text = sample.context
+    starts = sorted(round(depth * len(text)) for depth in sample.depths)
     return [len(prompts.context_tokens(text[:start])) for start in starts]
