@@ -92,7 +92,7 @@ def test_tensor_parallel(tmp_path, name, processes):
     architecture, overrides = MODELS[name]
     hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98, **overrides)
     page, num_question = 8, 9
-    tokens = np.random.default_rng(4).integers(0, 98, 100 + 2 * num_question).astype(np.int32)
+    tokens = np.random.default_rng(4).integers(0, 98, 130 + 2 * num_question).astype(np.int32)
     cases = [*star_cases(page, 32, [0, 16]), exact_case("ring", page)]
     model = tmp_path / "model"
     check(tmp_path / "job", processes, model, hf_model, tokens, num_question, cases, 1e-4, tp=2)
