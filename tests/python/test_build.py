@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,30 @@ def test_what_pip_installs_before_it_builds(source):
     assert required() == "="
     tools(source, cmake_version="3.22.1")
     assert required() == "= cmake>=3.24 pybind11>=2.13"
+
+
+def test_a_source_distribution_has_the_kernels(source):
+    """What CMake reads, and nothing that was built."""
+    shutil.copy(ROOT / "MANIFEST.in", source)
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    for folder in ("cmake", "csrc", "plugin"):
+        shutil.copytree(ROOT / folder, source / folder)
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", source.parent],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        env=environment(source, STAR_ATTENTION_CUDA="0"),
+    )
+    assert run.returncode == 0, run.stderr
+    (archive,) = source.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as stored:
+        names = {name.split("/", 1)[-1] for name in stored.getnames()}
+    files = subprocess.run(
+        ["git", "ls-files", "CMakeLists.txt", "cmake", "csrc", "plugin"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(files.stdout.split()) <= names
