@@ -91,16 +91,15 @@ class Plan:
             found.setdefault(part.rank, []).append(part)
         return {rank: tuple(parts) for rank, parts in found.items()}
 
-    def candidate_pages(self, block: Block) -> slice:
-        """Pages of the context, behind the anchor, that a block's rows choose from."""
-        page = self.tokens_per_block
-        last = block.start // page if self.selected_pages else 0
-        return slice(min(self.anchor_size // page, last), last)
+    def candidates(self, block: Block) -> int:
+        """Pages that a block's rows choose from: those between the anchor and the block."""
+        if not self.selected_pages:
+            return 0
+        return max(block.start - self.anchor_size, 0) // self.tokens_per_block
 
     def selected_tokens(self, block: Block) -> int:
         """Tokens that each row of a block sees of earlier blocks, besides the anchor."""
-        pages = self.candidate_pages(block)
-        return min(pages.stop - pages.start, self.selected_pages) * self.tokens_per_block
+        return min(self.candidates(block), self.selected_pages) * self.tokens_per_block
 
     @property
     def exchanges(self) -> bool:

@@ -96,14 +96,13 @@ def test_lists_are_those_of_the_reference(monkeypatch):
         q, means, lse, division, scale=0.25, count=count, rows=4, heads=True
     )
     plan = make_plan(length, StarConfig(block, anchor, tokens_per_block=page, selected_pages=count))
-    before = [plan.candidate_pages(each) for each in plan.blocks]
     tiles = selection.Tiles.on(
         torch.device("cpu"),
         selection.Selection(
             count,
             np.arange(anchor // page, 8, dtype=np.int32),
             np.zeros(8 - anchor // page, np.int32),
-            np.array([each.stop - each.start for each in before], np.int32),
+            np.array(list(map(plan.candidates, plan.blocks)), np.int32),
         ),
         np.arange(0, length + 1, block, dtype=np.int32),
         page,

@@ -104,9 +104,10 @@ def select_pages(
         int32 pages [Hkv, tiles, count], ascending, 0 behind what holds, and int32 counts
         [Hkv, tiles].
     """
-    kv_heads, padding = len(summaries), division.tokens - len(q)
-    q, lse = (torch.cat((x, x[-1:].expand(padding, *x.shape[1:]))) for x in (q, lse))
-    rows_q, rows_lse = (pool_rows(x, kv_heads, division.tile, rows, heads) for x in (q, lse))
+    kv_heads, tile = len(summaries), division.tile
+    rows_q, rows_lse = (
+        pool_rows(whole_tiles(x, tile), kv_heads, tile, rows, heads) for x in (q, lse)
+    )
     scores = page_scores(rows_q, rows_lse, summaries, division, scale)
     return choose(scores, count, margin)
 
@@ -120,6 +121,11 @@ def means(keys: torch.Tensor, size: int) -> torch.Tensor:
     """Of `size` consecutive keys [Hkv, pages, page, D]: [Hkv, pages, page / size, D], summed in
     float32."""
     return keys.unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(keys.dtype)
+
+
+def whole_tiles(x: torch.Tensor, tile: int) -> torch.Tensor:
+    """x [T, ...] with its last row repeated to the end of the last tile."""
+    return torch.cat((x, x[-1:].expand(-len(x) % tile, *x.shape[1:])))
 
 
 def tile_rows(x: torch.Tensor, kv_heads: int, tile: int) -> torch.Tensor:
@@ -164,17 +170,30 @@ def page_scores(
         summaries: [Hkv, pages, c, E].
         total: the log of the sum of exp over rows and summaries, instead of the largest.
     """
-    kv_heads, tiles, count, _ = rows.shape
+    kv_heads, tiles = rows.shape[:2]
     scores = lse.new_full((kv_heads, tiles, division.pages), -torch.inf)
     for part in _parts(rows, summaries):
         pages = division.earlier_pages(part.stop - 1)
         if not pages:
             continue
-        logits = multiply(rows[:, part].flatten(1, 2), summaries[:, :pages]).mul_(scale)
-        found = logits.logsumexp(-1) if total else logits.amax(-1)
-        found = found.unflatten(1, (-1, count)) - lse[:, part, :, None]
-        scores[:, part, :pages] = found.logsumexp(2) if total else found.amax(2)
+        found = tile_scores(rows[:, part], lse[:, part], summaries[:, :pages], scale, total=total)
+        scores[:, part, :pages] = found
     return scores.masked_fill_(~division.candidates(rows.device), -torch.inf)
+
+
+def tile_scores(
+    rows: torch.Tensor,
+    lse: torch.Tensor,
+    summaries: torch.Tensor,
+    scale: float,
+    *,
+    total: bool = False,
+) -> torch.Tensor:
+    """`page_scores` of tiles that may choose any of the pages."""
+    logits = multiply(rows.flatten(1, 2), summaries).mul_(scale)
+    found = logits.logsumexp(-1) if total else logits.amax(-1)
+    found = found.unflatten(1, rows.shape[1:3]) - lse[..., None]
+    return found.logsumexp(2) if total else found.amax(2)
 
 
 def rough_lse(

@@ -114,20 +114,18 @@ class ContextPart:
     def _selection(self, spans: Sequence[Span], own: Sequence[Span]) -> Selection | None:
         """What this rank's of a pass's spans choose from, if any choose; the blocks in front of
         theirs are where they are kept."""
-        plan, first = self._plan, self._plan.anchor_size // self._page
-        last = max(
-            (plan.candidate_pages(plan.blocks[span.block]).stop for span in spans), default=0
-        )
-        if last <= first:
+        plan = self._plan
+        counts = {span: plan.candidates(plan.blocks[span.block]) for span in spans}
+        most, first = max(counts.values(), default=0), plan.anchor_size // self._page
+        if not most:
             return None
-        before = [plan.candidate_pages(plan.blocks[span.block]) for span in own]
-        keepers = self._arrivals.keeper[first:last]
-        pages = np.where(keepers == self._rank, self._where[first:last], -1)
+        keepers = self._arrivals.keeper[first : first + most]
+        pages = np.where(keepers == self._rank, self._where[first : first + most], -1)
         return Selection(
             plan.selected_pages,
             pages.astype(np.int32),
             keepers.astype(np.int32),
-            np.array([each.stop - each.start for each in before], np.int32),
+            np.array([counts[span] for span in own], np.int32),
         )
 
     def _find_room(self, own: Sequence[Span], arrivals: Sequence[Sequence[Arrival]]) -> None:

@@ -82,7 +82,7 @@ def attend_selected(
     """
     means = _gather(comm, tiles.owners, _means(pool, tiles.pages[tiles.owners == comm.rank]))
     lists, counts = choose_pages(q, means, tiles, own[1], scale, pool.shape[3])
-    fetched, places = _fetch(comm, pool, tiles, _are_chosen(lists, counts, len(tiles.pages)))
+    fetched, places = _fetch(comm, pool, tiles, lists, counts)
     if not len(q):
         return q
     o, lse = _attend_lists(q, fetched, places[lists.long()], counts, tiles, scale)
@@ -124,23 +124,12 @@ def _scores(
 ) -> torch.Tensor:
     """Of a sequence's tiles, float32 [Hkv, tiles, pages]; the last row of the last tile stands for
     rows that it lacks."""
-    padding = -len(q) % page
     pooled = _MEAN_ROWS if page % _MEAN_ROWS == 0 else 1
-    q, lse = (torch.cat((x, x[-1:].expand(padding, *x.shape[1:]))) for x in (q, lse))
-    rows, rows_lse = (select.pool_rows(x, len(means), page, pooled, heads=True) for x in (q, lse))
-    tiles, of_tile = rows.shape[1:3]
-    if not means.shape[1]:
-        return rows_lse.new_empty(len(means), tiles, 0)
-    products = select.multiply(rows.flatten(1, 2), means).mul_(scale).amax(-1)
-    return (products.unflatten(1, (tiles, of_tile)) - rows_lse[..., None]).amax(2)
-
-
-def _are_chosen(lists: torch.Tensor, counts: torch.Tensor, num_pages: int) -> torch.Tensor:
-    """bool [num_pages]: those that some list has."""
-    holds = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
-    chosen = torch.zeros(num_pages, dtype=torch.bool, device=lists.device)
-    chosen[lists[holds].long()] = True
-    return chosen
+    rows, rows_lse = (
+        select.pool_rows(select.whole_tiles(x, page), len(means), page, pooled, heads=True)
+        for x in (q, lse)
+    )
+    return select.tile_scores(rows, rows_lse, means, scale)
 
 
 def _gather(comm: Communicator, owners: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -159,11 +148,16 @@ def _gather(comm: Communicator, owners: torch.Tensor, own: torch.Tensor) -> torc
 
 
 def _fetch(
-    comm: Communicator, pool: torch.Tensor, tiles: Tiles, chosen: torch.Tensor
+    comm: Communicator,
+    pool: torch.Tensor,
+    tiles: Tiles,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the chosen pages are: a pool, and int64 [C], the page of each candidate there."""
+    """Where the pages of the lists are: a pool, and int64 [C], the page of each candidate there."""
     if comm.size == 1:
         return pool, tiles.pages
+    chosen = select.chosen_mask(lists, counts, len(tiles.pages)).flatten(0, 1).any(0)
     wanted = dict(_swap(comm, lambda rank: chosen, lambda rank: torch.empty_like(chosen)))
     is_mine = tiles.owners == comm.rank
     places = chosen.long().cumsum(0) - 1
