@@ -61,11 +61,11 @@ class _ProgressLines:
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan, its spans, and what each rank computes, keeps and receives (bytes of 16-bit KV; None
     if the plan is too large to say)."""
-    names = ("context_len", "block_size", "anchor_size", "selected_pages", "tokens_per_block")
+    sizes = ("context_len", "block_size", "anchor_size", "selected_pages", "tokens_per_block")
+    names = (*sizes, "num_ranks", "attention", "anchor_mode", "notes")
     received, kept = predict(plan).received_bytes, _kept_tokens(plan)
     return {
-        **{name: getattr(plan, name) for name in (*names, "num_ranks", "attention")},
-        **{name: getattr(plan, name) for name in ("anchor_mode", "notes")},
+        **{name: getattr(plan, name) for name in names},
         "model": asdict(plan.model),
         "blocks": [asdict(block) for block in plan.blocks],
         "parts": [asdict(part) for part in plan.parts],

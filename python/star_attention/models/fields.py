@@ -123,3 +123,17 @@ class Fields:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Those of a Hugging Face folder's config.json and generation_config.json together, as far as
+    these are there.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    files = (folder / name for name in ("config.json", "generation_config.json"))
+    found = (
+        Fields(read_json(file), file.name).tokens("eos_token_id") for file in files if file.exists()
+    )
+    return tuple(dict.fromkeys(token for tokens in found for token in tokens))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from star_attention.errors import UserError, reason_of, refusing
 from star_attention.models.config import ModelConfig
-from star_attention.models.fields import Fields, read_json
+from star_attention.models.fields import Fields, end_tokens, read_json
 from star_attention.models.weights import Checkpoint, Weight, check_stored, weight_table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,10 +66,7 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
 
 def _read_config(folder: Path) -> ModelConfig:
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    ends = config.eos_token_ids
-    if (folder / "generation_config.json").exists():
-        generation = read_json(folder / "generation_config.json")
-        ends += Fields(generation, "generation_config.json").tokens("eos_token_id")
+    config = replace(config, eos_token_ids=end_tokens(folder))
     if (folder / "hf_quant_config.json").exists():
         described = Fields(read_json(folder / "hf_quant_config.json"), "hf_quant_config.json")
         method = described.fields("quantization").get("quant_algo")
@@ -78,7 +75,7 @@ def _read_config(folder: Path) -> ModelConfig:
                 f"{folder}: the weights are quantised ({method!r} in hf_quant_config.json): use "
                 "float32, bfloat16 or float16, or a GGUF file"
             )
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from star_attention.engines.tensorrt.folder import (
     write_rotary,
 )
 from star_attention.errors import UserError
-from star_attention.models.fields import Fields, read_json
+from star_attention.models.fields import end_tokens
 from star_attention.trtllm.settings import SETTINGS, check_model, limits_of
 
 _ENDS = "eos_token_ids"  # of STAR, and of `ModelConfig`
@@ -73,7 +73,7 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
     given = {name: star.get(f"star_{name}") for name in SETTINGS}
     settings.update({name: value for name, value in given.items() if value is not None})
     if tokenizer:
-        settings[_ENDS] = _end_tokens(tokenizer)
+        settings[_ENDS] = end_tokens(tokenizer)
     config = engine_config(folder, content)
     try:
         (folder / CONFIG).write_text(json.dumps(content, indent=4))
@@ -82,18 +82,6 @@ def finish(folder: Path, tokenizer: Path | None, **star: Any) -> None:
             save_tokenizer(tokenizer, folder / TOKENIZER)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-
-
-def _end_tokens(model: Path) -> list[int]:
-    """Those of a Hugging Face folder's config.json and generation_config.json together."""
-    files = (model / name for name in ("config.json", "generation_config.json"))
-    found = [
-        token
-        for file in files
-        if file.exists()
-        for token in Fields(read_json(file), file.name).tokens("eos_token_id")
-    ]
-    return list(dict.fromkeys(found))
 
 
 def load_plugins(folder: Path) -> None:
