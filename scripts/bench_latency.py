@@ -9,11 +9,12 @@ the ranks that mpirun starts, or on several numbers of them one after the other:
     python scripts/bench_latency.py --plot results.json --to docs/images
 
 Weights are random, made on the GPU, in Llama-3.1-8B's or 70B's shape, or those of --model; times do
-not depend on them. A method runs once on a short context, then once for each length, and star for
-each block size: phase 1, a question of 64 tokens, and decode steps (the median counts). Model FLOPs
-are 2 a weight and token, without embedding and lm_head, and 4 Hq D a layer and pair of query and
-key token; their rate is that of the busiest rank, compared with an 8192³ matmul that the same GPU
-ran just before. Predicted is phase 1 by the plan at rates measured on H200s (`star-attn plan`).
+not depend on them, but for how many pages `selected` fetches. A method runs once on a short
+context, then once for each length, and star for each block size: phase 1, a question of 64 tokens,
+and decode steps (the median counts). Model FLOPs are 2 a weight and token, without embedding and
+lm_head, and 4 Hq D a layer and pair of query and key token; their rate is that of the busiest rank,
+compared with an 8192³ matmul that the same GPU ran just before. Predicted is phase 1 by the plan at
+rates measured on H200s (`star-attn plan`).
 Results are added to those in the file.
 """
 
@@ -53,6 +54,7 @@ from star_attention.runtime.worker import Worker
 
 METHODS = {
     "broadcast": {"anchor_mode": "broadcast"},
+    "selected": {"selected_pages": 16},
     "local": {"anchor_mode": "local"},
     "recompute": {"anchor_mode": "recompute"},
     "ring": {"attention": "ring"},
@@ -60,12 +62,14 @@ METHODS = {
 }
 LABELS = {
     "broadcast": "star (ours)",
+    "selected": "star, 16 selected pages",
     "local": "star, anchor once a rank",
     "recompute": "star as in the paper",
     "ring": "ring (exact)",
     "dense": "dense (exact)",
 }
 EXACT = ("ring", "dense")
+SELECTED_ANCHOR = 512  # tokens
 QUESTION_TOKENS = 64
 # Star Attention, arXiv 2411.17116v3: tables 1 and 5, blocks of a quarter up to 128K, of 32K beyond.
 PAPER_SPEED_UPS = {
@@ -80,6 +84,7 @@ PAPER_SPEED_UPS = {
 PARTS = {
     "attention": r"context_attention|context_sm80|query_|merge_lse",
     "GEMMs": r"nvjet|gemm|cutlass|xmma|linear",
+    "selection": r"pool_rows|score_pages|choose|locate_kernel|fetch_kernel|page_means",
     "transfers (beside the others)": r"nccl",
     "norms, RoPE, SiLU": r".",
 }
@@ -98,7 +103,8 @@ def token_ids(model: ModelConfig, length: int) -> np.ndarray:
 def star_config(method: str, length: int, block_size: int | None) -> StarConfig:
     """Of blocks of so many tokens, or, with None, of a quarter of the context."""
     block_size = None if method in EXACT else min(block_size or length // 4, length)
-    return StarConfig(block_size=block_size, **METHODS[method])
+    anchor_size = min(SELECTED_ANCHOR, block_size) if method == "selected" else None
+    return StarConfig(block_size=block_size, anchor_size=anchor_size, **METHODS[method])
 
 
 def configurations(
@@ -578,7 +584,9 @@ def main() -> None:
     parser.add_argument("--model", help="a real model instead of --shape: folder, GGUF or name")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="cut the shape to so many layers")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["broadcast", "local", "recompute", "ring"]
+    )
     parser.add_argument("--lengths", nargs="+", type=parse_tokens, default=[1 << 16, 1 << 17])
     parser.add_argument(
         "--block-size",

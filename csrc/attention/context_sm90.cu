@@ -103,7 +103,7 @@ struct Scheduler {
     work.head = (kv_head * shares + index % shares) * kCluster + cluster_rank();
     work.token = token + first_row;
     work.rows = min(kRows, q_len - first_row);
-    work.kv_len = min(args.kv_lens[seq], args.max_kv_len);
+    work.kv_len = min(args.kv_lens[args.kv.list_of(seq, kv_head)], args.max_kv_len);
     work.limit = args.causal ? work.kv_len - q_len + first_row + 1 : work.kv_len;
     const int end = args.causal ? max(0, work.limit + work.rows - 1) : work.kv_len;
     work.kv_tiles = ceil_div(end, kTokens);

@@ -22,19 +22,38 @@ namespace star_attention::sm90 {
 constexpr int kBox = 64;  // tokens that one TMA instruction loads; a page holds one or two
 
 struct KvPool {
-  CUtensorMap map;  // [num_pages * 2 * num_kv_heads][tokens_per_block][head_dim]
+  CUtensorMap map;    // [num_pages * 2 * num_kv_heads][tokens_per_block][head_dim]
+  CUtensorMap other;  // of what is listed by numbers below 0
   const int32_t* page_table;
   int page_table_stride;
   int page_shift;  // log2 of tokens_per_block
   int num_kv_heads;
+  bool by_head;
+
+  __device__ int list_of(int seq, int kv_head) const {
+    return by_head ? seq * num_kv_heads + kv_head : seq;
+  }
+  // The matrix of K or V that the entry of a list stands for.
+  __device__ int matrix_of(int listed, int which, int kv_head) const {
+    return by_head ? listed + which * num_kv_heads : (listed * 2 + which) * num_kv_heads + kv_head;
+  }
 };
 
 inline KvPool make_kv_pool(const PagedAttentionParams& p) {
   const cuuint64_t head_dim = p.head_dim, page = p.tokens_per_block;
-  const auto matrices = static_cast<cuuint64_t>(p.num_pages * 2 * p.num_kv_heads);
-  return {make_tensor_map(p.dtype, p.kv_pool, {head_dim, page, matrices},
-                          {head_dim * 2, page * head_dim * 2}, {kPanel, kBox, 1}, "kv_pool"),
-          p.page_table, p.page_table_stride, p.tokens_per_block == 64 ? 6 : 7, p.num_kv_heads};
+  const auto map_of = [&](const void* pool, int64_t num_pages) {
+    const auto matrices = static_cast<cuuint64_t>(num_pages * 2 * p.num_kv_heads);
+    return make_tensor_map(p.dtype, pool, {head_dim, page, matrices},
+                           {head_dim * 2, page * head_dim * 2}, {kPanel, kBox, 1}, "kv_pool");
+  };
+  const CUtensorMap map = map_of(p.kv_pool, p.num_pages);
+  return {map,
+          p.other_pool != nullptr ? map_of(p.other_pool, p.num_other_pages) : map,
+          p.page_table,
+          p.page_table_stride,
+          p.tokens_per_block == 64 ? 6 : 7,
+          p.num_kv_heads,
+          p.by_head};
 }
 
 template <int kHeadDim, int kCluster>
@@ -94,15 +113,17 @@ struct Producer {
     for (int i = 0; i < kBoxes; ++i) {
       const int first = (rank * kBoxes + i) * kBox;  // of the tile's tokens
       const int token = (tile * kTokens + first) & ((1 << pool.page_shift) - 1);
-      const int matrix = (__shfl_sync(~0u, page, i) * 2 + which) * pool.num_kv_heads + kv_head;
+      const int listed = __shfl_sync(~0u, page, i);
+      const CUtensorMap* map = listed < 0 ? &pool.other : &pool.map;
+      const int matrix = pool.matrix_of(listed < 0 ? ~listed : listed, which, kv_head);
       if (!leader || first >= tokens) continue;
 #pragma unroll
       for (int d = 0; d < kHeadDim; d += kPanel) {
         uint8_t* box = destination + (d * kTokens + first * kPanel) * 2;
         if constexpr (kCluster > 1) {
-          tma_load_multicast(box, &pool.map, full, (1 << kCluster) - 1, d, token, matrix);
+          tma_load_multicast(box, map, full, (1 << kCluster) - 1, d, token, matrix);
         } else {
-          tma_load(box, &pool.map, full, d, token, matrix);
+          tma_load(box, map, full, d, token, matrix);
         }
       }
     }
@@ -133,7 +154,7 @@ struct Producer {
   // K is on its way.
   template <class LoadQ>
   __device__ void load(int seq, int head, int tokens, int begin, int end, LoadQ load_q) {
-    pages = pool.page_table + int64_t{seq} * pool.page_table_stride;
+    pages = pool.page_table + int64_t{pool.list_of(seq, head)} * pool.page_table_stride;
     kv_len = tokens;
     kv_head = head;
 

@@ -48,6 +48,7 @@ double context_steps(const PagedAttentionParams& p) {
 
 // Whether cutting the KV into shares is faster than giving each tile of rows to one block.
 bool splitting_pays(const PagedAttentionParams& p) {
+  if (p.by_head) return false;
   if (is_memory_bound(p)) return true;
   const QueryPlan plan = query_plan(p, query_kernel(p));
   return plan.shares > 1 && plan.steps < context_steps(p);
@@ -60,6 +61,10 @@ AttentionKernel resolve(const PagedAttentionParams& p, AttentionKernel kernel) {
              : sm90            ? AttentionKernel::kContextSm90
                                : AttentionKernel::kContextSm80;
   }
+  const bool is_query =
+      kernel == AttentionKernel::kQuerySm80 || kernel == AttentionKernel::kQuerySm90;
+  require(!(p.by_head && is_query), "kernel", "one for queries",
+          "one for contexts: lists are by head");
   require(
       sm90 || (kernel != AttentionKernel::kQuerySm90 && kernel != AttentionKernel::kContextSm90),
       "kernel", "one for sm_90",
@@ -88,12 +93,18 @@ void check(const PagedAttentionParams& p) {
   const int64_t capacity = int64_t{p.page_table_stride} * p.tokens_per_block;
   require(p.max_kv_len >= 0 && p.max_kv_len <= capacity, "max_kv_len", p.max_kv_len,
           "at most the " + std::to_string(capacity) + " tokens that a row of page_table lists");
-  require(p.num_pages > 0 && p.num_pages * 2 * p.num_kv_heads <= INT32_MAX, "kv_pool.shape[0]",
-          p.num_pages, "at least 1 and at most 2^31 / (2 num_kv_heads) pages");
+  const auto countable = [&](int64_t pages) { return pages * 2 * p.num_kv_heads <= INT32_MAX; };
+  require(p.num_pages > 0 && countable(p.num_pages), "kv_pool.shape[0]", p.num_pages,
+          "at least 1 and at most 2^31 / (2 num_kv_heads) pages");
+  require(p.other_pool == nullptr || (p.num_other_pages > 0 && countable(p.num_other_pages)),
+          "other_pool.shape[0]", p.num_other_pages,
+          "at least 1 and at most 2^31 / (2 num_kv_heads) pages");
+  require(!p.by_head || !p.causal, "causal", "true", "false: lists are by head");
   if (p.num_tokens == 0) return;
   require(p.num_seqs > 0, "num_seqs", p.num_seqs, "at least 1");
   require_pointer(p.q, "q", 16);
   require_pointer(p.kv_pool, "kv_pool", 16);
+  if (p.other_pool != nullptr) require_pointer(p.other_pool, "other_pool", 16);
   if (p.page_table_stride > 0) require_pointer(p.page_table, "page_table");
   require_pointer(p.cu_seqlens_q, "cu_seqlens_q");
   require_pointer(p.kv_lens, "kv_lens");

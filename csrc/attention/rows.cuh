@@ -14,9 +14,14 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The sequence's length, bounded by what the host sized the launch for.
-__device__ inline int kv_len_of(const PagedAttentionParams& p, int seq) {
-  return min(p.kv_lens[seq], p.max_kv_len);
+// Which list of pages, and of lengths.
+__device__ inline int list_of(const PagedAttentionParams& p, int seq, int kv_head) {
+  return p.by_head ? seq * p.num_kv_heads + kv_head : seq;
+}
+
+// The list's length, bounded by what the host sized the launch for.
+__device__ inline int kv_len_of(const PagedAttentionParams& p, int list) {
+  return min(p.kv_lens[list], p.max_kv_len);
 }
 
 __device__ inline int num_tokens_of(const PagedAttentionParams& p, int seq) {
@@ -35,7 +40,7 @@ struct SequenceRows {
         group(p.num_q_heads / p.num_kv_heads),
         first_token(p.cu_seqlens_q[seq]),
         num_tokens(p.cu_seqlens_q[seq + 1] - first_token),
-        kv_len(kv_len_of(p, seq)) {}
+        kv_len(kv_len_of(p, list_of(p, seq, kv_head))) {}
 
   __device__ int count() const { return num_tokens * group; }
 

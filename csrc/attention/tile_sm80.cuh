@@ -46,7 +46,7 @@ struct TileSm80 {
                       int tile_begin, int tile_end, char* smem)
       : p_(p),
         rows_(rows),
-        page_row_(p.page_table + int64_t{seq} * p.page_table_stride),
+        page_row_(p.page_table + int64_t{list_of(p, seq, rows.kv_head)} * p.page_table_stride),
         smem_(ptx::smem_address(smem)),
         row0_(row0 + warp() % kRowWarps * 16 * kMTiles) {
 #pragma unroll
@@ -111,9 +111,12 @@ struct TileSm80 {
     constexpr int kChunks = kHeadDim / 8;
     constexpr int kRowsPerPass = kThreads / kChunks;
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    const int64_t plane = (int64_t{page} * 2 + kind) * p_.num_kv_heads + rows_.kv_head;
+    const bool other = page < 0;
+    const int64_t listed = other ? ~page : page;
+    const int64_t plane = p_.by_head ? listed + kind * p_.num_kv_heads
+                                     : (listed * 2 + kind) * p_.num_kv_heads + rows_.kv_head;
     const T* global =
-        static_cast<const T*>(p_.kv_pool) +
+        static_cast<const T*>(other ? p_.other_pool : p_.kv_pool) +
         (plane * p_.tokens_per_block + tile * kTokens % p_.tokens_per_block + row) * kHeadDim +
         chunk * 8;
     const int left = rows_.kv_len - tile * kTokens - row;

@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <memory>
 
 #include "bindings/tensor_view.h"
 #include "common/device_guard.h"
@@ -257,29 +259,56 @@ void bind_nccl(py::module_& m) {
       .def("abort", &Comm::abort, py::call_guard<py::gil_scoped_release>());
 }
 
+py::bytes bytes_of(const PeerMemory& memory) {
+  const PeerMemory::Handle handle = memory.handle();
+  return py::bytes(reinterpret_cast<const char*>(&handle), sizeof(handle));
+}
+
+void open(PeerMemory& memory, const std::vector<std::string>& handles) {
+  std::array<PeerMemory::Handle, PeerMemory::kMaxRanks> opened{};
+  const auto size = static_cast<size_t>(memory.size());
+  require(handles.size() == size, "handles", std::to_string(handles.size()), std::to_string(size));
+  for (size_t r = 0; r < size; ++r) {
+    require(handles[r].size() == sizeof(opened[r]), "handles",
+            std::to_string(handles[r].size()) + " bytes",
+            std::to_string(sizeof(opened[r])) + " each");
+    std::memcpy(&opened[r], handles[r].data(), sizeof(opened[r]));
+  }
+  const py::gil_scoped_release release;
+  memory.open(opened.data());
+}
+
+void bind_peer_memory(py::module_& m) {
+  py::class_<PeerMemory>(m, "PeerMemory")
+      .def(py::init([](int rank, int size, py::object memory_, int device) {
+             const TensorView memory("memory", memory_);
+             require_device(memory.contiguous(), "memory", device);
+             return std::make_unique<PeerMemory>(rank, size, memory.data(), device);
+           }),
+           arg("rank"), arg("size"), arg("memory"), arg("device"))
+      .def("handle", &bytes_of)
+      .def("open", &open, arg("handles"))
+      .def_property_readonly(
+          "addresses",
+          [](const PeerMemory& memory) {
+            std::vector<uintptr_t> addresses;
+            for (int r = 0; r < memory.size(); ++r) {
+              addresses.push_back(reinterpret_cast<uintptr_t>(memory.at(r)));
+            }
+            return addresses;
+          },
+          "Of each rank's memory, as mapped here.");
+}
+
 void bind_peer_merge(py::module_& m) {
   py::class_<PeerMerge>(m, "PeerMerge")
       .def(py::init<int, int, int64_t, double, int>(), py::call_guard<py::gil_scoped_release>(),
            arg("rank"), arg("size"), arg("capacity"), arg("timeout"), arg("device"))
-      .def("handle",
-           [](const PeerMerge& merge) {
-             const PeerMerge::Handle handle = merge.handle();
-             return py::bytes(handle.reserved, sizeof(handle.reserved));
-           })
+      .def("handle", [](PeerMerge& merge) { return bytes_of(merge.peers()); })
       .def(
           "open",
           [](PeerMerge& merge, const std::vector<std::string>& handles) {
-            std::array<PeerMerge::Handle, PeerMerge::kMaxRanks> opened{};
-            const auto size = static_cast<size_t>(merge.size());
-            require(handles.size() == size, "handles", std::to_string(handles.size()),
-                    std::to_string(size));
-            for (size_t r = 0; r < size; ++r) {
-              require(handles[r].size() == sizeof(opened[r].reserved), "handles",
-                      std::to_string(handles[r].size()) + " bytes", "64 each");
-              std::copy(handles[r].begin(), handles[r].end(), opened[r].reserved);
-            }
-            const py::gil_scoped_release release;
-            merge.open(opened.data());
+            open(merge.peers(), handles);
           },
           arg("handles"))
       .def("check", py::overload_cast<>(&PeerMerge::check, py::const_));
@@ -311,6 +340,7 @@ void bind_rank_merge(py::module_& m) {
 
 void bind_comm(py::module_& m) {
   bind_nccl(m);
+  bind_peer_memory(m);
   bind_peer_merge(m);
   py::class_<Stream>(m, "Stream")
       .def(py::init<int>(), arg("device"))

@@ -2,6 +2,7 @@
 // integers, nothing synchronises. Errors of arguments become ValueError, those of CUDA
 // RuntimeError.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <limits>
@@ -14,6 +15,7 @@
 #include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
 #include "star_attention/rope.h"
+#include "star_attention/selection.h"
 
 namespace star_attention {
 namespace {
@@ -45,23 +47,46 @@ AttentionKernel kernel_named(const std::string& name) {
   return AttentionKernel::kAuto;
 }
 
+// What allocate(bytes) gives, beside `tensor`.
+TensorView allocated(const py::function& allocate, size_t bytes, const TensorView& tensor) {
+  const TensorView workspace("workspace", allocate(bytes));
+  workspace.contiguous();
+  if (bytes > 0) {
+    require(workspace.device() == tensor.device(), "workspace.device", workspace.device(),
+            tensor.device());
+  }
+  return workspace;
+}
+
 // Calls allocate(bytes) for the workspace once the arguments are checked.
 void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_table_,
-                        py::object cu_seqlens_q_, py::object kv_lens_, py::object o_,
-                        py::object lse_, py::function allocate, bool causal, double scale,
-                        int64_t max_q_len, int64_t max_kv_len, const std::string& kernel_name,
-                        uintptr_t stream) {
+                        py::object cu_seqlens_q_, py::object kv_lens_, py::object other_pool_,
+                        py::object o_, py::object lse_, py::function allocate, bool causal,
+                        double scale, int64_t max_q_len, int64_t max_kv_len,
+                        const std::string& kernel_name, uintptr_t stream) {
   const TensorView q("q", q_), kv_pool("kv_pool", kv_pool_), page_table("page_table", page_table_),
-      cu_seqlens_q("cu_seqlens_q", cu_seqlens_q_), kv_lens("kv_lens", kv_lens_), o("o", o_),
+      cu_seqlens_q("cu_seqlens_q", cu_seqlens_q_), kv_lens("kv_lens", kv_lens_),
+      other_pool("other_pool", other_pool_.is_none() ? kv_pool_ : other_pool_), o("o", o_),
       lse("lse", lse_);
   q.dtype({kFloat16, kBFloat16}).rank(3).contiguous(2);
   kv_pool.dtype({q.type()}).rank(5);
   const int64_t tokens = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
   kv_pool.shape({-1, 2, -1, -1, head_dim}).contiguous();
-  page_table.dtype({kInt32}).rank(2).contiguous(1);
+  other_pool.dtype({q.type()}).shape({-1, 2, kv_pool.size(2), kv_pool.size(3), head_dim});
+  other_pool.contiguous();
+  const bool by_head = page_table.num_dims() == 3;
   const int64_t seqs = page_table.size(0);
+  page_table.dtype({kInt32});
+  kv_lens.dtype({kInt32}).contiguous();
+  if (by_head) {
+    page_table.shape({-1, kv_pool.size(2), -1}).contiguous();
+    kv_lens.shape({seqs, kv_pool.size(2)});
+  } else {
+    page_table.rank(2).contiguous(1);
+    kv_lens.shape({seqs});
+  }
+  const int64_t listed = page_table.size(by_head ? 2 : 1);
   cu_seqlens_q.dtype({kInt32}).shape({seqs + 1}).contiguous();
-  kv_lens.dtype({kInt32}).shape({seqs}).contiguous();
   o.dtype({q.type(), kFloat32}).shape({tokens, q_heads, head_dim}).contiguous();
   lse.dtype({kFloat32}).shape({tokens, q_heads}).contiguous();
   const AttentionKernel kernel = kernel_named(kernel_name);
@@ -82,9 +107,13 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   p.kv_pool = kv_pool.data();
   p.num_pages = kv_pool.size(0);
   p.page_table = static_cast<const int32_t*>(page_table.data());
-  p.page_table_stride = to_int(page_table.stride(0, page_table.size(1)), "page_table.stride(0)");
+  p.page_table_stride =
+      to_int(by_head ? listed : page_table.stride(0, listed), "page_table.stride(0)");
   p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data());
   p.kv_lens = static_cast<const int32_t*>(kv_lens.data());
+  p.by_head = by_head;
+  p.other_pool = other_pool.size(0) > 0 && !other_pool_.is_none() ? other_pool.data() : nullptr;
+  p.num_other_pages = other_pool.size(0);
   p.num_seqs = to_int(seqs, "page_table.shape[0]");
   p.num_tokens = to_int(tokens, "q.shape[0]");
   p.max_q_len = to_int(std::min(max_q_len, tokens), "max_q_len");
@@ -92,17 +121,14 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   p.o = o.data();
   p.lse = static_cast<float*>(lse.data());
   check(p);
-  const int64_t capacity = page_table.size(1) * p.tokens_per_block;
+  const int64_t capacity = listed * p.tokens_per_block;
   require(max_kv_len <= capacity, "max_kv_len", max_kv_len,
           "at most the " + std::to_string(capacity) + " tokens that a row of page_table lists");
 
-  const DeviceScope scope(q, {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &o, &lse});
+  const DeviceScope scope(q,
+                          {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &other_pool, &o, &lse});
   const size_t bytes = paged_attention_workspace(p, kernel);
-  const TensorView workspace("workspace", allocate(bytes));
-  workspace.contiguous();
-  if (bytes > 0) {
-    require(workspace.device() == q.device(), "workspace.device", workspace.device(), q.device());
-  }
+  const TensorView workspace = allocated(allocate, bytes, q);
   paged_attention(p, workspace.data(), workspace.bytes(), reinterpret_cast<cudaStream_t>(stream),
                   kernel);
 }
@@ -250,13 +276,112 @@ void py_skinny_linear(py::object x_, py::object weight_, py::object addend_, py:
   skinny_linear(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void py_page_means(py::object kv_pool_, py::object pages_, py::object rows_, py::object means_,
+                   uintptr_t stream) {
+  const TensorView kv_pool("kv_pool", kv_pool_), pages("pages", pages_), rows("rows", rows_),
+      means("means", means_);
+  kv_pool.dtype({kFloat16, kBFloat16}).shape({-1, 2, -1, kSelectionPage, -1}).contiguous();
+  pages.dtype({kInt32}).rank(1).contiguous();
+  rows.dtype({kInt32}).shape({pages.size(0)}).contiguous();
+  means.dtype({kv_pool.type()}).shape({-1, kv_pool.size(2), kSelectionMeans, kv_pool.size(4)});
+  means.contiguous();
+
+  PageMeansParams p{};
+  p.dtype = dtype_of(kv_pool);
+  p.num_kv_heads = to_int(kv_pool.size(2), "kv_pool.shape[2]");
+  p.head_dim = to_int(kv_pool.size(4), "kv_pool.shape[4]");
+  p.kv_pool = kv_pool.data();
+  p.num_pages = to_int(pages.size(0), "pages.shape[0]");
+  p.pages = static_cast<const int32_t*>(pages.data());
+  p.rows = static_cast<const int32_t*>(rows.data());
+  p.means = means.data();
+  check(p);
+  const DeviceScope scope(kv_pool, {&pages, &rows, &means});
+  page_means(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_select_pages(py::object q_, py::object lse_, py::object tiles_, py::object candidates_,
+                     py::object means_, py::object lists_, py::object counts_,
+                     py::function allocate, double scale, uintptr_t stream) {
+  const TensorView q("q", q_), lse("lse", lse_), tiles("tiles", tiles_),
+      candidates("candidates", candidates_), means("means", means_), lists("lists", lists_),
+      counts("counts", counts_);
+  q.dtype({kFloat16, kBFloat16}).rank(3).contiguous(2);
+  const int64_t tokens = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
+  lse.dtype({kFloat32}).shape({tokens, q_heads}).contiguous();
+  means.dtype({q.type()}).shape({-1, -1, kSelectionMeans, head_dim}).contiguous();
+  const int64_t kv_heads = means.size(1);
+  candidates.dtype({kInt32}).rank(1).contiguous();
+  const int64_t num_tiles = candidates.size(0);
+  tiles.dtype({kInt32}).shape({num_tiles + 1}).contiguous();
+  lists.dtype({kInt32}).shape({num_tiles, kv_heads, -1}).contiguous();
+  counts.dtype({kInt32}).shape({num_tiles, kv_heads}).contiguous();
+
+  SelectPagesParams p{};
+  p.dtype = dtype_of(q);
+  p.num_q_heads = to_int(q_heads, "q.shape[1]");
+  p.num_kv_heads = to_int(kv_heads, "means.shape[1]");
+  p.head_dim = to_int(head_dim, "q.shape[2]");
+  p.scale = static_cast<float>(scale);
+  p.count = to_int(lists.size(2), "lists.shape[2]");
+  p.q = q.data();
+  p.q_stride = q.stride(0, q_heads * head_dim);
+  p.lse = static_cast<const float*>(lse.data());
+  p.tiles = static_cast<const int32_t*>(tiles.data());
+  p.num_tiles = to_int(num_tiles, "candidates.shape[0]");
+  p.candidates = static_cast<const int32_t*>(candidates.data());
+  p.means = means.data();
+  p.num_pages = to_int(means.size(0), "means.shape[0]");
+  p.lists = static_cast<int32_t*>(lists.data());
+  p.counts = static_cast<int32_t*>(counts.data());
+  const size_t bytes = select_pages_workspace(p);
+  const DeviceScope scope(q, {&lse, &tiles, &candidates, &means, &lists, &counts});
+  select_pages(p, allocated(allocate, bytes, q).data(), reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_fetch_pages(py::object lists_, py::object counts_, py::object pages_, py::object owners_,
+                    const std::vector<uintptr_t>& pools, int rank, py::object fetched_,
+                    py::object planes_, py::function allocate, uintptr_t stream) {
+  const TensorView lists("lists", lists_), counts("counts", counts_), pages("pages", pages_),
+      owners("owners", owners_), fetched("fetched", fetched_), planes("planes", planes_);
+  lists.dtype({kInt32}).rank(3).contiguous();
+  const int64_t tiles = lists.size(0), kv_heads = lists.size(1), count = lists.size(2);
+  counts.dtype({kInt32}).shape({tiles, kv_heads}).contiguous();
+  planes.dtype({kInt32}).shape({tiles, kv_heads, count}).contiguous();
+  pages.dtype({kInt32}).rank(1).contiguous();
+  owners.dtype({kInt32}).shape({pages.size(0)}).contiguous();
+  fetched.dtype({kFloat16, kBFloat16}).shape({-1, 2, kv_heads, -1, -1}).contiguous();
+  require(pools.size() <= FetchPagesParams::kMaxRanks, "pools", std::to_string(pools.size()),
+          "one for each of up to 8 ranks");
+
+  FetchPagesParams p{};
+  p.rank = rank;
+  p.num_kv_heads = to_int(kv_heads, "lists.shape[1]");
+  p.plane_bytes = to_int(fetched.size(3) * fetched.size(4) * 2, "fetched");
+  p.count = to_int(count, "lists.shape[2]");
+  p.num_tiles = to_int(tiles, "lists.shape[0]");
+  p.num_pages = to_int(pages.size(0), "pages.shape[0]");
+  p.lists = static_cast<const int32_t*>(lists.data());
+  p.counts = static_cast<const int32_t*>(counts.data());
+  p.pages = static_cast<const int32_t*>(pages.data());
+  p.owners = static_cast<const int32_t*>(owners.data());
+  for (size_t r = 0; r < pools.size(); ++r) p.pools[r] = reinterpret_cast<const void*>(pools[r]);
+  p.fetched = fetched.data();
+  p.num_fetched = to_int(fetched.size(0), "fetched.shape[0]");
+  p.planes = static_cast<int32_t*>(planes.data());
+  const size_t bytes = fetch_pages_workspace(p);
+  const DeviceScope scope(lists, {&counts, &pages, &owners, &planes});
+  fetch_pages(p, allocated(allocate, bytes, lists).data(), reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using py::arg;
   m.def("paged_attention", &py_paged_attention, arg("q"), arg("kv_pool"), arg("page_table"),
-        arg("cu_seqlens_q"), arg("kv_lens"), arg("o"), arg("lse"), arg("allocate"), arg("causal"),
-        arg("scale"), arg("max_q_len"), arg("max_kv_len"), arg("kernel"), arg("stream"));
+        arg("cu_seqlens_q"), arg("kv_lens"), arg("other_pool"), arg("o"), arg("lse"),
+        arg("allocate"), arg("causal"), arg("scale"), arg("max_q_len"), arg("max_kv_len"),
+        arg("kernel"), arg("stream"));
   m.def("rope_append", &py_rope_append, arg("qkv"), arg("positions"), arg("rotary"), arg("kv_pool"),
         arg("slot_mapping"), arg("q"), arg("stream"));
   m.def("merge_lse", &py_merge_lse, arg("o"), arg("lse"), arg("out"), arg("out_lse"),
@@ -266,6 +391,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("skinny_linear", &py_skinny_linear, arg("x"), arg("weight"), arg("addend"), arg("out"),
         arg("stream"));
   m.def("max_skinny_tokens", &max_skinny_tokens, arg("in_features"));
+  m.def("page_means", &py_page_means, arg("kv_pool"), arg("pages"), arg("rows"), arg("means"),
+        arg("stream"));
+  m.def("select_pages", &py_select_pages, arg("q"), arg("lse"), arg("tiles"), arg("candidates"),
+        arg("means"), arg("lists"), arg("counts"), arg("allocate"), arg("scale"), arg("stream"));
+  m.def("fetch_pages", &py_fetch_pages, arg("lists"), arg("counts"), arg("pages"), arg("owners"),
+        arg("pools"), arg("rank"), arg("fetched"), arg("planes"), arg("allocate"), arg("stream"));
   bind_comm(m);
 }
 

@@ -237,12 +237,6 @@ void dispatch(DType dtype, F&& f) {
 
 int packets_of_row(DType dtype, int head_dim) { return head_dim * size_of(dtype) / kPacketBytes; }
 
-// Leaves no error behind for the next kernel launch: one can do without peer memory.
-void check_setup(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) cudaGetLastError();
-  check_cuda(error, what.c_str());
-}
-
 size_t bytes_of_slots(int size, int num_chunks) {
   return 2 * sizeof(Slot) * (size - 1) * num_chunks;
 }
@@ -275,40 +269,16 @@ PeerMerge::PeerMerge(int rank, int size, int64_t capacity, double timeout_second
   const size_t slots = bytes_of_slots(size, num_chunks_);
   const size_t epochs = num_chunks_ * sizeof(uint32_t);
   char* memory = nullptr;
-  check_setup(cudaMalloc(&memory, slots + epochs + sizeof(int)), "memory of the merge");
+  check_peer_setup(cudaMalloc(&memory, slots + epochs + sizeof(int)), "memory of the merge");
   memory_.reset(memory);
   check_cuda(cudaMemset(memory, 0, slots + epochs), "cudaMemset");
   check_cuda(cudaMemset(memory + slots + epochs, 0xff, sizeof(int)), "cudaMemset");
   int* lost_rank = nullptr;
-  check_setup(cudaHostAlloc(&lost_rank, sizeof(int), cudaHostAllocMapped), "cudaHostAlloc");
+  check_peer_setup(cudaHostAlloc(&lost_rank, sizeof(int), cudaHostAllocMapped), "cudaHostAlloc");
   lost_rank_.reset(lost_rank);
   *lost_rank = -1;
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  slots_[rank] = memory;
-}
-
-PeerMerge::~PeerMerge() {
-  for (int r = 0; r < size_; ++r) {
-    if (r != rank_ && slots_[r] != nullptr) cudaIpcCloseMemHandle(slots_[r]);
-  }
-}
-
-PeerMerge::Handle PeerMerge::handle() const {
-  const DeviceGuard guard(device_);
-  Handle handle;
-  check_setup(cudaIpcGetMemHandle(&handle, memory_.get()), "cudaIpcGetMemHandle");
-  return handle;
-}
-
-void PeerMerge::open(const Handle* handles) {
-  const DeviceGuard guard(device_);
-  for (int r = 0; r < size_; ++r) {
-    if (slots_[r] != nullptr) continue;
-    void* memory = nullptr;
-    check_setup(cudaIpcOpenMemHandle(&memory, handles[r], cudaIpcMemLazyEnablePeerAccess),
-                "memory of rank " + std::to_string(r));
-    slots_[r] = static_cast<char*>(memory);
-  }
+  peers_ = std::make_unique<PeerMemory>(rank, size, memory, device);
 }
 
 int PeerMerge::max_tokens(DType dtype, int num_heads, int head_dim) const {
@@ -327,7 +297,7 @@ void PeerMerge::merge(const PeerMergeParams& p, cudaStream_t stream) const {
   require(p.num_tokens <= max_tokens, "num_tokens", p.num_tokens,
           "at most " + std::to_string(max_tokens) + ", this PeerMerge's capacity");
   for (int r = 0; r < size_; ++r) {
-    require(slots_[r] != nullptr, "rank", r, "memory that open() has mapped");
+    require(peers_->at(r) != nullptr, "rank", r, "memory that open() has mapped");
   }
   if (p.num_tokens == 0) return;
 
@@ -342,7 +312,7 @@ void PeerMerge::merge(const PeerMergeParams& p, cudaStream_t stream) const {
   a.rank = rank_;
   a.size = size_;
   a.capacity = num_chunks_;
-  for (int r = 0; r < size_; ++r) a.slots[r] = reinterpret_cast<Slot*>(slots_[r]);
+  for (int r = 0; r < size_; ++r) a.slots[r] = static_cast<Slot*>(peers_->at(r));
   char* epochs = memory_.get() + bytes_of_slots(size_, num_chunks_);
   a.epochs = reinterpret_cast<uint32_t*>(epochs);
   a.lost_rank = reinterpret_cast<int*>(a.epochs + num_chunks_);

@@ -51,6 +51,12 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Leaves no error behind for the next kernel launch: one can do without peer memory.
+inline void check_peer_setup(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) cudaGetLastError();
+  check_cuda(error, what.c_str());
+}
+
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
 }  // namespace star_attention

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "common/check.h"
+#include "common/driver.h"
 #include "star_attention/attention.h"
 
 namespace star_attention {
@@ -13,21 +13,8 @@ namespace star_attention {
 inline CUtensorMap make_tensor_map(DType dtype, const void* base, const cuuint64_t (&dims)[3],
                                    const cuuint64_t (&strides)[2], const cuuint32_t (&box)[3],
                                    const char* what) {
-  static const auto encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                               12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-    check_cuda(error, "cuTensorMapEncodeTiled");
-    require(found == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled", "a driver without it",
-            "one for CUDA 12 or newer");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  }();
+  static const auto encode =
+      driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   const auto type =
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint32_t element_strides[3] = {1, 1, 1};

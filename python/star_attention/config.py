@@ -15,7 +15,7 @@ MergePath = Literal["auto", "peer", "nccl"]
 ANCHOR_MODES: tuple[AnchorMode, ...] = ("recompute", "local", "broadcast")
 KV_PLACEMENTS: tuple[KvPlacement, ...] = ("tail", "round_robin")
 MERGE_PATHS: tuple[MergePath, ...] = ("auto", "peer", "nccl")
-MAX_SELECTED_PAGES = 1024
+MAX_SELECTED_PAGES = 256
 ATTENTION_METHODS: tuple[AttentionMethod, ...] = ("star", "ring", "dense")
 
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AttentionInterface
 
 from helpers import HERE, block_mask, run_job, save_tiny_model
+from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.engines.base import Limits
-from star_attention.engines.torch import selection
 from star_attention.errors import UserError
 from star_attention.ops import select_reference as select
 from star_attention.plan import make_plan
@@ -25,8 +25,8 @@ SIZES = {"block_size": BLOCK, "anchor_size": ANCHOR, "tokens_per_block": PAGE}
 TOKENS = np.random.default_rng(1).integers(0, 97, CONTEXT + 2 * QUESTION).astype(np.int32)
 
 
-def hf_logits(model, masks):
-    """Under a mask for each layer and KV head."""
+def hf_logits(model, tokens, masks, context):
+    """Of the tokens behind the context, under a mask for each layer and KV head."""
 
     def attention(module, query, key, value, attention_mask, scaling, **_):
         group = query.shape[1] // key.shape[1]
@@ -38,44 +38,56 @@ def hf_logits(model, masks):
     AttentionInterface.register("listed", attention)
     model.set_attn_implementation("listed")
     with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(TOKENS).long()[None]).logits[0, CONTEXT:].numpy()
+        return model(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, context:].numpy()
 
 
-def masks_of(lists, layers, kv_heads):
+def masks_of(lists, model, tokens, context, sizes):
     """bool [layers, Hkv, tokens, tokens]."""
-    base = block_mask(len(TOKENS), CONTEXT, BLOCK, ANCHOR)
-    masks = np.broadcast_to(base, (layers, kv_heads, *base.shape)).copy()
+    page = sizes["tokens_per_block"]
+    base = block_mask(len(tokens), context, sizes["block_size"], sizes["anchor_size"])
+    masks = np.broadcast_to(base, (model.num_layers, model.num_kv_heads, *base.shape)).copy()
     for (layer, head, tile), pages in lists.items():
-        rows = slice(tile * PAGE, min(tile * PAGE + PAGE, CONTEXT))
-        for page in pages:
-            masks[layer, head, rows, page * PAGE : (page + 1) * PAGE] = True
+        rows = slice(tile * page, min(tile * page + page, context))
+        for listed in pages:
+            masks[layer, head, rows, listed * page : (listed + 1) * page] = True
     return masks
+
+
+def read_selected(folder, num_ranks, tokens, context, sizes, count, *peers, **model_options):
+    """The Hugging Face model, our config of it, and `selected_job.py`'s results."""
+    hf_model = save_tiny_model(folder / "model", initializer_range=0.3, **model_options)
+    path, output = folder / "tokens.npy", folder / "results.pickle"
+    np.save(path, tokens)
+    config = json.dumps({**sizes, "selected_pages": count})
+    run_job(num_ranks, JOB, folder / "model", path, context, config, output, *peers)
+    return hf_model, *pickle.loads(output.read_bytes())
+
+
+def check_lists(lists, model, context, sizes, count):
+    page, block = sizes["tokens_per_block"], sizes["block_size"]
+    # The last layer's context rows attend to nothing: nobody looks at them.
+    tiles = (model.num_layers - 1) * model.num_kv_heads * -(-(context - block) // page)
+    assert len(lists) == tiles
+    for (_, _, tile), pages in lists.items():
+        candidates = range(sizes["anchor_size"] // page, tile * page // block * block // page)
+        assert len(pages) == min(count, len(candidates))
+        assert sorted(set(pages)) == pages
+        assert set(pages) <= set(candidates)
+    assert len({str(lists[key]) for key in lists if key[2] == context // page}) > 1
 
 
 @pytest.mark.parametrize(("num_ranks", "count"), [(1, 3), (2, 1), (3, 2)])
 def test_logits_under_the_masks_that_were_used(tmp_path, num_ranks, count):
     """And they are the same, lists too, however phase 1 is cut, on all ranks."""
-    hf_model = save_tiny_model(tmp_path / "model", initializer_range=0.3)
-    tokens, output = tmp_path / "tokens.npy", tmp_path / "results.pickle"
-    np.save(tokens, TOKENS)
-    config = json.dumps({**SIZES, "selected_pages": count})
-    run_job(num_ranks, JOB, tmp_path / "model", tokens, CONTEXT, config, output)
-    model, results = pickle.loads(output.read_bytes())
-    layers, heads = model.num_layers, model.num_kv_heads
+    case = TOKENS, CONTEXT, SIZES
+    hf_model, model, results = read_selected(tmp_path, num_ranks, *case, count)
     lists = results[None][1]
-    # The last layer's context rows attend to nothing: nobody looks at them.
-    assert len(lists) == (layers - 1) * heads * -(-(CONTEXT - BLOCK) // PAGE)
-    for (_, _, tile), pages in lists.items():
-        candidates = range(ANCHOR // PAGE, tile * PAGE // BLOCK * BLOCK // PAGE)
-        assert len(pages) == min(count, len(candidates))
-        assert sorted(set(pages)) == pages
-        assert set(pages) <= set(candidates)
-    assert len({str(lists[key]) for key in lists if key[2] == CONTEXT // PAGE}) > 1
-    expected = hf_logits(hf_model, masks_of(lists, layers, heads))
+    check_lists(lists, model, CONTEXT, SIZES, count)
+    expected = hf_logits(hf_model, TOKENS, masks_of(lists, model, *case), CONTEXT)
     for logits, others in results.values():
         assert others == lists
         np.testing.assert_allclose(logits, expected, atol=1e-4)
-    plain = hf_logits(hf_model, masks_of({}, layers, heads))
+    plain = hf_logits(hf_model, TOKENS, masks_of({}, model, *case), CONTEXT)
     assert np.abs(plain - expected).max() > 1e-2
 
 
@@ -96,23 +108,21 @@ def test_lists_are_those_of_the_reference(monkeypatch):
         q, means, lse, division, scale=0.25, count=count, rows=4, heads=True
     )
     plan = make_plan(length, StarConfig(block, anchor, tokens_per_block=page, selected_pages=count))
-    tiles = selection.Tiles.on(
-        torch.device("cpu"),
-        selection.Selection(
-            count,
-            np.arange(anchor // page, 8, dtype=np.int32),
-            np.zeros(8 - anchor // page, np.int32),
-            np.array(list(map(plan.candidates, plan.blocks)), np.int32),
-        ),
-        np.arange(0, length + 1, block, dtype=np.int32),
-        page,
+    candidates = torch.tensor([plan.candidates(each) for each in plan.blocks], dtype=torch.int32)
+    found, found_counts = ops.select_pages(
+        q,
+        lse,
+        torch.arange(0, length + 1, page, dtype=torch.int32),
+        candidates.repeat_interleave(block // page),
+        means.transpose(0, 1)[anchor // page :],
+        count=count,
+        page=page,
+        scale=0.25,
     )
-    candidates = means.transpose(0, 1)[anchor // page :]
-    ours, our_counts = selection.choose_pages(q, candidates, tiles, lse, 0.25, page)
-    assert torch.equal(our_counts, counts)
-    assert our_counts.max() == count
+    assert torch.equal(found_counts.t(), counts)
+    assert found_counts.max() == count
     holds = torch.arange(count) < counts[..., None]
-    assert torch.equal((ours + anchor // page) * holds, lists * holds)
+    assert torch.equal((found.transpose(0, 1) + anchor // page) * holds, lists * holds)
 
 
 def test_keys_of_blocks_follow_the_text():
@@ -129,12 +139,12 @@ def test_keys_of_blocks_follow_the_text():
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="selected_pages is -1: use 0 to 1024"):
+    with pytest.raises(UserError, match="selected_pages is -1: use 0 to 256"):
         StarConfig(selected_pages=-1)
     with pytest.raises(UserError, match="with the anchor mode broadcast, not recompute"):
         StarConfig(selected_pages=1, anchor_mode="recompute")
     room = Room(make_plan(1).model, Limits(), 1, 128, True, True, has_selection=False)
-    with pytest.raises(UserError, match="--selected-pages needs --device cpu so far"):
+    with pytest.raises(UserError, match="--selected-pages needs pages of 128 tokens on GPUs"):
         room.plan(1000, StarConfig(selected_pages=1))
 
 

@@ -20,6 +20,11 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 //
 // The kernels in front on the stream may have written anything that the pointers name, lengths
 // included, also those that let this one start early (common/dependent_launch.cuh).
+//
+// With `by_head` each KV head of a sequence has a list of its own, of planes instead of pages: the
+// keys of one KV head in one page, plane (page * 2) * num_kv_heads + head; the values are
+// num_kv_heads planes behind. Plane -1 - e of `other_pool` is listed as e < 0. Context kernels
+// only.
 struct PagedAttentionParams {
   DType dtype;    // of q and kv_pool: kFloat16 or kBFloat16
   DType o_dtype;  // dtype, or kFloat32 for partials that are merged later
@@ -38,6 +43,9 @@ struct PagedAttentionParams {
   int page_table_stride;
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], prefix sums of rows per sequence
   const int32_t* kv_lens;       // [num_seqs]
+  bool by_head;  // page_table [num_seqs, num_kv_heads, stride], kv_lens [num_seqs, num_kv_heads]
+  const void* other_pool;  // as kv_pool; may be null if no list has a plane of it
+  int64_t num_other_pages;
   int num_seqs;
   int num_tokens;  // rows of q, o and lse
   int max_q_len;   // host-side bounds of the device-side lengths: they size the grid

@@ -27,10 +27,10 @@
 // Outputs are then NaN.
 #pragma once
 
-#include <array>
 #include <memory>
 
 #include "star_attention/attention.h"
+#include "star_attention/peer_memory.h"
 
 namespace star_attention {
 
@@ -51,19 +51,13 @@ STAR_ATTENTION_EXPORT void check(const PeerMergeParams& params);
 
 class STAR_ATTENTION_EXPORT PeerMerge {
  public:
-  static constexpr int kMaxRanks = 8;
-  using Handle = cudaIpcMemHandle_t;
+  static constexpr int kMaxRanks = PeerMemory::kMaxRanks;
 
   // `capacity`: bytes of o in the largest call; takes 4.5 (size - 1) times as much of `device`.
   PeerMerge(int rank, int size, int64_t capacity, double timeout_seconds, int device);
-  ~PeerMerge();
-  PeerMerge(const PeerMerge&) = delete;
-  PeerMerge& operator=(const PeerMerge&) = delete;
 
-  // This rank's memory, for the other processes. Ranks may share a GPU, but not a process.
-  Handle handle() const;
-  // Maps the peers' memory. All ranks have to have done so before the first call.
-  void open(const Handle* handles);  // [size], in rank order
+  // Has to be open on all ranks before the first call.
+  PeerMemory& peers() { return *peers_; }
 
   // The most tokens that a call can have.
   int max_tokens(DType dtype, int num_heads, int head_dim) const;
@@ -90,7 +84,7 @@ class STAR_ATTENTION_EXPORT PeerMerge {
   double timeout_seconds_;
   std::unique_ptr<char, Free> memory_;        // slots, epochs, lost rank
   std::unique_ptr<int, FreeHost> lost_rank_;  // -1: none
-  std::array<char*, kMaxRanks> slots_{};      // of each rank, as mapped here
+  std::unique_ptr<PeerMemory> peers_;         // memory_ of each rank
 };
 
 }  // namespace star_attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -197,6 +198,13 @@ class GpuCommunicator:
                 part = slice(first, first + at_once)
                 self._merge_staged(o[part], lse[part], out[part], stream)
 
+    def map_peers(self, buffer: DeviceBuffer) -> Any:
+        """`buffer`, which all ranks have and keep, on every rank, as `addresses` of what is mapped
+        here; None: their memory is out of reach. Every rank calls it."""
+        if self._peer is None:
+            return None
+        return self._open(lambda: _C.PeerMemory(self.rank, self.size, buffer, self.device))[0]
+
     def check(self) -> None:
         """Call it after waiting for the GPU, before what it computed is used.
 
@@ -251,9 +259,17 @@ class GpuCommunicator:
             return None, "the ranks are on several nodes"
         if self.size > 8:
             return None, f"there are {self.size} ranks, more than 8"
+
+        def make() -> Any:
+            return _C.PeerMerge(self.rank, self.size, self._capacity, timeout, self.device)
+
+        return self._open(make)
+
+    def _open(self, make: Callable[[], Any]) -> tuple[Any, str]:
+        """What `make` makes, with the peers' memory open on all ranks, or why there is none."""
         peer, handle, failure = None, b"", None
         try:
-            peer = _C.PeerMerge(self.rank, self.size, self._capacity, timeout, self.device)
+            peer = make()
             handle = peer.handle() if self.size > 1 else b""
         except RuntimeError as error:
             failure = str(error)

@@ -76,21 +76,39 @@ class Hop:
     page_table: np.ndarray
 
 
+@dataclass
+class PageMeans:
+    """What an engine keeps of a context's pages from one of its steps to the next, to choose from.
+
+    Attributes:
+        count: pages that the context's steps choose from in the end.
+        known: how many of the first are in `data` already.
+        data: the engine's.
+    """
+
+    count: int
+    known: int = 0
+    data: Any = None
+
+
 @dataclass(frozen=True)
 class Selection:
     """Pages of earlier blocks of which each tile, a page of rows, chooses some that it sees whole.
 
     Attributes:
         count: that a tile and KV head chooses, at most.
-        pages: int32 [C], in the order of the context; -1: on another rank.
+        pages: int32 [C], in the order of the context; -1: on another rank. Those of the context's
+            last step come first.
         owners: int32 [C], the ranks that keep them.
         counts: int32 [S], how many of the first a sequence's rows may choose from.
+        means: the context's; all its steps have the same.
     """
 
     count: int
     pages: np.ndarray
     owners: np.ndarray
     counts: np.ndarray
+    means: PageMeans
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,17 @@ def paged_attention(
     max_q_len: int,
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    other_pool: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's query rows to the pages that it lists.
 
     With `causal`, row i of a sequence of n rows sees the first `kv_len - (n - 1 - i)` cached tokens
     (bottom-right aligned); otherwise every row sees all `kv_len`. A row that sees nothing gets
     o = 0, lse = -inf.
+
+    Each KV head may have a list of its own: page_table is [S, Hkv, P] then, kv_lens [S, Hkv], and
+    lists are of planes, the keys of one KV head in one page: plane (page * 2) * Hkv + head. The
+    values are Hkv planes behind. A number e < 0 is plane -1 - e of `other_pool`. Not with `causal`.
 
     Args:
         q: [T, Hq, D], the rows of all sequences one after the other.
@@ -53,6 +58,7 @@ def paged_attention(
         scale: factor of the scores, usually D ** -0.5.
         max_q_len, max_kv_len: upper bounds of the lengths.
         out: o and lse to write, o in q's dtype or, for partials that are merged later, float32.
+        other_pool: pages beside those of kv_pool, of the same shape but for their number.
 
     Returns:
         o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores;
@@ -69,6 +75,7 @@ def paged_attention(
         max_q_len=max_q_len,
         max_kv_len=max_kv_len,
         out=out,
+        other_pool=other_pool,
     )
 
 
@@ -110,6 +117,58 @@ def merge_lse(
     Source: Star Attention, arXiv 2411.17116, section 2.2 (phase 2).
     """
     return implementation(o.device).merge_lse(o, lse, out_dtype=out_dtype)
+
+
+def page_means(
+    kv_pool: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor, means: torch.Tensor
+) -> None:
+    """Writes means of 16 consecutive keys of each page, summed in float32.
+
+    Args:
+        pages, rows: int32 [N], pages of the pool, and rows of `means`.
+        means: written, [*, Hkv, `means_of_page(tokens_per_block)`, D].
+    """
+    implementation(kv_pool.device).page_means(kv_pool, pages, rows, means)
+
+
+def means_of_page(tokens_per_block: int) -> int:
+    """One that stands for a whole page where 16 does not divide it."""
+    return tokens_per_block // 16 if tokens_per_block % 16 == 0 else 1
+
+
+def select_pages(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    candidates: torch.Tensor,
+    means: torch.Tensor,
+    *,
+    count: int,
+    page: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages that each tile and KV head sees besides: those with the best scores, of equal ones
+    the lower. A score is the largest `q k scale - lse` over means of four of the tile's rows, in
+    all heads of a group, and means of the page's keys.
+
+    Args:
+        q: [T, Hq, D].
+        lse: float32 [T, Hq], of the rows over what they see anyway.
+        tiles: int32 [N + 1], first rows; a tile has up to `page` rows, and the last stands for
+            those that it lacks.
+        candidates: int32 [N], a tile chooses from so many of the first pages.
+        means: [C, Hkv, c, D], of `page_means`.
+        page: tokens of one.
+
+    Returns:
+        int32 lists [N, Hkv, count], rows of `means`, ascending, 0 behind what holds; and int32
+        counts [N, Hkv].
+
+    Source: docs/selection.md.
+    """
+    return implementation(q.device).select_pages(
+        q, lse, tiles, candidates, means, count=count, page=page, scale=scale
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ synchronisation and run only when the environment variable STAR_ATTENTION_DEBUG 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,6 +39,7 @@ def paged_attention(
     max_q_len: int,
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    other_pool: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the
@@ -51,7 +53,7 @@ def paged_attention(
         ValueError: an argument is wrong; names it, what it is and what was expected.
     """
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
-    if _DEBUG:
+    if _DEBUG and page_table.dim() == 2:
         _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
     _C.paged_attention(
         q,
@@ -59,9 +61,10 @@ def paged_attention(
         page_table,
         cu_seqlens_q,
         kv_lens,
+        other_pool,
         o,
         lse,
-        lambda size: torch.empty(size, dtype=torch.uint8, device=q.device),
+        _allocator(q),
         causal,
         scale,
         max_q_len,
@@ -95,6 +98,75 @@ def merge_lse(
     return out, out_lse
 
 
+def page_means(
+    kv_pool: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor, means: torch.Tensor
+) -> None:
+    """Of pages of 128 tokens."""
+    _C.page_means(kv_pool, pages, rows, means, _stream(kv_pool))
+
+
+def select_pages(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    candidates: torch.Tensor,
+    means: torch.Tensor,
+    *,
+    count: int,
+    page: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From pages of 128 tokens, up to 256."""
+    if page != 128:
+        raise ValueError(f"page: got {page}, expected 128")
+    lists = torch.empty(len(candidates), means.shape[1], count, dtype=torch.int32, device=q.device)
+    counts = torch.empty(lists.shape[:2], dtype=torch.int32, device=q.device)
+    _C.select_pages(
+        q, lse, tiles, candidates, means, lists, counts, _allocator(q), scale, _stream(q)
+    )
+    return lists, counts
+
+
+def fetch_pages(
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    pages: torch.Tensor,
+    owners: torch.Tensor,
+    pools: Sequence[int],
+    rank: int,
+    fetched: torch.Tensor,
+) -> torch.Tensor:
+    """Copies what `select_pages` chose of other ranks' pages out of their memory, each KV head's
+    part of a page once.
+
+    Args:
+        lists, counts: of `select_pages`.
+        pages: int32 [C], in the pools of their ranks.
+        owners: int32 [C], these ranks.
+        pools: addresses of the layer's pool on each rank, as mapped here.
+        rank: this one.
+        fetched: written, [at least min(N * count, pages of other ranks), 2, Hkv, page, D].
+
+    Returns:
+        int32 [N, Hkv, count], the lists as `paged_attention` takes them, with `fetched` as the
+        other pool.
+    """
+    planes = torch.empty_like(lists)
+    _C.fetch_pages(
+        lists,
+        counts,
+        pages,
+        owners,
+        pools,
+        rank,
+        fetched,
+        planes,
+        _allocator(lists),
+        _stream(lists),
+    )
+    return planes
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _C.rms_norm(x, weight, out, eps, _stream(x))
@@ -121,6 +193,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _C.silu_mul(gate_up, out, _stream(gate_up))
     return out
+
+
+def _allocator(tensor: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """Of workspaces beside it."""
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
 
 def _stream(tensor: torch.Tensor) -> int:

@@ -7,8 +7,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from star_attention.ops import select_reference
+
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
+
+_MEAN_ROWS = 4  # of a tile, in all heads of a group, that choose pages together
 
 
 def paged_attention(
@@ -23,12 +27,17 @@ def paged_attention(
     max_q_len: int,
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    other_pool: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page = kv_pool.shape[3]
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
     o.zero_()
     lse.fill_(-torch.inf)
     starts = cu_seqlens_q.tolist()
+    if page_table.dim() == 3:
+        pools = kv_pool, kv_pool[:0] if other_pool is None else other_pool
+        _attend_by_head(q, pools, page_table, starts, kv_lens.tolist(), scale, (o, lse))
+        return o, lse
     for sequence, kv_len in enumerate(kv_lens.tolist()):
         begin, end = starts[sequence], starts[sequence + 1]
         if causal:
@@ -80,6 +89,47 @@ def merge_lse(
     return merged.to(out_dtype or o.dtype), merged_lse
 
 
+def page_means(
+    kv_pool: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor, means: torch.Tensor
+) -> None:
+    size = kv_pool.shape[3] // means.shape[2]
+    means[rows.long()] = select_reference.means(kv_pool[pages.long(), 0], size)
+
+
+def select_pages(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    candidates: torch.Tensor,
+    means: torch.Tensor,
+    *,
+    count: int,
+    page: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    by_head = means.transpose(0, 1)
+    kv_heads = len(by_head)
+    pooled = _MEAN_ROWS if page % _MEAN_ROWS == 0 else 1
+    lists = q.new_empty(len(candidates), kv_heads, count, dtype=torch.int32)
+    counts = q.new_empty(len(candidates), kv_heads, dtype=torch.int32)
+    starts = tiles.tolist()
+    for tile, pages in enumerate(candidates.tolist()):
+        rows, rows_lse = (
+            select_reference.pool_rows(
+                select_reference.whole_tiles(x[starts[tile] : starts[tile + 1]], page),
+                kv_heads,
+                page,
+                pooled,
+                heads=True,
+            )
+            for x in (q, lse)
+        )
+        scores = select_reference.tile_scores(rows, rows_lse, by_head[:, :pages], scale)
+        listed, holds = select_reference.choose(scores, count)
+        lists[tile], counts[tile] = listed[:, 0], holds[:, 0]
+    return lists, counts
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -99,6 +149,37 @@ def linear(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def _attend_by_head(
+    q: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    lists: torch.Tensor,
+    starts: list[int],
+    kv_lens: list[list[int]],
+    scale: float,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """See `ops.paged_attention`: lists of planes of the two pools."""
+    kv_heads, page = pools[0].shape[2:4]
+    group = q.shape[1] // kv_heads
+    planes = [pool.flatten(0, 2) for pool in pools]
+    for sequence, of_heads in enumerate(kv_lens):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        for head, kv_len in enumerate(of_heads):
+            if rows.start == rows.stop or kv_len == 0:
+                continue
+            listed = lists[sequence, head, : -(-kv_len // page)].long()
+            pages = q.new_empty(len(listed), 2, 1, *pools[0].shape[3:])
+            for pool, is_here, plane in zip(
+                planes, (listed >= 0, listed < 0), (listed, ~listed), strict=True
+            ):
+                for which in range(2):
+                    pages[is_here, which, 0] = pool[plane[is_here] + which * kv_heads]
+            heads = slice(head * group, (head + 1) * group)
+            out[0][rows, heads], out[1][rows, heads] = _attend_pages(
+                q[rows, heads], pages, kv_len, False, scale
+            )
 
 
 def _select(kv_pool: torch.Tensor, pages: list[int]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from star_attention.arrivals import Arrival, Arrivals
-from star_attention.engines.base import Exchange, Hop, PagedStep, Pages, Selection
+from star_attention.engines.base import Exchange, Hop, PagedStep, PageMeans, Pages, Selection
 from star_attention.plan import Plan
 from star_attention.runtime.pages import Rows, page_count, page_table, paged_step
 from star_attention.spans import Span
@@ -73,6 +73,7 @@ class ContextPart:
     def __init__(self, plan: Plan, rank: int, pages: Sequence[int], scratch: Sequence[int]) -> None:
         self._plan, self._rank, self._page = plan, rank, plan.tokens_per_block
         self._arrivals = Arrivals(plan)
+        self._means = PageMeans(max(map(plan.candidates, plan.blocks), default=0))
         self._kept = _kept(plan, rank)
         self._done = [0] * plan.num_ranks  # tokens, for a ring
         # Where each page of the context is; -1: nowhere.
@@ -126,6 +127,7 @@ class ContextPart:
             pages.astype(np.int32),
             keepers.astype(np.int32),
             np.array([counts[span] for span in own], np.int32),
+            self._means,
         )
 
     def _find_room(self, own: Sequence[Span], arrivals: Sequence[Sequence[Arrival]]) -> None:

@@ -61,7 +61,9 @@ class Room:
                 "--kv-cache-gib, or --attention star"
             )
         if config.selected_pages and not self._has_selection:
-            raise UserError("--selected-pages needs --device cpu so far: leave it away")
+            raise UserError(
+                "--selected-pages needs pages of 128 tokens on GPUs, and no TensorRT engine: use 0"
+            )
         self._model.check_length(tokens)
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)

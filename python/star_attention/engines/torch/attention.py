@@ -15,7 +15,7 @@ from star_attention import ops
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import Addressed, Request
 from star_attention.engines.base import Exchange, Hop, PagedStep, Pages
-from star_attention.engines.torch.selection import Tiles, attend_selected
+from star_attention.engines.torch.selection import SelectedPages
 
 _MERGE_ROWS = 4096  # of partials that are merged at a time
 
@@ -85,7 +85,7 @@ class Attention:
         lists: of pages of this rank, which the rows see.
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
-        tiles: of rows that choose pages.
+        selected: what the rows choose to see besides.
 
     Attributes:
         cuts: rows at which `stored` is to be told, for exchanges to begin early.
@@ -101,9 +101,10 @@ class Attention:
         merge: bool = False,
         exchanges: Sequence[_Exchange] = (),
         hops: Sequence[_Hop] = (),
-        tiles: Tiles | None = None,
+        selected: SelectedPages | None = None,
     ) -> None:
-        self._lists, self._hops, self._tiles = lists, hops, tiles
+        self._lists, self._hops, self._selected = lists, hops, selected
+        self._layer = -1
         self._comm = comm
         self._scale = scale
         self._merge = merge and comm.size > 1
@@ -119,8 +120,14 @@ class Attention:
         """How long the device stood still for other ranks' KV; call it when the pass is done."""
         return self._clock.seconds()
 
+    def end(self) -> None:
+        """The pass is done."""
+        if self._selected:
+            self._selected.finish()
+
     def begin(self, pool: torch.Tensor) -> None:
         """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""
+        self._layer += 1
         self._to_start.extend(self._exchanges)
         self.stored(pool, 0)
 
@@ -144,9 +151,8 @@ class Attention:
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
         self.finish(pool)
-        if self._tiles:
-            own = self._attend(q, pool, torch.float32)
-            return attend_selected(q, pool, self._tiles, own, self._scale, self._comm)
+        if self._selected:
+            return self._attend_selected(self._selected, q, pool)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
         if not q.is_cuda:
@@ -154,6 +160,18 @@ class Attention:
         merged = torch.empty_like(q)
         self._comm.merge(*self._attend(q, pool, torch.float32), merged, stream_of(self._device))
         return merged
+
+    def _attend_selected(
+        self, selected: SelectedPages, q: torch.Tensor, pool: torch.Tensor
+    ) -> torch.Tensor:
+        """Where pages are selected there is one list of pages, without hops."""
+        stream = stream_of(self._device)
+        selected.stored(self._layer, stream)
+        o, lse = _partials(q, 2)
+        self._lists[0].attend(q, pool, self._scale, (o[0], lse[0]))
+        with self._clock:
+            selected.arrived(self._layer, stream)
+        return selected.attend(q, self._layer, o, lse, self._scale, stream)
 
     def _attend(
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
@@ -185,9 +203,18 @@ class Attention:
 
 
 def attention_on(
-    step: PagedStep, tokens_per_block: int, comm: Communicator, scale: float, device: torch.device
+    step: PagedStep,
+    comm: Communicator,
+    scale: float,
+    pool: torch.Tensor,
+    peers: list[int] | None = None,
 ) -> Attention:
-    """The attention that `step` describes, ready on `device`."""
+    """The attention that `step` describes, ready on the device of the pool of all layers.
+
+    Args:
+        peers: addresses of all ranks' pools, as mapped here; None: out of reach.
+    """
+    device = pool.device
     rows = len(step.slot_mapping)
     for exchange in step.exchanges:
         if exchange.rows > rows:
@@ -203,7 +230,7 @@ def attention_on(
         step.merge,
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
-        step.selection and Tiles.on(device, step.selection, step.cu_seqlens_q, tokens_per_block),
+        step.selection and SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers),
     )
 
 

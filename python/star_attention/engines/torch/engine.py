@@ -23,6 +23,8 @@ from star_attention.models.weights import ModelWeights
 
 # The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
+# Tokens of a page that the kernels can select.
+_SELECTED_PAGE = 128
 # Tokens of a pass whose layers are worth telling of; shorter ones are over at once.
 _LONG_PASS = 4096
 
@@ -65,10 +67,11 @@ class TorchEngine:
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"
-        self.has_selection = not on_gpu  # no kernel reads a list for each KV head yet
+        self.has_selection = not on_gpu or tokens_per_block == _SELECTED_PAGE
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
+        self._peers = comm.map_peers(self._pool.data) if on_gpu and comm.size > 1 else None
         self._copies = TorchPageCopies(self._device)
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
@@ -129,7 +132,7 @@ class TorchEngine:
         self.finish_copies()
         if self._graphs:
             self._graphs.clear()
-        self._graphs = self._pool = self._weights = self._rotary = None
+        self._graphs = self._peers = self._pool = self._weights = self._rotary = None
         for comm in (self._comm, self._group):
             comm.close()
         if self._device.type == "cuda":
@@ -155,9 +158,8 @@ class TorchEngine:
                 logits = self._graphs.step(token_ids, positions, attention)
                 self._wait()
                 return logits
-            attend = attention_on(
-                attention, self.tokens_per_block, self._comm, self._scale, self._device
-            )
+            peers = self._peers and self._peers.addresses
+            attend = attention_on(attention, self._comm, self._scale, self._pool.data, peers)
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
             logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
         except torch.OutOfMemoryError as error:
@@ -166,6 +168,7 @@ class TorchEngine:
                 f"ranks, smaller blocks or a smaller --kv-cache-gib ({error})"
             ) from None
         self._wait()
+        attend.end()
         self.wait_seconds += attend.wait_seconds
         return logits
 
