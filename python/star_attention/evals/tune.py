@@ -34,7 +34,8 @@ def choose(rows: Sequence[Row], min_retention: float) -> Row | None:
 
 def flags(row: Row) -> str:
     """Options of `star-attn ask` and `eval` that give a row's division."""
-    return f"--block-size {row.block_size} --anchor-size {row.anchor_size}"
+    sizes = f"--block-size {row.block_size} --anchor-size {row.anchor_size}"
+    return f"{sizes} --selected-pages {row.selected_pages}" if row.selected_pages else sizes
 
 
 def print_choice(rows: Sequence[Row], min_retention: float) -> None:
