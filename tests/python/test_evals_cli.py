@@ -207,10 +207,12 @@ def test_tune_leaves_out_selected_pages_that_are_not_there(here, tiny_chat_model
     """A second half has nothing before it that its anchor, a half, is not."""
     sizes = ["--block-size", "half,quarter", "--anchor-size", "block", "--selected-pages", "0,2"]
     samples = ["--tasks", "niah_single_1", "--samples", 1, "--results", tmp_path]
-    run = here("tune", "--length", 640, *sizes, *samples, *SMALL, tiny_chat_model)
+    command = ["tune", "--length", 640, *sizes, *samples, "--cost", "predicted"]
+    run = here(*command, *SMALL, tiny_chat_model)
     assert run.returncode == 0, run.stderr
     names = ["star-half-block", "star-quarter-block", "star-quarter-block+2"]
     assert sorted(path.stem for path in tmp_path.glob("star-*.json")) == names
+    assert "predicted, ms" in run.stdout
 
 
 BAD_OPTIONS = {

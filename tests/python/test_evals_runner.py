@@ -20,6 +20,9 @@ from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
 from star_attention.evals.runner import Method, Run, evaluate
 from star_attention.evals.sample import Sample, Task
+from star_attention.models.config import LLAMA_3_1_8B
+from star_attention.plan import make_plan
+from star_attention.predict import predict
 
 CONFIGURATION = {
     "benchmark": "ruler",
@@ -33,6 +36,8 @@ CONFIGURATION = {
     "attention": "dense",
     "block_size": None,
     "anchor_size": None,
+    "anchor_mode": "broadcast",
+    "tokens_per_block": 128,
 }
 STAR = {"attention": "star", "block_size": "quarter", "anchor_size": "block"}
 
@@ -324,6 +329,7 @@ def record(task, length, index, score, seconds, **fields):
         "outputs": ["a", "b"] if score == 0.5 else ["a"],
         "score": score,
         "depths": [0.05, 1.0][: 1 + (score == 0.5)],
+        "context_tokens": length and length - 100,
         "block_size": 1024,
         "anchor_size": 1024,
         "context_seconds": seconds / 2,
@@ -503,10 +509,52 @@ def test_tune(made_up, capsys):
     assert [row.label for row in tune.frontier(stars)] == ["star quarter/0", "star quarter/block"]
     assert tune.choose(stars, 0.7).label == "star quarter/block"
     assert tune.choose(stars, 0.97) is None
-    tune.print_choice(rows, 0.7)
+    tune.print_choice(rows, 0.7, LLAMA_3_1_8B)
     assert "--block-size 1024 --anchor-size 1024\n" in capsys.readouterr().out
-    tune.print_choice(rows, 0.97)
+    tune.print_choice(rows, 0.97, LLAMA_3_1_8B)
     assert "No setting keeps 97%" in capsys.readouterr().out
+
+
+def test_tune_chooses_selected_pages(tmp_path, capsys):
+    """The cheapest that keeps accuracy: here they took long, a plan predicts that they do not."""
+    length, tokens = 1 << 17, (1 << 17) - 100
+    for method, score, seconds, sizes in (
+        (Method("dense"), 1.0, 60.0, (tokens, 0)),
+        (Method("star", "quarter", "block"), 0.98, 30.0, (32768, 32768)),
+        (Method("star", "8192", "512"), 0.5, 10.0, (8192, 512)),
+        (Method("star", "8192", "512", 16), 0.99, 50.0, (8192, 512)),
+        (Method("star", "8192", "512", 512), 0.99, 55.0, (8192, 512)),
+    ):
+        results = open_results(tmp_path, configuration(**method.configuration))
+        fields = {"block_size": sizes[0], "anchor_size": sizes[1], "context_tokens": tokens}
+        results.append(record("vt", length, 0, score, 2 * seconds, **fields))
+        results.write_scores()
+    rows = comparison.compare(load_results(tmp_path))
+    by_label = {row.label: row for row in rows}
+
+    def predicted(row):
+        return tune.predicted_seconds(row, LLAMA_3_1_8B)
+
+    for label, config in (
+        ("star 8192/512", StarConfig(8192, 512)),
+        ("star 8192/512+16", StarConfig(8192, 512, selected_pages=16)),
+    ):
+        expected = predict(make_plan(tokens, config)).seconds
+        assert predicted(by_label[label]) == pytest.approx(expected)
+    stars = rows[1:]
+    assert [row.label for row in tune.frontier(stars, predicted)] == [
+        "star 8192/512",
+        "star 8192/512+16",
+    ]
+    assert tune.choose(stars, 0.97).label == "star quarter/block"
+    assert tune.choose(stars, 0.97, predicted).label == "star 8192/512+16"
+    for cost, flags in (
+        ("measured", "--block-size 32768 --anchor-size 32768"),
+        ("predicted", "--block-size 8192 --anchor-size 512 --selected-pages 16"),
+    ):
+        tune.print_choice(rows, 0.97, LLAMA_3_1_8B, cost)
+        out = capsys.readouterr().out
+        assert f"The fastest, as {cost}, that keeps 97%, on 1 samples:\n{flags}\n" in out
 
 
 @pytest.mark.parametrize("kept", [0, 20])

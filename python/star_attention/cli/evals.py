@@ -36,13 +36,15 @@ from star_attention.config import (
 from star_attention.distributed import world_size
 from star_attention.engines.options import DTYPES
 from star_attention.errors import UserError, say
-from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
+from star_attention.evals.tune import ANCHORS, BLOCKS, COSTS, TASKS
 from star_attention.plan import make_plan
 
 if TYPE_CHECKING:
     from star_attention.evals.prompts import PromptTokenizer
     from star_attention.evals.runner import Method, OnSample, Run
     from star_attention.evals.sample import Task
+    from star_attention.evals.tune import Cost
+    from star_attention.models.config import ModelConfig
 
 
 class _List(click.ParamType):
@@ -267,10 +269,19 @@ def report(results: Path, plots: bool, as_json: bool) -> None:
     show_default=True,
     help="Share of the baseline's accuracy to keep.",
 )
+@click.option(
+    "--cost",
+    type=Choice(COSTS),
+    default="measured",
+    show_default=True,
+    help="The time of phase 1 that counts: as it was here, or as star-attn plan predicts it for "
+    "H200s.",
+)
 @tasks_option(TASKS)
 @run_options(samples=10, blocks=BLOCKS, anchors=ANCHORS)
-def tune(length: int, min_retention: float, **options: Any) -> None:
-    """Find the block and anchor size for a length: a grid of them on tasks of RULER."""
+def tune(length: int, min_retention: float, cost: Cost, **options: Any) -> None:
+    """Find the block and anchor size and the selected pages for a length: a grid of them on tasks
+    of RULER."""
     default = Path("results", f"tune-{length}-{Path(options['model']).name}")
     options["results"] = options["results"] or default
     options |= {"lengths": (length,), "times": True}
@@ -280,7 +291,8 @@ def tune(length: int, min_retention: float, **options: Any) -> None:
         from star_attention.evals.results import load_results
         from star_attention.evals.tune import print_choice
 
-        print_choice(compare(load_results(results)), min_retention)
+        rows = compare(load_results(results))
+        print_choice(rows, min_retention, _model_config(options), cost)
 
     _evaluate("ruler", options, choose, distinct=True)
 
@@ -472,6 +484,17 @@ def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
 
         return "tensorrt", read_engine_config(path).dtype
     return options["device"], options["dtype"] or DTYPES[options["device"]][0]
+
+
+def _model_config(options: dict[str, Any]) -> ModelConfig:
+    from star_attention.models.checkpoint import find_model, is_engine_folder, open_checkpoint
+
+    path = find_model(options["model"], options["load_format"] != "dummy")
+    if is_engine_folder(path):
+        from star_attention.engines.tensorrt.read import read_engine_config
+
+        return read_engine_config(path).model
+    return open_checkpoint(path, with_weights=False).config
 
 
 def _load_tasks(
