@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from helpers import HERE
+from star_attention.cli.evals import evals, tune
 from star_attention.evals import texts
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
@@ -224,6 +226,22 @@ def test_the_papers_setting(here, tiny_chat_model, tmp_path):
         assert run.returncode == 0, run.stderr
         names = ["dense", "star-quarter-block"]
         assert sorted(path.stem for path in results.glob("*.json")) == names
+
+
+def test_the_page_names_options_that_exist():
+    page = (HERE.parents[1] / "docs" / "evals.md").read_text()
+    commands = {f"eval {name}": command for name, command in evals.commands.items()}
+    commands["tune"] = tune
+    known = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
+    shown = re.findall(r"star-attn (tune|eval [\w-]+) (.*)", page.replace("\\\n", " "))
+    assert {name for name, _ in shown} == {*known}
+    for name, rest in shown:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest.partition("#")[0])) <= known[name], rest
+    rows = re.findall(r"^\| `(--[a-z-]+)[^|]*\| .* \| *`?(\w*)`? *\|$", page, re.MULTILINE)
+    for option, default in rows:
+        (parameter,) = [p for p in commands["eval ruler"].params if option in p.opts]
+        assert (parameter.default if parameter.show_default else "") == default, option
+    assert {"--block-size", "--anchor-size", "--selected-pages", "--preset"} <= {*dict(rows)}
 
 
 BAD_OPTIONS = {
