@@ -11,11 +11,13 @@ AnchorMode = Literal["recompute", "local", "broadcast"]
 KvPlacement = Literal["tail", "round_robin"]
 AttentionMethod = Literal["star", "ring", "dense"]
 MergePath = Literal["auto", "peer", "nccl"]
+Preset = Literal["paper"]
 
 ANCHOR_MODES: tuple[AnchorMode, ...] = ("recompute", "local", "broadcast")
 KV_PLACEMENTS: tuple[KvPlacement, ...] = ("tail", "round_robin")
 MERGE_PATHS: tuple[MergePath, ...] = ("auto", "peer", "nccl")
-MAX_SELECTED_PAGES = 256
+PRESETS: tuple[Preset, ...] = ("paper",)
+MAX_SELECTED_PAGES = 256  # what the kernels choose at most
 ATTENTION_METHODS: tuple[AttentionMethod, ...] = ("star", "ring", "dense")
 
 
@@ -40,6 +42,8 @@ class StarConfig:
             each KV head and layer; 0: none, the paper's method.
         attention: `star`; or an exact baseline: `ring`, whose KV passes by, or `dense`, one block
             of all ranks.
+        preset: `paper`: the paper's setting, blocks of a quarter of the context on any number of
+            ranks, anchor = block, no selected pages, which are not given beside it.
 
     Source: Star Attention, arXiv 2411.17116, section 2.
     """
@@ -51,16 +55,18 @@ class StarConfig:
     tokens_per_block: int = 128
     attention: AttentionMethod = "star"
     selected_pages: int = 0
+    preset: Preset | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("anchor_mode", ANCHOR_MODES),
             ("kv_placement", KV_PLACEMENTS),
             ("attention", ATTENTION_METHODS),
+            ("preset", (None, *PRESETS)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}"
+                    f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, allowed))}"
                 )
         page = self.tokens_per_block
         if page < 1:
@@ -84,8 +90,28 @@ class StarConfig:
             raise UserError(
                 f"selected pages go with the anchor mode broadcast, not {self.anchor_mode}"
             )
+        if self.preset:
+            self._check_preset()
         if self.block_size is not None:
             self.check_anchor(self.block_size)
+
+    def _check_preset(self) -> None:
+        for name, value, default in (
+            ("block size", self.block_size, None),
+            ("anchor size", self.anchor_size, None),
+            ("number of selected pages", self.selected_pages, 0),
+            ("attention", self.attention, "star"),
+        ):
+            if value != default:
+                raise UserError(
+                    f"the {name} {value} is not the preset {self.preset}'s: leave one of them away"
+                )
+
+    def default_blocks(self, num_ranks: int) -> int:
+        """Blocks of a context if no block size is given."""
+        if self.attention != "star":
+            return 1
+        return 4 if self.preset == "paper" else max(4, num_ranks)
 
     def check_anchor(self, block_size: int) -> None:
         """Raises UserError if the anchor does not fit into blocks of `block_size` tokens."""

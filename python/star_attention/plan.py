@@ -101,6 +101,12 @@ class Plan:
         """Tokens that each row of a block sees of earlier blocks, besides the anchor."""
         return min(self.candidates(block), self.selected_pages) * self.tokens_per_block
 
+    def cost(self, span: Span) -> Cost:
+        """Work of a span of this plan, with what its rows see of earlier blocks."""
+        tokens, pairs = span.cost
+        chosen = self.selected_tokens(self.blocks[span.block])
+        return Cost(tokens, pairs + tokens * chosen)
+
     @property
     def exchanges(self) -> bool:
         """Whether ranks send one another pages that stay, other than those that pass by."""
@@ -132,10 +138,9 @@ class Plan:
         """Phase 1 work of each rank."""
         tokens, pairs = map(list, zip(*self._costs_alone, strict=True))
         for span in self.slices:
-            cost = span.cost
+            cost = self.cost(span)
             tokens[span.rank] += cost.tokens
             pairs[span.rank] += cost.pairs
-            pairs[span.rank] += span.tokens * self.selected_tokens(self.blocks[span.block])
         return tuple(map(Cost, tokens, pairs))
 
     @property
@@ -427,7 +432,7 @@ def _sizes(
     page = config.tokens_per_block
     block_size = config.block_size
     if block_size is None:
-        parts = 1 if config.attention != "star" else max(4, num_ranks)
+        parts = config.default_blocks(num_ranks)
         exact = max(1, -(-context_len // parts))
         block_size = -(-exact // page) * page
         if block_size != exact and context_len:

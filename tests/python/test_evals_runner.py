@@ -20,6 +20,9 @@ from star_attention.evals.prompts import PromptTokenizer
 from star_attention.evals.results import load_results, open_results
 from star_attention.evals.runner import Method, Run, evaluate
 from star_attention.evals.sample import Sample, Task
+from star_attention.models.config import LLAMA_3_1_8B
+from star_attention.plan import make_plan
+from star_attention.predict import predict
 
 CONFIGURATION = {
     "benchmark": "ruler",
@@ -33,6 +36,8 @@ CONFIGURATION = {
     "attention": "dense",
     "block_size": None,
     "anchor_size": None,
+    "anchor_mode": "broadcast",
+    "tokens_per_block": 128,
 }
 STAR = {"attention": "star", "block_size": "quarter", "anchor_size": "block"}
 
@@ -52,7 +57,7 @@ def prompts(tiny_chat_model):
 
 
 def run_of(folder, task, method, samples=3):
-    results = open_results(folder, configuration(**vars(method)))
+    results = open_results(folder, configuration(**method.configuration))
     return Run(results, [task], samples, lambda n: method.config(n, "broadcast", 32))
 
 
@@ -78,12 +83,14 @@ def short_task(prompts):
         (Method("star", "quarter", "eighth"), 1000, (256, 32)),
         (Method("star", "128", "page"), 4096, (128, 32)),
         (Method("star", "whole", "0"), 1000, (1024, 0)),
+        (Method("star", "half", "page", 4), 4096, (2048, 32)),
         (Method("dense"), 4096, (None, None)),
     ],
 )
 def test_sizes(method, length, sizes):
     config = method.config(length, "broadcast", 32)
     assert (config.block_size, config.anchor_size) == sizes
+    assert config.selected_pages == method.selected_pages
 
 
 @pytest.mark.parametrize("template", ["auto", "none"])
@@ -146,6 +153,27 @@ def test_resume(llm, prompts, short_task, tmp_path):
     assert more["index"] == 3
     scores = json.loads(path.with_suffix(".json").read_text())["scores"]
     assert [(score["samples"], score["failed"]) for score in scores] == [(4, 0)]
+
+
+def test_selected_pages(llm, prompts, short_task, tmp_path):
+    """Other answers, beside those without, in a file of their own that a run goes on from; what is
+    said of runs without them stays as it was."""
+    sizes = "star", "160", "page"
+    plain = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes)))
+    some = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 2)))
+    assert [record["pred"] for record in some] != [record["pred"] for record in plain]
+    # All pages that there are: dense attention.
+    every = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 1024)))
+    dense = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
+    assert [record["pred"] for record in every] == [record["pred"] for record in dense]
+    (more,) = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 2), 4))
+    assert more["index"] == 3
+    found = load_results(tmp_path)
+    labels = ["dense", "star 160/page", "star 160/page+2", "star 160/page+1024"]
+    assert [results.label for results in found] == labels
+    assert [len(results.records) for results in found] == [3, 3, 4, 3]
+    said = [results.configuration.get("selected_pages", "no word") for results in found]
+    assert said == ["no word", "no word", 2, 1024]
 
 
 def test_stopping_keeps_what_is_done(llm, prompts, short_task, tmp_path):
@@ -301,6 +329,7 @@ def record(task, length, index, score, seconds, **fields):
         "outputs": ["a", "b"] if score == 0.5 else ["a"],
         "score": score,
         "depths": [0.05, 1.0][: 1 + (score == 0.5)],
+        "context_tokens": length and length - 100,
         "block_size": 1024,
         "anchor_size": 1024,
         "context_seconds": seconds / 2,
@@ -437,16 +466,95 @@ def test_plots(made_up, tmp_path_factory):
         assert (pixels != 1).any(axis=-1).mean() > 0.01
 
 
+def test_report_of_selected_pages(made_up, capsys):
+    """In the table, beside the same sizes without, and in pictures."""
+    assert "selected pages" not in _printed(made_up, capsys)
+    before = [path.read_bytes() for path in plots.draw(_rows(made_up), made_up)]
+    chosen = open_results(made_up, configuration(**STAR, selected_pages=16))
+    for length in (4096, 8192):
+        for task in ("vt", "niah_single_1"):
+            for index in range(2):
+                chosen.append(record(task, length, index, 1.0, 3.0))
+    chosen.write_scores()
+    out = _printed(made_up, capsys)
+    labels = re.findall(r"^(star \S+) +\d", out, re.MULTILINE)[:3]
+    assert labels == ["star quarter/block", "star quarter/block+16", "star quarter/0"]
+    assert "\n+: selected pages\n" in out
+    assert re.search(r"^task +dense +block +\+16 +0 *$", out, re.MULTILINE)
+    rows = _rows(made_up)
+    assert [row.selected_pages for row in rows[:4]] == [0, 0, 16, 0]
+    assert [plots._ablation_name(row) for row in rows[1:3]] == [
+        "1,024\n1,024",
+        "1,024\n1,024\n+16",
+    ]
+    after = [path.read_bytes() for path in plots.draw(rows, made_up)]
+    assert all(a != b for a, b in zip(after, before, strict=True))
+    assert comparison.as_json(rows)[2]["attention"] == "star quarter/block+16"
+    assert tune.flags(rows[2]) == "--block-size 1024 --anchor-size 1024 --selected-pages 16"
+    assert "pages" not in tune.flags(rows[1])
+
+
+def _rows(folder):
+    return comparison.compare(load_results(folder))
+
+
+def _printed(folder, capsys):
+    comparison.print_report(load_results(folder), _rows(folder))
+    return capsys.readouterr().out
+
+
 def test_tune(made_up, capsys):
     rows = [row for row in comparison.compare(load_results(made_up)) if row.length == 4096]
     stars = rows[1:]
     assert [row.label for row in tune.frontier(stars)] == ["star quarter/0", "star quarter/block"]
     assert tune.choose(stars, 0.7).label == "star quarter/block"
     assert tune.choose(stars, 0.97) is None
-    tune.print_choice(rows, 0.7)
+    tune.print_choice(rows, 0.7, LLAMA_3_1_8B)
     assert "--block-size 1024 --anchor-size 1024\n" in capsys.readouterr().out
-    tune.print_choice(rows, 0.97)
+    tune.print_choice(rows, 0.97, LLAMA_3_1_8B)
     assert "No setting keeps 97%" in capsys.readouterr().out
+
+
+def test_tune_chooses_selected_pages(tmp_path, capsys):
+    """The cheapest that keeps accuracy: here they took long, a plan predicts that they do not."""
+    length, tokens = 1 << 17, (1 << 17) - 100
+    for method, score, seconds, sizes in (
+        (Method("dense"), 1.0, 60.0, (tokens, 0)),
+        (Method("star", "quarter", "block"), 0.98, 30.0, (32768, 32768)),
+        (Method("star", "8192", "512"), 0.5, 10.0, (8192, 512)),
+        (Method("star", "8192", "512", 16), 0.99, 50.0, (8192, 512)),
+        (Method("star", "8192", "512", 512), 0.99, 55.0, (8192, 512)),
+    ):
+        results = open_results(tmp_path, configuration(**method.configuration))
+        fields = {"block_size": sizes[0], "anchor_size": sizes[1], "context_tokens": tokens}
+        results.append(record("vt", length, 0, score, 2 * seconds, **fields))
+        results.write_scores()
+    rows = comparison.compare(load_results(tmp_path))
+    by_label = {row.label: row for row in rows}
+
+    def predicted(row):
+        return tune.predicted_seconds(row, LLAMA_3_1_8B)
+
+    for label, config in (
+        ("star 8192/512", StarConfig(8192, 512)),
+        ("star 8192/512+16", StarConfig(8192, 512, selected_pages=16)),
+    ):
+        expected = predict(make_plan(tokens, config)).seconds
+        assert predicted(by_label[label]) == pytest.approx(expected)
+    stars = rows[1:]
+    assert [row.label for row in tune.frontier(stars, predicted)] == [
+        "star 8192/512",
+        "star 8192/512+16",
+    ]
+    assert tune.choose(stars, 0.97).label == "star quarter/block"
+    assert tune.choose(stars, 0.97, predicted).label == "star 8192/512+16"
+    for cost, flags in (
+        ("measured", "--block-size 32768 --anchor-size 32768"),
+        ("predicted", "--block-size 8192 --anchor-size 512 --selected-pages 16"),
+    ):
+        tune.print_choice(rows, 0.97, LLAMA_3_1_8B, cost)
+        out = capsys.readouterr().out
+        assert f"The fastest, as {cost}, that keeps 97%, on 1 samples:\n{flags}\n" in out
 
 
 @pytest.mark.parametrize("kept", [0, 20])

@@ -338,11 +338,27 @@ def test_ring_is_exact_and_balanced(context_len, num_ranks):
         (10, 1, {"anchor_size": 100}, "anchor size 100 is not a multiple.*use 128"),
         (10, 1, {"tokens_per_block": 0}, "tokens_per_block is 0"),
         (10, 1, {"anchor_mode": "none"}, "anchor_mode is 'none': use one of recompute"),
+        (10, 1, {"preset": "fast"}, "preset is 'fast': use one of None, paper"),
+        (10, 1, {"preset": "paper", "block_size": 128}, "the block size 128 is not the preset pa"),
+        (10, 1, {"preset": "paper", "anchor_size": 0}, "the anchor size 0 is not the preset pape"),
+        (10, 1, {"preset": "paper", "selected_pages": 1}, "the number of selected pages 1 is not"),
+        (10, 1, {"preset": "paper", "attention": "ring"}, "the attention ring is not the preset"),
     ],
 )
 def test_refusals(context_len, num_ranks, options, message):
     with pytest.raises(UserError, match=message):
         make_plan(context_len, StarConfig(**options), num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4, 7])
+def test_the_papers_setting(num_ranks):
+    """A quarter of the context, whatever the number of ranks; by default it is as many blocks."""
+    plan, default = (
+        make_plan(1 << 16, StarConfig(preset=preset), num_ranks) for preset in ("paper", None)
+    )
+    assert (plan.block_size, plan.anchor_size, plan.selected_pages) == (16384, 16384, 0)
+    assert len(plan.blocks) == 4
+    assert len(default.blocks) == max(4, num_ranks)
 
 
 def test_notes(capsys):
@@ -398,6 +414,18 @@ def test_plot_shows_every_rank(tmp_path, config):
     pixels = plt.imread(path)[..., :3].reshape(-1, 3)
     for color in plt.get_cmap("tab10").colors[:3]:
         assert (abs(pixels - color) < 0.01).all(axis=1).sum() > 500
+
+
+def test_plot_shows_what_pages_are_chosen_from(tmp_path):
+    from matplotlib import pyplot as plt
+
+    grey = []
+    for count in (0, 2):
+        config = StarConfig(256, 128, selected_pages=count)
+        plot_plan(make_plan(1500, config, 1), tmp_path / "plan.png")
+        pixels = plt.imread(tmp_path / "plan.png")[..., :3].reshape(-1, 3)
+        grey.append((abs(pixels - 0.75) < 0.01).all(axis=1).sum())
+    assert grey[1] > grey[0] + 500
 
 
 def test_plot_of_many_blocks(tmp_path):

@@ -13,8 +13,10 @@ from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.engines.base import Limits
 from star_attention.errors import UserError
+from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.ops import select_reference as select
 from star_attention.plan import make_plan
+from star_attention.predict import Rates, predict
 from star_attention.runtime.blocks import block_keys
 from star_attention.runtime.room import Room
 
@@ -157,3 +159,16 @@ def test_their_cost_is_in_the_plan():
     # All blocks behind the first have 16 pages or more to choose from.
     assert more == ((1 << 17) - 8192) * 16 * 128
     assert chosen.rank_costs[0].tokens == 1 << 17
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_their_cost_is_in_predictions(num_ranks):
+    """The attention to them, which all ranks share."""
+    length, block = 1 << 17, 8192
+    plain, chosen = (
+        predict(make_plan(length, StarConfig(block, 512, selected_pages=count), num_ranks))
+        for count in (1, 16)
+    )
+    pairs = (length - block) * 15 * 128 / num_ranks
+    seconds = pairs * LLAMA_3_1_8B.attention_flops_per_pair / Rates().attention_tflops / 1e12
+    assert chosen.seconds - plain.seconds == pytest.approx(seconds, rel=0.01)

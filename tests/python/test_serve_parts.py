@@ -166,6 +166,14 @@ def test_block_sizes_that_are_not_given():
         assert len(changes) <= 4 * np.log2(1_000_000 / (parts * DENSE_TOKENS)) + 3
 
 
+def test_the_papers_setting_is_a_quarter_on_any_number_of_ranks():
+    config = StarConfig(preset="paper")
+    for tokens in (1000, 100_000):
+        assert division_for(tokens, config, 16) == division_for(tokens, StarConfig(), 4)
+    size = division_for(100_000, config, 16).block_size
+    assert size != division_for(100_000, StarConfig(), 16).block_size
+
+
 def test_block_sizes_that_are_given_stay():
     for config in (StarConfig(block_size=512), StarConfig(attention="ring")):
         assert division_for(100_000, config, 2) is config

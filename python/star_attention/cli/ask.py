@@ -15,6 +15,7 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
+    PRESET_OPTIONS,
     check_run,
     check_sampling,
     check_text,
@@ -73,8 +74,8 @@ def ask(ranks: int | None, oversubscribe: bool, **options: Any) -> None:
     take_model(options)
     check_ranks(ranks, options["tp"])
     find_model(options["model"], options["load_format"] != "dummy")
-    star_config_of(options), engine_of(options)
     check_run(options)
+    star_config_of(options), engine_of(options)
     check_sampling(options)
     if options["as_json"]:
         refuse_idle("with --json", "quiet")
@@ -107,7 +108,7 @@ def _check_context(context_files: Sequence[str], options: dict[str, Any]) -> Non
         refuse_idle("with --attention ring, whose KV is kept nowhere", "save_context")
     if not folder:
         return
-    kept = ("block_size", "anchor_size", "anchor_mode", "attention", "system", "save_context")
+    kept = ("preset", "anchor_mode", "attention", "system", "save_context", *PRESET_OPTIONS)
     refuse_idle("with --load-context, which is as it was saved", *kept)
     if not (folder / "contexts").is_dir():
         raise UserError(f"--load-context {folder}: no context there: --save-context makes one")

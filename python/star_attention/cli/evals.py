@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,25 +18,36 @@ import click
 
 from star_attention.cli import terminal
 from star_attention.cli.options import (
+    PRESET_OPTIONS,
     TOKENS,
     Choice,
     Number,
+    check_preset,
     engine_of,
     engine_options,
+    preset_option,
     refuse_idle,
     text_options,
 )
 from star_attention.cli.ranks import check_ranks, is_started_again, needs_ranks, run_as_ranks
-from star_attention.config import ANCHOR_MODES, ATTENTION_METHODS
+from star_attention.config import (
+    ANCHOR_MODES,
+    ATTENTION_METHODS,
+    MAX_SELECTED_PAGES,
+    StarConfig,
+)
 from star_attention.distributed import world_size
 from star_attention.engines.options import DTYPES
 from star_attention.errors import UserError, say
-from star_attention.evals.tune import ANCHORS, BLOCKS, TASKS
+from star_attention.evals.tune import ANCHORS, BLOCKS, COSTS, TASKS
+from star_attention.plan import make_plan
 
 if TYPE_CHECKING:
     from star_attention.evals.prompts import PromptTokenizer
     from star_attention.evals.runner import Method, OnSample, Run
     from star_attention.evals.sample import Task
+    from star_attention.evals.tune import Cost
+    from star_attention.models.config import ModelConfig
 
 
 class _List(click.ParamType):
@@ -64,6 +76,11 @@ LENGTHS = _List(TOKENS)
 METHODS = _List(Choice(ATTENTION_METHODS))
 BLOCK_SIZES = _List(TOKENS, ("whole", "half", "quarter", "eighth"))
 ANCHOR_SIZES = _List(TOKENS, ("block", "half", "quarter", "eighth", "page"))
+SELECTED_PAGES = _List(click.IntRange(0, MAX_SELECTED_PAGES))
+# What `--preset` sets, at every length.
+_PRESETS = {
+    "paper": {"block_size": ("quarter",), "anchor_size": ("block",), "selected_pages": (0,)}
+}
 
 
 def run_options(
@@ -96,6 +113,7 @@ def run_options(
             show_default=True,
             help="Side by side: dense, ring, star.",
         ),
+        preset_option,
         click.option(
             "--block-size",
             type=BLOCK_SIZES,
@@ -109,6 +127,14 @@ def run_options(
             default=anchors,
             show_default=True,
             help="block, or half, quarter or eighth of it, page, or tokens; star runs with each.",
+        ),
+        click.option(
+            "--selected-pages",
+            type=SELECTED_PAGES,
+            default="0",
+            show_default=True,
+            help="Pages of earlier blocks that each page of rows chooses to see besides; star runs "
+            "with each number. On the CPU so far.",
         ),
         click.option(
             "--anchor-mode", type=Choice(ANCHOR_MODES), default="broadcast", show_default=True
@@ -251,10 +277,19 @@ def report(results: Path, plots: bool, as_json: bool) -> None:
     show_default=True,
     help="Share of the baseline's accuracy to keep.",
 )
+@click.option(
+    "--cost",
+    type=Choice(COSTS),
+    default="measured",
+    show_default=True,
+    help="The time of phase 1 that counts: as it was here, or as star-attn plan predicts it for "
+    "H200s.",
+)
 @tasks_option(TASKS)
 @run_options(samples=10, blocks=BLOCKS, anchors=ANCHORS)
-def tune(length: int, min_retention: float, **options: Any) -> None:
-    """Find the block and anchor size for a length: a grid of them on tasks of RULER."""
+def tune(length: int, min_retention: float, cost: Cost, **options: Any) -> None:
+    """Find the block and anchor size and the selected pages for a length: a grid of them on tasks
+    of RULER."""
     default = Path("results", f"tune-{length}-{Path(options['model']).name}")
     options["results"] = options["results"] or default
     options |= {"lengths": (length,), "times": True}
@@ -264,7 +299,8 @@ def tune(length: int, min_retention: float, **options: Any) -> None:
         from star_attention.evals.results import load_results
         from star_attention.evals.tune import print_choice
 
-        print_choice(compare(load_results(results)), min_retention)
+        rows = compare(load_results(results))
+        print_choice(rows, min_retention, _model_config(options), cost)
 
     _evaluate("ruler", options, choose, distinct=True)
 
@@ -280,7 +316,7 @@ def _evaluate(
 
     Args:
         report: instead of the comparison.
-        distinct: at a single length, leave out configurations whose sizes an earlier one has.
+        distinct: at a single length, leave out configurations whose answers an earlier one has.
     """
     from star_attention.models.checkpoint import find_model
 
@@ -289,6 +325,8 @@ def _evaluate(
     options["results"] = options["results"] or Path(
         "results", f"{benchmark}-{Path(options['model']).name}"
     )
+    check_preset(options)
+    options |= _PRESETS.get(options["preset"], {})
     methods = _methods(options, distinct)
     if benchmark != "custom":
         _check_names(benchmark, options["tasks"])
@@ -296,7 +334,7 @@ def _evaluate(
     engine_of(options)
     if "star" not in options["attention"] and not is_started_again():
         when = f"with --attention {','.join(options['attention'])}"
-        refuse_idle(when, "block_size", "anchor_size", "anchor_mode")
+        refuse_idle(when, "preset", *PRESET_OPTIONS, "anchor_mode")
     if benchmark == "custom":
         refuse_idle("with one's own questions", "data_dir", "seed")
     if benchmark == "aa-lcr":
@@ -319,19 +357,28 @@ def _evaluate(
 
 
 def _methods(options: dict[str, Any], distinct: bool) -> list[Method]:
-    """The configurations. Raises UserError for sizes that do not fit a length."""
+    """The configurations. Raises UserError for sizes that do not fit a length, and for selected
+    pages beside an anchor mode that they do not go with."""
     from star_attention.evals.runner import Method
 
     methods = [Method(name) for name in ("dense", "ring") if name in options["attention"]]
-    if "star" in options["attention"]:
-        sizes = [(str(b), str(a)) for b in options["block_size"] for a in options["anchor_size"]]
-        methods += [Method("star", *pair) for pair in dict.fromkeys(sizes)]
     division = options["anchor_mode"], options["tokens_per_block"]
+    if "star" in options["attention"]:
+        axes = options["block_size"], options["anchor_size"], options["selected_pages"]
+        methods += dict.fromkeys(Method("star", str(b), str(a), n) for b, a, n in product(*axes))
+        StarConfig(anchor_mode=division[0], selected_pages=max(options["selected_pages"]))
     for length in options["lengths"] or ():
         configs = [method.config(length, *division) for method in methods]
         if distinct:
+            configs = [_as_it_counts(config, length) for config in configs]
             return [m for i, m in enumerate(methods) if configs.index(configs[i]) == i]
     return methods
+
+
+def _as_it_counts(config: StarConfig, length: int) -> StarConfig:
+    """Without selected pages where no block has any to choose from."""
+    plan = make_plan(length, config)
+    return config if any(map(plan.candidates, plan.blocks)) else replace(config, selected_pages=0)
 
 
 def _check_names(benchmark: str, tasks: Sequence[str]) -> None:
@@ -365,7 +412,6 @@ def _answer(
     prompts: PromptTokenizer, runs: Sequence[Run], pending: int, options: dict[str, Any]
 ) -> None:
     """Loads the model and has it answer."""
-    from star_attention.config import StarConfig
     from star_attention.evals.runner import evaluate
     from star_attention.llm import LLM
 
@@ -414,7 +460,7 @@ def _prepare(
         **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
         "ranks": ranks,
     }
-    return prompts, tasks, [{**shared, **vars(method)} for method in methods]
+    return prompts, tasks, [{**shared, **method.configuration} for method in methods]
 
 
 def _open_runs(
@@ -448,6 +494,17 @@ def _device_and_dtype(path: Path, options: dict[str, Any]) -> tuple[str, str]:
 
         return "tensorrt", read_engine_config(path).dtype
     return options["device"], options["dtype"] or DTYPES[options["device"]][0]
+
+
+def _model_config(options: dict[str, Any]) -> ModelConfig:
+    from star_attention.models.checkpoint import find_model, is_engine_folder, open_checkpoint
+
+    path = find_model(options["model"], options["load_format"] != "dummy")
+    if is_engine_folder(path):
+        from star_attention.engines.tensorrt.read import read_engine_config
+
+        return read_engine_config(path).model
+    return open_checkpoint(path, with_weights=False).config
 
 
 def _load_tasks(

@@ -17,6 +17,7 @@ from star_attention.config import (
     KV_PLACEMENTS,
     MAX_SELECTED_PAGES,
     MERGE_PATHS,
+    PRESETS,
     StarConfig,
 )
 from star_attention.engines.options import DTYPES, LOAD_FORMATS, EngineOptions
@@ -90,9 +91,27 @@ def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
     return command
 
 
+# What `--preset` sets.
+PRESET_OPTIONS = ("block_size", "anchor_size", "selected_pages")
+
+preset_option = click.option(
+    "--preset",
+    type=Choice(PRESETS),
+    help="paper: the paper's setting, blocks of a quarter of the context, anchor = block, no "
+    "selected pages; --block-size, --anchor-size and --selected-pages are refused beside it.",
+)
+
+
+def check_preset(options: dict[str, Any]) -> None:
+    """Raises UserError for an option that is given beside the preset that sets it."""
+    if options["preset"]:
+        refuse_idle(f"with --preset {options['preset']}, which sets it", *PRESET_OPTIONS)
+
+
 def division_options(command: Callable) -> Callable:
-    """The options that make a `StarConfig`."""
+    """The options that make a `StarConfig`; `check_preset` checks them."""
     options = [
+        preset_option,
         click.option(
             "--block-size",
             type=TOKENS,
@@ -302,7 +321,8 @@ def check_run(options: dict[str, Any]) -> None:
     another."""
     if options["attention"] != "star":
         when = f"with --attention {options['attention']}"
-        refuse_idle(when, "block_size", "anchor_size", "anchor_mode", "selected_pages")
+        refuse_idle(when, "preset", *PRESET_OPTIONS, "anchor_mode")
+    check_preset(options)
     if options["attention"] == "dense":
         refuse_idle("with --attention dense", "kv_placement", "merge")
     if is_engine_folder(Path(options["model"])):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from star_attention.cli import terminal
-from star_attention.cli.options import TOKENS, Choice, division_options
+from star_attention.cli.options import TOKENS, Choice, check_preset, division_options
 from star_attention.config import ATTENTION_METHODS, StarConfig
 from star_attention.models.config import SHAPES
 from star_attention.plan import make_plan
@@ -62,6 +62,7 @@ def plan(
 
     The default rates are those of NVIDIA H200s linked by NVLink, in bfloat16 (docs/results.md).
     """
+    check_preset(division)
     config = SHAPES[shape]
     if model is not None:
         from star_attention.models.checkpoint import find_model, open_checkpoint

@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from star_attention.errors import UserError, reason_of
+from star_attention.errors import UserError, counted, reason_of
 from star_attention.files import write_whole
 from star_attention.plan import Plan
 
@@ -19,6 +19,7 @@ _MAX_BLOCKS, _MAX_TICKS, _MAX_SLICES, _MAX_RANKS = 24, 12, 64, 16
 _GAP = 0.5  # where blocks are left out, in blocks
 _ALL = "0.6"  # the colour of what more ranks compute together
 _QUERY = "0.3"
+_CHOICE = "0.75"  # of what pages are chosen from
 
 
 class _Run(NamedTuple):
@@ -82,6 +83,9 @@ def _draw(ax: Any, plan: Plan, colors: Sequence[Any]) -> None:
         these = [area for area in areas if area.arrives == arrives]
         corners, faces = [area.corners for area in these], [color(area.rank) for area in these]
         ax.add_collection(PolyCollection(corners, fc=faces, ec="white", lw=0, **style))
+    choices = PolyCollection(list(_choices(plan, shown, at)), fc="none", ec=_CHOICE, lw=0)
+    choices.set_hatch("..")
+    ax.add_collection(choices)
     for index, runs in kept.items():
         for run in runs:
             x = at(index, run.start), at(index, run.end)
@@ -111,6 +115,8 @@ def _draw(ax: Any, plan: Plan, colors: Sequence[Any]) -> None:
     ax.set_xlabel("token that is seen")
     ax.set_ylabel("token that attends")
     sizes = f"blocks of {plan.block_size:,}, anchor {plan.anchor_size:,}"
+    if plan.selected_pages:
+        sizes += f", {counted(plan.selected_pages, 'selected page')}"
     some = f"\n{len(shown)} of the {len(plan.blocks):,} blocks" if at.gaps else ""
     ax.set_title(f"{plan.context_len:,} tokens, {sizes}{some}", fontsize=11)
     ax.legend(handles=_legend(plan, color, areas), loc="upper right", fontsize=7.5)
@@ -132,6 +138,9 @@ def _legend(plan: Plan, color: Any, areas: Sequence[_Area]) -> list[Any]:
         handles.append(Patch(fc=_ALL, label="all ranks, in slices"))
     if any(area.arrives for area in areas):
         handles.append(Patch(fc="0.7", ec="white", hatch="////", label="from another rank"))
+    if any(map(plan.candidates, plan.blocks)):
+        label = f"each page of rows sees {plan.selected_pages:,} of these"
+        handles.append(Patch(fc="none", ec=_CHOICE, hatch="..", lw=0, label=label))
     return [*handles, Patch(fc=_QUERY, label="query and new tokens")]
 
 
@@ -195,6 +204,16 @@ def _legible(plan: Plan, runs: dict[int, list[_Run]]) -> dict[int, list[_Run]]:
             own[:] = [_Run(block.start, block.end, block.rank)]
         own.sort()
     return runs
+
+
+def _choices(plan: Plan, shown: Sequence[int], at: _Scale) -> Iterator[list[tuple[float, float]]]:
+    """Corners of what the rows of each block choose pages from."""
+    for index in shown:
+        block = plan.blocks[index]
+        if plan.candidates(block):
+            left, right = at(0, plan.anchor_size), at(index, block.start)
+            bottom = at(index, block.end)
+            yield [(left, right), (right, right), (right, bottom), (left, bottom)]
 
 
 def _areas(plan: Plan, computed: dict[int, list[_Run]], at: _Scale) -> Iterator[_Area]:

@@ -28,7 +28,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     - accuracy.png: accuracy by length, a line per configuration;
     - retention.png: share of the baseline's accuracy, task by length, a map per configuration;
     - depth.png: share of needles found, needle depth by length, a map per configuration;
-    - ablation.png: accuracy and phase 1's time by block and anchor size, a panel per length.
+    - ablation.png: accuracy and phase 1's time by block and anchor size and selected pages, a
+      panel per length.
 
     Raises:
         UserError: matplotlib is missing, or the folder cannot be written.
@@ -132,11 +133,12 @@ def _ablation(stars: Sequence[Row]) -> Figure:
     figure, axes = _panels(len(lengths), width=1.5 + 0.55 * len(_labels(stars)), height=4)
     for ax, length in zip(axes, lengths, strict=True):
         here = [row for row in stars if row.length == length]
-        here.sort(key=lambda row: (row.block_size, row.anchor_size))
-        names = [f"{row.block_size:,}\n{row.anchor_size:,}" for row in here]
+        here.sort(key=lambda row: (row.block_size, row.anchor_size, row.selected_pages))
+        names = list(map(_ablation_name, here))
         ax.bar(range(len(here)), [row.accuracy for row in here], color="tab:blue", alpha=0.6)
         ax.set_xticks(range(len(here)), names, fontsize=8)
-        ax.set_xlabel("block\nanchor, tokens")
+        chosen = "\n+ selected pages" if any(row.selected_pages for row in here) else ""
+        ax.set_xlabel(f"block\nanchor, tokens{chosen}")
         ax.set_ylabel("accuracy, % (bars)", color="tab:blue")
         ax.set_ylim(0, 103)
         ax.set_title(f"{_tick(length)} tokens", fontsize=9)
@@ -147,6 +149,11 @@ def _ablation(stars: Sequence[Row]) -> Figure:
         times.set_ylim(0, 1.1 * max(row.context_seconds for row in here))
         times.set_ylabel("phase 1, seconds (dots)", color="tab:red")
     return figure
+
+
+def _ablation_name(row: Row) -> str:
+    sizes = f"{row.block_size:,}\n{row.anchor_size:,}"
+    return f"{sizes}\n+{row.selected_pages}" if row.selected_pages else sizes
 
 
 def _heat_map(

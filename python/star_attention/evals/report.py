@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from star_attention.evals.results import Key, Results
+from star_attention.evals.results import Key, Results, selected_pages
 
 # Characters of a configuration's column in the table of tasks: `quarter` and a space.
 _COLUMN = 8
@@ -68,6 +68,10 @@ class Row:
     @property
     def anchor_size(self) -> int:
         return self.records[0]["anchor_size"]
+
+    @property
+    def selected_pages(self) -> int:
+        return selected_pages(self.results.configuration)
 
 
 def compare(all_results: Sequence[Results]) -> list[Row]:
@@ -152,6 +156,8 @@ def print_report(all_results: Sequence[Results], rows: Sequence[Row]) -> None:
         )
     console.print(table)
     console.print("star: block/anchor size; times: seconds per timed sample; n: compared samples")
+    if any(row.selected_pages for row in rows):
+        console.print("+: selected pages")
     if any(len(row.tasks) > 1 for row in rows):
         console.print(*_task_tables(rows, console.width), sep="")
     for results in all_results:
@@ -175,7 +181,7 @@ def _task_table(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     table = _table(padding=0)
     table.add_column("task", no_wrap=True)
     for label in labels:
-        table.add_column(re.sub("[ /]", "\n", label), justify="right", no_wrap=True)
+        table.add_column(re.sub(r"[ /]|(?=\+)", "\n", label), justify="right", no_wrap=True)
     for length in dict.fromkeys(row.length for row in rows):
         here = {row.label: row for row in rows if row.length == length and row.label in labels}
         if not here:

@@ -133,7 +133,8 @@ def open_results(folder: Path, configuration: dict[str, Any]) -> Results:
 
 
 def load_results(folder: Path) -> list[Results]:
-    """All configurations of a folder: dense, ring, then star by falling sizes.
+    """All configurations of a folder: dense, ring, then star by falling sizes and rising numbers of
+    selected pages.
 
     Raises:
         UserError: there are none.
@@ -148,10 +149,18 @@ def load_results(folder: Path) -> list[Results]:
 
 
 def label(configuration: dict[str, Any]) -> str:
-    """How a configuration is called in tables and plots: star with its block and anchor size."""
+    """How a configuration is called in tables and plots: star with its block and anchor size, and
+    its selected pages if there are any."""
     if configuration["attention"] != "star":
         return configuration["attention"]
-    return f"star {configuration['block_size']}/{configuration['anchor_size']}"
+    pages = selected_pages(configuration)
+    sizes = f"{configuration['block_size']}/{configuration['anchor_size']}"
+    return f"star {sizes}+{pages}" if pages else f"star {sizes}"
+
+
+def selected_pages(configuration: dict[str, Any]) -> int:
+    """Results without selected pages do not name them."""
+    return configuration.get("selected_pages", 0)
 
 
 def _cannot_be_used(folder: Path, error: OSError) -> UserError:
@@ -162,7 +171,8 @@ def _order(results: Results) -> tuple:
     sizes = [results.configuration[name] for name in ("block_size", "anchor_size")]
     words = ("whole", "block", "half", "quarter", "eighth", "page")
     places = [(0, words.index(size)) if size in words else (1, -int(size or 0)) for size in sizes]
-    return ("dense", "ring", "star").index(results.configuration["attention"]), places
+    method = ("dense", "ring", "star").index(results.configuration["attention"])
+    return method, places, selected_pages(results.configuration)
 
 
 def _file_name(configuration: dict[str, Any]) -> str:

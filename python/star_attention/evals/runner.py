@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -32,11 +32,21 @@ class Method:
     Attributes:
         block_size: `whole`, `half`, `quarter` or `eighth` of the length, or tokens; star only.
         anchor_size: `block`, `half`, `quarter` or `eighth` of the block, `page`, or tokens.
+        selected_pages: as in `StarConfig`; 0: none, the paper's method.
     """
 
     attention: AttentionMethod
     block_size: str | None = None
     anchor_size: str | None = None
+    selected_pages: int = 0
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What results say of it: selected pages only if there are any."""
+        said = asdict(self)
+        if not self.selected_pages:
+            del said["selected_pages"]
+        return said
 
     def config(self, length: int, anchor_mode: AnchorMode, tokens_per_block: int) -> StarConfig:
         """The division of a context for a prompt and answer of `length` tokens; shares are rounded
@@ -57,7 +67,13 @@ class Method:
 
         block = tokens(self.block_size, length)
         anchor = tokens(self.anchor_size, block)
-        return StarConfig(block, anchor, anchor_mode, tokens_per_block=tokens_per_block)
+        return StarConfig(
+            block,
+            anchor,
+            anchor_mode,
+            tokens_per_block=tokens_per_block,
+            selected_pages=self.selected_pages,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Selected pages in phase 1: rows also see a few pages of earlier blocks, chosen for each tile of
 rows and KV head by the largest product of pooled queries with means of keys.
 
-A tile is a page of rows. A layer goes like this:
+A tile is a page of rows. In each layer, once its rows are stored:
 
-    stored    means of keys that are new since the context's last step; ranks send them one another
-    attended  own attention, over anchor and block: its LSE makes scores of different rows comparable
-              -> select_pages: a list for each tile and KV head
-              -> chosen pages of other ranks, each once: out of their memory, or sent by them
-              -> attention over the lists, merged with the own
+    means of the keys that are new since the context's last step; ranks send them one another
+    own attention, over anchor and block: its LSE makes the scores of different rows comparable
+    select_pages: a list for each tile and KV head
+    chosen pages of other ranks, each once: read from their memory, or sent by them
+    attention over the lists, merged with the own
 
 Why so: docs/selection.md.
 """
