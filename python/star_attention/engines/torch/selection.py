@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +26,20 @@ from star_attention.distributed import Communicator
 from star_attention.distributed.base import Request
 from star_attention.engines.base import Selection
 from star_attention.ops.select_reference import chosen_mask
+
+
+@dataclass
+class _Known:
+    """Of a context: means [num_layers, C, Hkv, c, D], and pages int32 [C], in their ranks' pools."""
+
+    means: torch.Tensor
+    pages: np.ndarray
+
+    @classmethod
+    def of(cls, pool: torch.Tensor, count: int) -> _Known:
+        layers, _, _, kv_heads, page, dim = pool.shape
+        means = pool.new_empty(layers, count, kv_heads, ops.means_of_page(page), dim)
+        return cls(means, np.empty(0, np.int32))
 
 
 class SelectedPages:
@@ -47,36 +62,34 @@ class SelectedPages:
     ) -> None:
         device, page = pool.device, pool.shape[4]
         self._comm, self._pool, self._peers = comm, pool, peers
-        self._count = selection.count
+        self._count, self._means = selection.count, selection.means
         starts = cu_seqlens_q.tolist()
-        rows = list(itertools.pairwise(starts))
-        tiles = [range(begin, end, page) for begin, end in rows]
-        counts = selection.counts.repeat([len(each) for each in tiles])
+        tiles = [range(begin, end, page) for begin, end in itertools.pairwise(starts)]
+        candidates = selection.counts.repeat([len(each) for each in tiles])
         self._tiles = _ints([*itertools.chain(*tiles), starts[-1]], device)
-        self._candidates = _ints(counts, device)
-        pages = selection.pages
-        if comm.size > 1:  # each rank knows its own
-            pages = np.max(comm.gather_objects(pages), axis=0)
-        self._owners, self._is_here = selection.owners, selection.owners == comm.rank
-        self._pages, self._owners_there = _ints(pages, device), _ints(self._owners, device)
-        # The union of what a KV head's tiles choose elsewhere.
-        self._elsewhere = min(len(counts) * self._count, int((~self._is_here).sum()))
+        self._candidates = _ints(candidates, device)
 
-        self._means = selection.means
-        if self._means.data is None:
-            _, kv_heads, _, dim = pool.shape[2:]
-            shape = self._means.count, kv_heads, ops.means_of_page(page), dim
-            self._means.data = pool.new_empty(len(pool), *shape)
-        new = np.arange(self._means.known, len(pages))
-        self._new = {
-            rank: _ints(new[self._owners[new] == rank], device) for rank in range(comm.size)
-        }
-        self._new_here = self._pages[self._new[comm.rank].long()]
+        known, means = selection.means.known, selection.means
+        if means.data is None:
+            means.data = _Known.of(pool, means.count)
+        self._known = means.data
+        # Each rank knows the numbers of its own pages.
+        new_pages = np.max(comm.gather_objects(selection.pages[known:]), axis=0)
+        self._known.pages = np.concatenate((self._known.pages[:known], new_pages))
+        self._pages = _ints(self._known.pages, device)
+        self._owners = _ints(selection.owners, device)
+        new = np.arange(known, len(selection.pages))
+        owners = selection.owners[known:]
+        self._new = {rank: _ints(new[owners == rank], device) for rank in range(comm.size)}
+        self._new_here = _ints(new_pages[owners == comm.rank], device)
+        # Room for the union of what a KV head's tiles choose; the same in all steps of a context,
+        # so that it is the same memory.
+        self._most = min(len(candidates) * self._count, means.count)
         self._under_way: tuple[Request, list[tuple[torch.Tensor, int]]] | None = None
 
     def stored(self, layer: int, stream: int) -> None:
         """The step's rows are in the layer's pages."""
-        means, comm = self._means.data[layer], self._comm
+        means, comm = self._known.means[layer], self._comm
         own = self._new[comm.rank]
         ops.page_means(self._pool[layer], self._new_here, own, means)
         if comm.size > 1:
@@ -93,7 +106,7 @@ class SelectedPages:
             request, receives = self._under_way
             request.wait(stream)
             for means, rank in receives:
-                self._means.data[layer][self._new[rank].long()] = means
+                self._known.means[layer][self._new[rank].long()] = means
             self._under_way = None
 
     def attend(
@@ -116,7 +129,7 @@ class SelectedPages:
         Returns:
             [T, Hq, D], in q's dtype.
         """
-        means = self._means.data[layer][: len(self._pages)]
+        means = self._known.means[layer][: len(self._pages)]
         page = self._pool.shape[4]
         lists, counts = ops.select_pages(
             q,
@@ -160,11 +173,11 @@ class SelectedPages:
         if self._peers:
             from star_attention.ops.cuda import fetch_pages
 
-            fetched = pool.new_empty(self._elsewhere, *pool.shape[1:])
+            fetched = pool.new_empty(self._most, *pool.shape[1:])
             offset = pool.data_ptr() - self._pool.data_ptr()
             pools = [address + offset for address in self._peers]
             planes = fetch_pages(
-                lists, counts, self._pages, self._owners_there, pools, comm.rank, fetched
+                lists, counts, self._pages, self._owners, pools, comm.rank, fetched
             )
             return planes, fetched
         places, fetched = self._pages.long(), pool[:0]
@@ -174,7 +187,7 @@ class SelectedPages:
         heads = torch.arange(kv_heads, device=pool.device)[:, None]
         listed = lists.long()
         plane = places[listed] * (2 * kv_heads) + heads
-        is_here = (self._owners_there == comm.rank)[listed]
+        is_here = (self._owners == comm.rank)[listed]
         return torch.where(is_here, plane, ~plane).int(), fetched
 
     def _send_chosen(
@@ -194,7 +207,7 @@ class SelectedPages:
             stream,
         )
         told.wait(stream)
-        owners = self._owners_there
+        owners = self._owners
         is_here = owners == rank
         leaving = {other: pages[(mask > 0) & is_here] for mask, other in masks}
         is_missing = chosen & ~is_here
