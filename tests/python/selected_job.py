@@ -72,7 +72,7 @@ def main():
     chosen, results = Chosen(config.tokens_per_block, config.anchor_size), {}
     for most in PASSES:
         chosen.lists = {}
-        leader, worker = lead_together(engine, comm, Limits(pass_tokens=most))
+        leader, worker = lead_together(engine, comm, Limits(selected_tokens=most))
         context = leader.encode(ids, config)
         logits = forced_logits(leader, context, question, answer)
         leader.release(context)

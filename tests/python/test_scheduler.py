@@ -562,6 +562,9 @@ def test_what_an_engine_cannot_do_is_refused():
     tight = Scheduler(LLAMA_3_1_8B, Limits(ring_tokens=0), 2, PAGE)
     with pytest.raises(UserError, match="do not fit beside the KV cache"):
         tight.add_context(tokens, StarConfig(attention="ring", tokens_per_block=PAGE))
+    tight = Scheduler(LLAMA_3_1_8B, Limits(selected_tokens=0), 2, PAGE, has_selection=True)
+    with pytest.raises(UserError, match="--selected-pages does not fit beside the KV cache"):
+        tight.add_context(tokens, StarConfig(8, 8, tokens_per_block=PAGE, selected_pages=1))
 
 
 def test_a_kept_context_takes_no_room_that_others_were_promised():

@@ -527,8 +527,9 @@ def test_tokens_that_fit():
     room = int(0.9 * free) - 16384 * 2 * chunk
     alone, shared = limits(1), limits(4)
     rows = room // each
-    assert alone == Limits(pages, rows, ring_tokens=rows, question_tokens=rows)
     partial = 4 * 32 * 129
+    selected = room // (each + 2 * partial)
+    assert alone == Limits(pages, rows, None, rows, selected, rows)
     kv = 2 * 8 * 128 * 2
     layer = pages * 128 * kv
     assert shared.question_tokens == room // (each + partial)
@@ -538,7 +539,9 @@ def test_tokens_that_fit():
     assert shared.pass_tokens == (room - layer) // each > room // (each + 4 * kv - 4096 * 2)
     fewer = limits(4, 4 << 30)
     assert fewer.pass_tokens == (room - (8 << 30) * 9 // 10) // (each + 4 * kv - 4096 * 2)
+    assert shared.selected_tokens == (room - layer) // (each + 2 * partial)
     assert limits(2, 1 << 30).ring_tokens == 0
+    assert limits(2, 1 << 30).selected_tokens == 0
     # Not a whole chunk fits: its rows are counted.
     few = limits(1, 100 << 20).pass_tokens
     assert few == int(0.9 * (100 << 20)) // (each + 2 * chunk)

@@ -179,6 +179,7 @@ class Limits:
         pages: of the KV pool.
         pass_tokens, pass_sequences: of one pass of phase 1.
         ring_tokens: of one pass of ring attention; 0: not even a short one.
+        selected_tokens: of one whose rows select pages; 0 likewise.
         question_tokens: of one pass whose attention is merged over ranks.
         questions: that take part in one such pass.
         input_len, seq_len: tokens of context and question, and with the answer.
@@ -188,6 +189,7 @@ class Limits:
     pass_tokens: int | None = None
     pass_sequences: int | None = None
     ring_tokens: int | None = None
+    selected_tokens: int | None = None
     question_tokens: int | None = None
     questions: int | None = None
     input_len: int | None = None

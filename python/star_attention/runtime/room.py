@@ -64,6 +64,11 @@ class Room:
             raise UserError(
                 "--selected-pages needs pages of 128 tokens on GPUs, and no TensorRT engine: use 0"
             )
+        if config.selected_pages and self.limits.selected_tokens == 0:
+            raise UserError(
+                "--selected-pages does not fit beside the KV cache: use 0, or a smaller "
+                "--kv-cache-gib"
+            )
         self._model.check_length(tokens)
         self._check_length(tokens, self.limits.input_len, "--max_input_len")
         plan = make_plan(tokens, config, self._num_ranks, self._model)
@@ -72,6 +77,12 @@ class Room:
                 "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
             )
         return plan
+
+    def pass_tokens(self, plan: Plan) -> int | None:
+        """Tokens of a rank in a pass of a context, at most."""
+        if plan.attention == "ring":
+            return self.limits.ring_tokens
+        return self.limits.selected_tokens if plan.selected_pages else self.limits.pass_tokens
 
     def fits(self, pages: np.ndarray) -> bool:
         return self.limits.pages is None or bool((pages <= self.limits.pages).all())

@@ -584,8 +584,7 @@ class Scheduler:
         for _ in range(len(self._reading)):
             context = self._reading.popleft()
             if all(block.is_ready for block in context.awaits):
-                is_ring = context.plan.attention == "ring"
-                bounds = limits.ring_tokens if is_ring else limits.pass_tokens, self.chunk_tokens
+                bounds = self._room.pass_tokens(context.plan), self.chunk_tokens
                 most = min((bound for bound in bounds if bound is not None), default=None)
                 spans = context.phase1.next(most, limits.pass_sequences)
                 self._reading.append(context)

@@ -45,19 +45,27 @@ def pass_limits(
     chunk = (part.hidden_size + max(inner, projected)) * itemsize
     usable = int(_USABLE * free)
     context = question = ring = _rows(usable, alone, chunk)
+    selected = min(context, _rows(usable, alone + 2 * partial, chunk))
     if num_ranks > 1:
         layer = part.kv_bytes(pages * tokens_per_block, itemsize) // part.num_layers
         exchanged = max(0, num_ranks * kv - q) * itemsize  # more than the output takes later
         context = max(_rows(usable, alone + exchanged, chunk), _rows(usable - layer, alone, chunk))
         question = _rows(usable, alone + partial, chunk)
         ring = _rows(usable - 3 * layer, alone + 2 * partial, chunk)
+        selected = min(context, _rows(usable - layer, alone + 2 * partial, chunk))
     if min(context, question) < _LEAST_TOKENS:
         raise UserError(
             f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
             "for a pass: use a smaller --kv-cache-gib, or a larger --tp"
         )
-    ring = ring if ring >= _LEAST_TOKENS else 0
-    return Limits(pages=pages, pass_tokens=context, ring_tokens=ring, question_tokens=question)
+    ring, selected = (rows if rows >= _LEAST_TOKENS else 0 for rows in (ring, selected))
+    return Limits(
+        pages=pages,
+        pass_tokens=context,
+        ring_tokens=ring,
+        selected_tokens=selected,
+        question_tokens=question,
+    )
 
 
 def _rows(free: int, each: int, chunk: int) -> int:

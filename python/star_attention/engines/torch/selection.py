@@ -30,7 +30,7 @@ from star_attention.ops.select_reference import chosen_mask
 
 @dataclass
 class _Known:
-    """Of a context: means [num_layers, C, Hkv, c, D], and pages int32 [C], in their ranks' pools."""
+    """Of a context: means [num_layers, C, Hkv, c, D]; int32 pages [C], in their ranks' pools."""
 
     means: torch.Tensor
     pages: np.ndarray
