@@ -263,7 +263,7 @@ BAD_OPTIONS = {
     "ruler --attention dense --anchor-size page": "--anchor-size does nothing with --attention de",
     "ruler --attention ring,dense --block-size 64": "--block-size does nothing with --attention ri",
     "ruler --attention ring,dense --selected-pages 4": "--selected-pages does nothing with --atte",
-    "ruler --selected-pages 0,1025": "1025 is not in the range 0<=x<=1024",
+    "ruler --selected-pages 0,257": "257 is not in the range 0<=x<=256",
     "ruler --selected-pages some": "'some' is not a valid integer",
     "ruler --selected-pages 0,4 --anchor-mode local": "selected pages go with the anchor mode broa",
     "custom --file mine.jsonl --selected-pages 4 --anchor-mode local": "selected pages go with the",

@@ -1,9 +1,11 @@
 """Running samples, the results folder, and what reports and plots make of made-up results."""
 
 import json
+import os
 import re
 import resource
 import signal
+import threading
 from dataclasses import replace
 
 import matplotlib.image
@@ -163,17 +165,17 @@ def test_selected_pages(llm, prompts, short_task, tmp_path):
     some = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 2)))
     assert [record["pred"] for record in some] != [record["pred"] for record in plain]
     # All pages that there are: dense attention.
-    every = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 1024)))
+    every = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 256)))
     dense = recorded(llm, prompts, run_of(tmp_path, short_task, Method("dense")))
     assert [record["pred"] for record in every] == [record["pred"] for record in dense]
     (more,) = recorded(llm, prompts, run_of(tmp_path, short_task, Method(*sizes, 2), 4))
     assert more["index"] == 3
     found = load_results(tmp_path)
-    labels = ["dense", "star 160/page", "star 160/page+2", "star 160/page+1024"]
+    labels = ["dense", "star 160/page", "star 160/page+2", "star 160/page+256"]
     assert [results.label for results in found] == labels
     assert [len(results.records) for results in found] == [3, 3, 4, 3]
     said = [results.configuration.get("selected_pages", "no word") for results in found]
-    assert said == ["no word", "no word", 2, 1024]
+    assert said == ["no word", "no word", 2, 256]
 
 
 def test_stopping_keeps_what_is_done(llm, prompts, short_task, tmp_path):
@@ -523,7 +525,7 @@ def test_tune_chooses_selected_pages(tmp_path, capsys):
         (Method("star", "quarter", "block"), 0.98, 30.0, (32768, 32768)),
         (Method("star", "8192", "512"), 0.5, 10.0, (8192, 512)),
         (Method("star", "8192", "512", 16), 0.99, 50.0, (8192, 512)),
-        (Method("star", "8192", "512", 512), 0.99, 55.0, (8192, 512)),
+        (Method("star", "8192", "512", 256), 0.99, 55.0, (8192, 512)),
     ):
         results = open_results(tmp_path, configuration(**method.configuration))
         fields = {"block_size": sizes[0], "anchor_size": sizes[1], "context_tokens": tokens}
@@ -585,3 +587,23 @@ def test_records_of_the_wrong_shape(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(UserError, match="line 1 is damaged: remove the line"):
         load_results(tmp_path)
+
+
+def test_samples_are_made_together_and_not_beside_answers(monkeypatch):
+    """As many as there are cores, in order; one that cannot be made holds none of the others up."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    together, calls = threading.Barrier(3, timeout=10), []
+
+    def sample(index):
+        calls.append(index)
+        together.wait()
+        if index == 4:
+            raise UserError("no such sample")
+        return index * 10
+
+    made = runner._made(Task("some", None, 1, None, sample, range(6)), range(6))
+    first = next(made)
+    assert (first[0], first[1].result(), sorted(calls)) == (0, 0, [0, 1, 2])
+    rest = list(made)
+    assert [index for index, _ in rest] == [1, 2, 3, 4, 5]
+    assert [future.exception() is not None for _, future in rest] == [False] * 3 + [True, False]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 from star_attention.config import AnchorMode, AttentionMethod, StarConfig
@@ -149,15 +151,15 @@ def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterat
     failures: dict[int | str, Exception] = {}
 
     def samples() -> Iterator[Sample]:
-        for index in run.pending(task):
+        for index, made in _made(task, run.pending(task)):
             try:
-                yield task.sample(index)
+                yield made.result()
             except Exception as error:
                 failures[index] = error
 
     batch: list[Read] = []
     try:
-        for _, group in groupby(samples(), key=lambda sample: sample.context):
+        for _, group in itertools.groupby(samples(), key=lambda sample: sample.context):
             asking = list(group)
             if _is_full(llm, batch):
                 yield from _ask_batch(llm, prompts, run, task, batch)
@@ -174,6 +176,18 @@ def _records(llm: LLM, prompts: PromptTokenizer, run: Run, task: Task) -> Iterat
         _release(batch)
     for index, error in failures.items():
         yield _failure(task, index, error)
+
+
+def _made(task: Task, indices: Sequence[int | str]) -> Iterator[tuple[int | str, Future[Sample]]]:
+    """Samples in order, as many at a time as there are cores: tokenizers let go of Python's lock.
+    None is made while others are answered, which would be part of their time."""
+    cores = len(os.sched_getaffinity(0))
+    left = iter(indices)
+    with ThreadPoolExecutor(cores, "samples") as pool:
+        while some := list(itertools.islice(left, cores)):
+            futures = [pool.submit(task.sample, index) for index in some]
+            wait(futures)
+            yield from zip(some, futures, strict=True)
 
 
 def _is_full(llm: LLM, batch: Sequence[Read]) -> bool:
