@@ -134,7 +134,7 @@ def run_options(
             default="0",
             show_default=True,
             help="Pages of earlier blocks that each page of rows chooses to see besides; star runs "
-            "with each number. On the CPU so far.",
+            "with each number.",
         ),
         click.option(
             "--anchor-mode", type=Choice(ANCHOR_MODES), default="broadcast", show_default=True

@@ -136,8 +136,7 @@ def division_options(command: Callable) -> Callable:
             type=click.IntRange(0, MAX_SELECTED_PAGES),
             default=0,
             show_default=True,
-            help="Pages of earlier blocks that each page of rows chooses to see besides; on the "
-            "CPU so far.",
+            help="Pages of earlier blocks that each page of rows chooses to see besides.",
         ),
         click.option(
             "--tokens-per-block",
