@@ -273,7 +273,6 @@ def test_without_files():
     engine, talk = conversation(system="Be brief.")
     answer(talk, "Hello")
     assert asked(engine) == ("system\nBe brief.user\n", "Helloassistant\n")
-    assert talk.context_tokens == 0
 
 
 def test_a_system_message_stands_before_the_files():

@@ -70,11 +70,6 @@ class Conversation:
             )
 
     @property
-    def context_tokens(self) -> int:
-        """Of the files, the system message and the template around them."""
-        return 0 if self._context is None else len(self._context)
-
-    @property
     def turns(self) -> int:
         """Questions that were answered."""
         return len(self._turns) // 2
