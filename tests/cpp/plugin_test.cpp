@@ -491,8 +491,8 @@ void test_graph(Engine& engine) {
 
 void test_merge(Engine& engine) {
   PeerMerge peers(/*rank=*/0, /*size=*/1, /*capacity=*/1 << 20, /*timeout_seconds=*/10, 0);
-  const PeerMerge::Handle handle = peers.handle();
-  peers.open(&handle);
+  const PeerMemory::Handle handle = peers.peers().handle();
+  peers.peers().open(&handle);
   const RankMerge merge(peers);
   engine.context.merge = &merge;
   Direct direct;
