@@ -1,6 +1,6 @@
 // Two kernels. The first has a block for each KV head: it marks the pages that any tile chose,
 // numbers those of other ranks, and turns lists of pages into lists of planes. The second copies
-// what was numbered out of the other ranks' memory, keys and values of a page together.
+// what was numbered out of the other ranks' memory, a plane a block at a time.
 #include <algorithm>
 
 #include "common/check.h"

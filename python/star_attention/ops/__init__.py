@@ -13,6 +13,9 @@ from types import ModuleType
 
 import torch
 
+# Tokens of a page that can be selected on a GPU: kSelectionPage of the kernels.
+CUDA_SELECTED_PAGE = 128
+
 _IMPLEMENTATIONS = {"cpu": "star_attention.ops.reference", "cuda": "star_attention.ops.cuda"}
 
 

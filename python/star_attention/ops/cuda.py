@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from star_attention.ops import reference
+from star_attention.ops import CUDA_SELECTED_PAGE, reference
 
 try:
     from star_attention import _C
@@ -117,8 +117,8 @@ def select_pages(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From pages of 128 tokens, up to 256."""
-    if page != 128:
-        raise ValueError(f"page: got {page}, expected 128")
+    if page != CUDA_SELECTED_PAGE:
+        raise ValueError(f"page: got {page}, expected {CUDA_SELECTED_PAGE}")
     lists = torch.empty(len(candidates), means.shape[1], count, dtype=torch.int32, device=q.device)
     counts = torch.empty(lists.shape[:2], dtype=torch.int32, device=q.device)
     _C.select_pages(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from star_attention import ops
 from star_attention.distributed import Communicator, SingleProcess
 from star_attention.engines.base import Limits, PagedStep, is_decode_step
 from star_attention.engines.torch.attention import Attention, attention_on, to_device
@@ -23,8 +24,6 @@ from star_attention.models.weights import ModelWeights
 
 # The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
-# Tokens of a page that the kernels can select.
-_SELECTED_PAGE = 128
 # Tokens of a pass whose layers are worth telling of; shorter ones are over at once.
 _LONG_PASS = 4096
 
@@ -67,7 +66,7 @@ class TorchEngine:
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"
-        self.has_selection = not on_gpu or tokens_per_block == _SELECTED_PAGE
+        self.has_selection = not on_gpu or tokens_per_block == ops.CUDA_SELECTED_PAGE
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
         self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
