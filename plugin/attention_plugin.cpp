@@ -1,5 +1,7 @@
 #include "attention_plugin.h"
 
+#include <cstring>
+
 namespace star_attention {
 namespace {
 
@@ -38,8 +40,7 @@ nvinfer1::DimsExprs AttentionOp::output_dims(const nvinfer1::DimsExprs* inputs,
   return out;
 }
 
-size_t AttentionOp::workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const {
-  const int64_t num_tokens = inputs[kQkv].dims.d[0];
+size_t AttentionOp::workspace_bytes(int64_t num_tokens) const {
   return q_bytes(num_tokens, attributes()) + sizeof(float) * num_tokens * attributes().num_q_heads;
 }
 

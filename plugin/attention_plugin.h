@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_step.h"
-#include "plugin.h"
+#include "operator.h"
 
 namespace star_attention {
 
@@ -23,7 +23,7 @@ class AttentionOp : public Operator<AttentionLayer> {
   nvinfer1::DataType input_type(int input, nvinfer1::DataType dtype) const;
   nvinfer1::DimsExprs output_dims(const nvinfer1::DimsExprs* inputs,
                                   nvinfer1::IExprBuilder& builder) const;
-  size_t workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const;
+  size_t workspace_bytes(int64_t num_tokens) const;
   void run(const PluginCall& call);
 
  private:

@@ -149,7 +149,7 @@ void build_engine(const BuildOptions& options, const Log& log) {
 #else
   throw std::runtime_error(
       "this build cannot read ONNX, because NvOnnxParser.h was not found: build it with "
-      "TENSORRT_ROOT, or use trtexec --staticPlugins=libstar_attention_plugin.so");
+      "TENSORRT_ROOT, or use trtexec --dynamicPlugins=libstar_attention_plugin.so");
 #endif
   logger.take_error();
   set_types(options.dtype, *network, *config);

@@ -2,7 +2,7 @@
 // 8 computes the same with five kernels and more, some in types of its own choice.
 #pragma once
 
-#include "plugin.h"
+#include "operator.h"
 
 namespace star_attention {
 

@@ -102,7 +102,7 @@ nvinfer1::DimsExprs LinearOpOf<kAddend>::output_dims(const nvinfer1::DimsExprs* 
 }
 
 template <bool kAddend>
-size_t LinearOpOf<kAddend>::workspace_bytes(const nvinfer1::PluginTensorDesc*) const {
+size_t LinearOpOf<kAddend>::workspace_bytes(int64_t) const {
   return kWorkspaceBytes;
 }
 

@@ -2,7 +2,7 @@
 // kernels for fp16 add up in fp16.
 #pragma once
 
-#include "plugin.h"
+#include "operator.h"
 
 namespace star_attention {
 
@@ -16,7 +16,7 @@ class LinearOpOf : public Operator<NoAttributes> {
   int num_inputs() const { return kAddend ? 3 : 2; }
   nvinfer1::DimsExprs output_dims(const nvinfer1::DimsExprs* inputs,
                                   nvinfer1::IExprBuilder& builder) const;
-  size_t workspace_bytes(const nvinfer1::PluginTensorDesc* inputs) const;
+  size_t workspace_bytes(int64_t num_rows) const;
   void run(const PluginCall& call);
 };
 

@@ -17,6 +17,10 @@
 namespace star_attention {
 namespace {
 
+// TensorRT 10.1 takes the size of activations too.
+#define STAR_ATTENTION_DEVICE_MEMORY_V2 \
+  (NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 1))
+
 constexpr char kRuntimeContext[] = "runtime_context";
 constexpr size_t kAlignment = 256;  // what TensorRT asks of tensors
 
@@ -152,7 +156,7 @@ Session::Session(const std::string& engine_file, int device, Log log)
   }
   weight_bytes_ = static_cast<int64_t>(allocator_->allocated());
   io_ = describe_io(*engine_);
-#if NV_TENSORRT_MAJOR >= 10
+#if STAR_ATTENTION_DEVICE_MEMORY_V2
   activation_bytes_ = engine_->getDeviceMemorySizeV2();
 #else
   activation_bytes_ = static_cast<int64_t>(engine_->getDeviceMemorySize());
@@ -193,7 +197,7 @@ Execution::Execution(Session& session, int profile) : session_(session), profile
     throw std::runtime_error(
         session.file_ + ", execution context: " + (shortage ? describe_shortage(shortage) : error));
   }
-#if NV_TENSORRT_MAJOR >= 10
+#if STAR_ATTENTION_DEVICE_MEMORY_V2
   context_->setDeviceMemoryV2(session.activations_, session.activation_bytes_);
 #else
   context_->setDeviceMemory(session.activations_);

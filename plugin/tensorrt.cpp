@@ -80,14 +80,18 @@ template <typename Interface>
 std::unique_ptr<Interface> create(const char* symbol, const char* what) {
   int num_devices = 0;  // TensorRT 8.6 crashes without a GPU
   check_cuda(cudaGetDeviceCount(&num_devices), "TensorRT needs a GPU");
-  register_plugins();
   Logger& logger = Logger::instance();
   logger.take_error();
   const auto make = find<void*(void*, int32_t)>(symbol);
   auto* made =
       static_cast<Interface*>(make(static_cast<nvinfer1::ILogger*>(&logger), NV_TENSORRT_VERSION));
-  if (made) return std::unique_ptr<Interface>(made);
-  throw std::runtime_error(std::string("TensorRT makes no ") + what + ": " + logger.take_error());
+  if (made == nullptr) {
+    throw std::runtime_error(std::string("TensorRT makes no ") + what + ": " + logger.take_error());
+  }
+  std::unique_ptr<Interface> owned(made);
+  register_plugins(made->getPluginRegistry());  // its own, which no other one shares
+  logger.take_error();  // of plugins that the program has made known to all of them
+  return owned;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -37,35 +39,56 @@ nvinfer1::IPluginRegistry& open_tensorrt() {
   return *reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(address)();
 }
 
-int times_known(const nvinfer1::IPluginRegistry& registry) {
-  int32_t count = 0, known = 0;
-  nvinfer1::IPluginCreator* const* creators = registry.getPluginCreatorList(&count);
-  for (int32_t i = 0; i < count; ++i) {
-    known += std::strcmp(creators[i]->getPluginName(), "StarAttention") == 0;
-  }
-  return known;
-}
+#if NV_TENSORRT_MAJOR >= 10
+using Creator = nvinfer1::IPluginCreatorV3One;
 
-void expect_plugin(nvinfer1::IPluginRegistry& registry) {
-  expect(times_known(registry) == 1, "StarAttention is registered once");
-  nvinfer1::IPluginCreator* creator = registry.getPluginCreator("StarAttention", "1", "");
-  expect(creator && creator->getFieldNames()->nbFields == 4, "its creator works");
+std::vector<Creator*> creators_in(const nvinfer1::IPluginRegistry& registry) {
+  int32_t count = 0;
+  nvinfer1::IPluginCreatorInterface* const* const all = registry.getAllCreators(&count);
+  std::vector<Creator*> creators;
+  for (int32_t i = 0; i < count; ++i) {
+    if (std::strcmp(all[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0) {
+      creators.push_back(static_cast<Creator*>(all[i]));
+    }
+  }
+  return creators;
+}
+#else
+using Creator = nvinfer1::IPluginCreator;
+
+std::vector<Creator*> creators_in(const nvinfer1::IPluginRegistry& registry) {
+  int32_t count = 0;
+  Creator* const* const all = registry.getPluginCreatorList(&count);
+  return {all, all + count};
+}
+#endif
+
+void expect_plugin(const nvinfer1::IPluginRegistry& registry) {
+  std::vector<Creator*> known = creators_in(registry);
+  const auto is_another = [](Creator* creator) {
+    return std::strcmp(creator->getPluginName(), "StarAttention") != 0;
+  };
+  known.erase(std::remove_if(known.begin(), known.end(), is_another), known.end());
+  expect(known.size() == 1, "StarAttention is registered once");
+  expect(std::strcmp(known[0]->getPluginVersion(), "1") == 0, "its version is 1");
+  expect(known[0]->getFieldNames()->nbFields == 4, "its creator works");
 }
 
 void by_dlopen() {
   nvinfer1::IPluginRegistry& registry = open_tensorrt();
+  const std::vector<Creator*> before = creators_in(registry);
   open_library(plugin_path);
-  expect_plugin(registry);
-  open_library(plugin_path);
-  expect_plugin(registry);
+  expect(creators_in(registry) == before, "dlopen registers nothing");
 }
 
 void by_load_library() {
   nvinfer1::IPluginRegistry& registry = open_tensorrt();
+  const std::vector<Creator*> before = creators_in(registry);
   const auto handle = registry.loadLibrary(plugin_path.c_str());
   expect(handle != nullptr, "loadLibrary");
   expect_plugin(registry);
   registry.deregisterLibrary(handle);
+  expect(creators_in(registry) == before, "deregisterLibrary leaves nothing");
   expect(registry.loadLibrary(plugin_path.c_str()) != nullptr, "loadLibrary again");
   expect_plugin(registry);
 }
@@ -80,7 +103,6 @@ void by_both() {
 void before_tensorrt() {
   open_library(plugin_path);
   nvinfer1::IPluginRegistry& registry = open_tensorrt();
-  expect(times_known(registry) == 0, "nobody has registered StarAttention");
   expect(registry.loadLibrary(plugin_path.c_str()) != nullptr, "loadLibrary");
   expect_plugin(registry);
 }

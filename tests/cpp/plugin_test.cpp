@@ -294,16 +294,27 @@ class Network {
 
   ITensor* plugin(const char* name, const std::vector<Field>& fields,
                   const std::vector<ITensor*>& inputs) {
-    auto* creator = builder_->getPluginRegistry().getPluginCreator(name, "1", "");
-    expect(creator != nullptr, std::string(name) + "'s creator in the builder's registry");
+    nvinfer1::IPluginRegistry& registry = builder_->getPluginRegistry();
     const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(fields.size()),
                                                      fields.data()};
-    nvinfer1::IPluginV2* made = creator->createPlugin(name, &collection);
+    const auto num_inputs = static_cast<int32_t>(inputs.size());
+#if NV_TENSORRT_MAJOR >= 10
+    auto* creator = static_cast<nvinfer1::IPluginCreatorV3One*>(registry.getCreator(name, "1", ""));
+    expect(creator != nullptr, std::string(name) + "'s creator in the builder's registry");
+    const std::unique_ptr<nvinfer1::IPluginV3> made(
+        creator->createPlugin(name, &collection, nvinfer1::TensorRTPhase::kBUILD));
     expect(made != nullptr, std::string("a plugin ") + name);
-    nvinfer1::IPluginV2Layer* layer =
-        network_->addPluginV2(inputs.data(), static_cast<int32_t>(inputs.size()), *made);
-    expect(layer != nullptr, "a plugin layer");
-    made->destroy();  // the network has a copy
+    auto* layer = network_->addPluginV3(inputs.data(), num_inputs, nullptr, 0, *made);
+#else
+    auto* creator = registry.getPluginCreator(name, "1", "");
+    expect(creator != nullptr, std::string(name) + "'s creator in the builder's registry");
+    const auto destroy = [](nvinfer1::IPluginV2* plugin) { plugin->destroy(); };
+    const std::unique_ptr<nvinfer1::IPluginV2, decltype(destroy)> made(
+        creator->createPlugin(name, &collection), destroy);
+    expect(made != nullptr, std::string("a plugin ") + name);
+    auto* layer = network_->addPluginV2(inputs.data(), num_inputs, *made);
+#endif
+    expect(layer != nullptr, "a plugin layer");  // it has a copy
     return layer->getOutput(0);
   }
 

@@ -1,14 +1,18 @@
-// The plugin library libstar_attention_plugin.so. Loading it, by whatever way, makes StarAttention
-// and the plugins of a layer's other operators, all version "1", known to the TensorRT that the
-// process has loaded.
+// The plugin library libstar_attention_plugin.so: StarAttention and the plugins of a layer's other
+// operators, all version "1". IPluginRegistry::loadLibrary makes them known to a registry; loading
+// the library in another way changes no registry.
 #pragma once
 
 #include "star_attention/export.h"
 
+namespace nvinfer1 {
+class IPluginRegistry;
+}
+
 namespace star_attention {
 
-// For programs that load TensorRT after the plugin library, or that somebody else's loadLibrary may
-// have taken the plugins from. False: no TensorRT is loaded.
-STAR_ATTENTION_EXPORT bool register_plugins();
+// For programs that link the library: makes the plugins known to `registry`, a builder's, a
+// runtime's or TensorRT's global one. Nothing changes where they are known.
+STAR_ATTENTION_EXPORT void register_plugins(nvinfer1::IPluginRegistry& registry);
 
 }  // namespace star_attention
