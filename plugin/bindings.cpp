@@ -309,6 +309,7 @@ PYBIND11_MODULE(_trt, m) {
   m.attr("HAS_CUBLAS") = false;
 #endif
   m.def("load", &load_tensorrt, arg("folder") = "", ReleaseGil());
+  m.def("register_plugins", &register_plugins_globally);
   m.def("version", &tensorrt_version);
   m.def("build", &build, py::kw_only(), arg("onnx"), arg("engine"), arg("profiles"), arg("dtype"),
         arg("optimization_level"), arg("timing_cache"), arg("workspace_bytes"), arg("workers"),

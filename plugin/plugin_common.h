@@ -81,7 +81,7 @@ inline const nvinfer1::PluginField& find_field(const nvinfer1::PluginFieldCollec
             "one number of 4 bytes");
     return field;
   }
-  throw std::invalid_argument(std::string(wanted.name) + ": missing in the node's attributes");
+  throw std::invalid_argument(std::string(wanted.name) + ": missing in the plugin's attributes");
 }
 
 template <typename Op>
@@ -90,9 +90,11 @@ typename Op::Attributes attributes_in(const nvinfer1::PluginFieldCollection& fie
   static_assert(std::is_trivially_copyable_v<Attributes>);
   static_assert(std::is_empty_v<Attributes> || sizeof(Attributes) == 4 * Op::kFields.size());
   Attributes attributes{};
-  for (size_t i = 0; i < Op::kFields.size(); ++i) {
-    const nvinfer1::PluginField& field = find_field(fields, Op::kFields[i]);
-    std::memcpy(reinterpret_cast<char*>(&attributes) + 4 * i, field.data, 4);
+  if constexpr (!std::is_empty_v<Attributes>) {
+    for (size_t i = 0; i < Op::kFields.size(); ++i) {
+      const nvinfer1::PluginField& field = find_field(fields, Op::kFields[i]);
+      std::memcpy(reinterpret_cast<char*>(&attributes) + 4 * i, field.data, 4);
+    }
   }
   return attributes;
 }

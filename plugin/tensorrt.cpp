@@ -118,6 +118,10 @@ void* find_in_parser(const char* symbol) {
   throw std::runtime_error(std::string("libnvonnxparser has no ") + symbol);
 }
 
+void register_plugins_globally() {
+  register_plugins(*find<nvinfer1::IPluginRegistry*()>("getPluginRegistry")());
+}
+
 std::string tensorrt_version() { return version_text(loaded_version()); }
 
 std::string compiled_version() { return version_text(NV_TENSORRT_VERSION); }

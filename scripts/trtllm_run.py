@@ -28,7 +28,8 @@ class Engine:
     def __init__(self, folder, num_tokens):
         self.config = read_engine_config(folder)
         model, self.page = self.config.model, self.config.limits.tokens_per_block
-        trt = load_tensorrt()  # registers the plugin
+        trt = load_tensorrt()
+        trt.register_plugins()  # where Session looks for them
         self.session = Session.from_serialized_engine(plan_file(folder).read_bytes())
         rotary = np.fromfile(folder / ROTARY, np.float32).reshape(-1, model.head_dim)
         self.rotary = torch.from_numpy(rotary).to(DEVICE)

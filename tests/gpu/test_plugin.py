@@ -46,6 +46,12 @@ def run(*command: str, folders: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.no_gpu
+def test_interfaces():
+    program, library = built("plugin_interface_test"), built("libstar_attention_plugin.so")
+    subprocess.run([program, library], check=True, env=environment())
+
+
+@pytest.mark.no_gpu
 def test_every_way_of_loading():
     run(built("plugin_loading_test"), built("libstar_attention_plugin.so"))
 

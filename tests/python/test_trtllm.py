@@ -584,10 +584,16 @@ def test_script_answers_as_star_attn_does(monkeypatch, capsys, tmp_path, tiny_ch
     save_tokenizer(tiny_chat_model, folder / "tokenizer")
 
     script = load_script("trtllm_run")
-    fake = SimpleNamespace(StepContext=StepContext, step_workspace_bytes=lambda **_: 1)
+    registered = []
+    fake = SimpleNamespace(
+        StepContext=StepContext,
+        step_workspace_bytes=lambda **_: 1,
+        register_plugins=lambda: registered.append(1),
+    )
     monkeypatch.setattr(script, "load_tensorrt", lambda: fake)
     monkeypatch.setattr(script, "DEVICE", "cpu")
     script.main(folder, TEXT, QUESTION, max_tokens=6)
+    assert registered
     llm = LLM(tiny_chat_model, StarConfig(256, 64, tokens_per_block=64))
     context = llm.encode(TEXT)
     assert context.plan.context_len > 256

@@ -65,7 +65,7 @@ OURS = {
     *("items", "append", "split", "get", "end", "start", "blocks", "prefix", "limits", "model"),
     *("tokens_per_block", "num_layers", "num_kv_heads", "num_q_heads", "head_dim", "vocab_size"),
     *("max_num_tokens", "eos_token_ids", "divide", "context_tokens", "question_tokens", "decode"),
-    *("step_workspace_bytes", "StepContext", "address", "view", "argmax"),
+    *("step_workspace_bytes", "register_plugins", "StepContext", "address", "view", "argmax"),
     *("cuda_stream", "synchronize"),
 }
 

@@ -19,6 +19,9 @@ void load_tensorrt(const std::string& folder);
 // A function of TensorRT's ONNX parser, from the same folder.
 void* find_in_parser(const char* symbol);
 
+// In TensorRT's global registry, for who runs engines without create_runtime().
+void register_plugins_globally();
+
 std::string tensorrt_version();  // of the loaded library
 std::string compiled_version();  // of the headers
 
