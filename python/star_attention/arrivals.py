@@ -3,6 +3,7 @@ what its spans see."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,15 +57,15 @@ class Arrivals:
         """The next pass.
 
         Returns:
-            What arrives in each layer: what is there already, what each rank's first span of a
-            block gives, its second, and so on; some of these may be empty.
+            What arrives in each layer: what is there already, what each rank's first span gives,
+            its second, and so on; some of these may be empty.
         """
         plan, page = self._plan, self._plan.tokens_per_block
         keeper, here = self.keeper, self.here
         rounds = np.zeros(len(keeper), np.int64)  # 0: there already
         source = keeper.copy()
         needed = np.zeros_like(here)
-        given: dict[tuple[int, int], int] = {}
+        given: Counter[tuple[int, int | None]] = Counter()  # spans so far
         for span in spans:
             for seen in span.sees:
                 needed[span.rank, seen.start // page : -(-seen.end // page)] = True
@@ -72,8 +73,10 @@ class Arrivals:
             if self._again(span):
                 here[span.rank, own] = True
                 continue
-            owner = span.block, span.rank
-            given[owner] = given.get(owner, 0) + 1
+            # Of blocks that all compute, a rank's spans follow one another.
+            is_alone = plan.blocks[span.block].rank is not None
+            owner = span.rank, span.block if is_alone else None
+            given[owner] += 1
             rounds[own], source[own] = given[owner], span.rank
             if plan.exchanges:
                 here[:, own] = False

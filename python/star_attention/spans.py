@@ -17,6 +17,8 @@ import numpy as np
 
 from star_attention.models.config import ModelConfig
 
+# Rows of a rank that keep a GPU busy: with fewer, several blocks are in one pass.
+_FULL_PASS = 8192
 _SWEEPS = 4  # of moving borders between ranks by a page
 
 
@@ -145,12 +147,18 @@ class _Queue:
         return taken
 
 
+def shared_in_a_pass(num_ranks: int) -> int:
+    """Tokens at most of several blocks that ranks compute together in one pass."""
+    return _FULL_PASS * num_ranks
+
+
 class Passes:
     """Cuts phase 1 of a context into passes: which spans come next.
 
     Rows that all ranks compute together come first where others wait for them, that is, in the
-    anchor, and last otherwise. A pass has rows of at most one such block, which bounds the pages
-    that a rank needs for what the others compute.
+    anchor, and last otherwise. A pass has rows of one such block, or several whole ones that are
+    short: `shared_in_a_pass` bounds them, and with them the pages that a rank needs for what the
+    others compute.
 
     Args:
         together: readings of all ranks, in the order of the context: without a rank, or, where rows
@@ -213,12 +221,12 @@ class Passes:
         if self._together and self._together.first.rank is not None:
             spans = self._in_turn(room)
         elif self._together and self._together.first.start == 0:
-            spans = self._share(room)
+            spans = self._share_blocks(room)
         if not spans or spans[-1].block or max(span.end for span in spans) >= self._anchor:
             taken = Counter(span.rank for span in spans)
             own = [self._own(rank, room, sequences, taken[rank]) for rank in ranks]
             if not spans and self._together:
-                spans = self._share(room)
+                spans = self._share_blocks(room)
             spans += [span for each in own for span in each]
         for span in spans:
             self.done += span.tokens
@@ -248,6 +256,22 @@ class Passes:
                 room[rank] -= rows.tokens
             if reading.alone:
                 break
+        return spans
+
+    def _share_blocks(self, room: list[int]) -> list[Span]:
+        """Rows of the first block that all ranks compute, and, if it is begun and ended here, of
+        further whole ones."""
+        reading = self._together.first
+        is_whole = self._together.begin == reading.rows[0].start
+        spans = self._share(room)
+        taken = reading.tokens
+        while is_whole and self._together and self._together.first is not reading:
+            reading = self._together.first
+            taken += reading.tokens
+            fits = min(room) // self._page * self._page * len(room)
+            if taken > shared_in_a_pass(len(room)) or reading.tokens > fits:
+                break
+            spans += self._share(room)
         return spans
 
     def _share(self, room: list[int]) -> list[Span]:

@@ -9,6 +9,7 @@ Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/archit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +19,12 @@ from star_attention.arrivals import Arrival, Arrivals
 from star_attention.engines.base import Exchange, Hop, PagedStep, PageMeans, Pages, Selection
 from star_attention.plan import Plan
 from star_attention.runtime.pages import Rows, page_count, page_table, paged_step
-from star_attention.spans import Span
+from star_attention.spans import Span, shared_in_a_pass
 
 
 def scratch_pages(plan: Plan, rank: int) -> int:
     """Pages that a rank takes, until phase 1 is over, for what it sees and does not keep: of the
-    anchor, of the largest block that all ranks compute, and of what is cached elsewhere of the
+    anchor, of the blocks that all ranks compute in one pass, and of what is cached elsewhere of the
     blocks that it computes alone."""
     page, anchor = plan.tokens_per_block, plan.anchor_size // plan.tokens_per_block
     reads = {part.block for part in plan.parts if part.start not in plan.cached}
@@ -34,15 +35,33 @@ def scratch_pages(plan: Plan, rank: int) -> int:
         return anchor if reads_it and not keeps_it else 0
     in_front = anchor if sees else 0
     missing = ~_kept(plan, rank)
-    together, alone = 0, 0
-    for block in (plan.blocks[index] for index in reads):
+    together: list[tuple[int, int]] = []  # tokens that are read of a block, and pages
+    alone = 0
+    tokens: Counter[int] = Counter()
+    for part in plan.parts:
+        if part.start not in plan.cached:
+            tokens[part.block] += part.tokens
+    for index in sorted(reads):
+        block = plan.blocks[index]
         pages = slice(max(block.start // page, in_front), page_count(block.end, page))
         count = int(missing[pages].sum())
         if block.rank is None:
-            together = max(together, count)
+            together.append((tokens[index], count))
         elif block.rank == rank:
             alone += count
-    return int(missing[:in_front].sum()) + together + alone
+    return int(missing[:in_front].sum()) + _most_in_a_pass(together, plan.num_ranks) + alone
+
+
+def _most_in_a_pass(blocks: Sequence[tuple[int, int]], num_ranks: int) -> int:
+    """The most pages of consecutive blocks (tokens, pages) that may be in one pass."""
+    most, first, tokens, pages = 0, 0, 0, 0
+    for last, (more_tokens, more_pages) in enumerate(blocks):
+        tokens, pages = tokens + more_tokens, pages + more_pages
+        while first < last and tokens > shared_in_a_pass(num_ranks):
+            tokens, pages = tokens - blocks[first][0], pages - blocks[first][1]
+            first += 1
+        most = max(most, pages)
+    return most
 
 
 def _kept(plan: Plan, rank: int) -> np.ndarray:
