@@ -142,8 +142,8 @@ class QWenForCausalLM(LLaMAForCausalLM):
 class Plugin:
     """The plugin's contract: the order of its inputs, the names of its attributes."""
 
-    def __init__(self, name, collection):
-        assert name == "StarAttention"
+    def __init__(self, name, collection, phase):
+        assert (name, phase) == ("StarAttention", "build")
         self.fields = {field.name: int(field.data[0]) for field in collection}
         assert list(self.fields) == ["layer", "num_q_heads", "num_kv_heads", "head_dim"]
 
@@ -168,11 +168,12 @@ class Layer:
 def install(monkeypatch, version="1.2.0"):
     """Puts the modules where `import` finds them. Returns the network that is built."""
     registry = SimpleNamespace(
-        get_plugin_creator=lambda name, version, namespace: (
+        load_library=lambda path: None,
+        get_creator=lambda name, version, namespace: (
             SimpleNamespace(create_plugin=Plugin)
             if (name, version, namespace) == ("StarAttention", "1", "")
             else None
-        )
+        ),
     )
     trt = ModuleType("tensorrt")
     trt.__version__ = "10.14.1.48"
@@ -181,8 +182,9 @@ def install(monkeypatch, version="1.2.0"):
     trt.PluginFieldType = SimpleNamespace(INT32=torch.int32)
     trt.PluginField = lambda name, data, type: SimpleNamespace(name=name, data=data, type=type)
     trt.PluginFieldCollection = list
+    trt.TensorRTPhase = SimpleNamespace(BUILD="build")
     network = SimpleNamespace(
-        add_plugin_v2=lambda inputs, plugin: Layer(plugin.compute(*inputs)),
+        add_plugin_v3=lambda inputs, _, plugin: Layer(plugin.compute(*inputs)),
     )
     _net.inputs, _net.outputs = {}, {}
     _net.plugin_config = SimpleNamespace(

@@ -47,7 +47,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _load_plugin() -> None:
-    """TensorRT is loaded, so the library registers the plugin."""
+    """Into the global registry, which trtllm-build's builder asks."""
     library = Path(__file__).parents[1] / "libstar_attention_plugin.so"
     try:
         ctypes.CDLL(str(library))
@@ -56,6 +56,7 @@ def _load_plugin() -> None:
             f"the plugin cannot be loaded: set TENSORRT_ROOT to TensorRT's folder and reinstall "
             f"star-attention-trt where nvcc is found ({error})"
         ) from None
+    trt.get_plugin_registry().load_library(str(library))
 
 
 with _one_line():
@@ -76,13 +77,15 @@ class StarAttention(Module):
     ) -> Tensor:
         """`attention_params`: the engine's inputs, which the decoder hands on as they are."""
         inputs = [self.qkv(hidden_states), *(attention_params[name] for name in PLUGIN_INPUTS)]
-        creator = trt.get_plugin_registry().get_plugin_creator(PLUGIN, PLUGIN_VERSION, "")
+        creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, "")
         fields = [
             trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
             for name, value in self.fields.items()
         ]
-        plugin = creator.create_plugin(PLUGIN, trt.PluginFieldCollection(fields))
-        layer = default_trtnet().add_plugin_v2([tensor.trt_tensor for tensor in inputs], plugin)
+        collection, phase = trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD
+        plugin = creator.create_plugin(PLUGIN, collection, phase)
+        tensors = [tensor.trt_tensor for tensor in inputs]
+        layer = default_trtnet().add_plugin_v3(tensors, [], plugin)
         return self.dense(_create_tensor(layer.get_output(0), layer))
 
 

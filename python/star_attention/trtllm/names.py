@@ -46,9 +46,10 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "tensorrt": (
         *("__version__", "get_plugin_registry", "int32", "float32"),
         *("PluginField", "PluginFieldType", "INT32", "PluginFieldCollection"),
+        *("TensorRTPhase", "BUILD"),
     ),
-    "tensorrt.IPluginRegistry": ("get_plugin_creator",),
-    "tensorrt.IPluginCreator": ("create_plugin",),
-    "tensorrt.INetworkDefinition": ("add_plugin_v2",),
+    "tensorrt.IPluginRegistry": ("get_creator", "load_library"),
+    "tensorrt.IPluginCreatorV3One": ("create_plugin",),
+    "tensorrt.INetworkDefinition": ("add_plugin_v3",),
     "tensorrt.ILayer": ("get_output",),
 }
