@@ -38,7 +38,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -112,12 +112,18 @@ def group(name: str) -> str:
 
 
 class Timer:
-    def __init__(self, rounds: int, window_ms: float, pause_s: float) -> None:
+    def __init__(
+        self, rounds: int, window_ms: float, pause_s: float, groups: Container[str] | None = None
+    ) -> None:
+        """`groups`: those whose contenders are timed, all if None."""
         self.rounds, self.window_ms, self.pause_s = rounds, window_ms, pause_s
+        self.groups = groups
 
     def row(
         self, shape: Mapping[str, int | str], work: float, unit: str, calls: dict[str, Call]
     ) -> Row:
+        if self.groups is not None:
+            calls = {name: call for name, call in calls.items() if group(name) in self.groups}
         times = self.median_ms(runnable(calls))
         if "matmul" in times:
             times["matmul"] *= work / MATMUL_FLOPS
@@ -553,6 +559,9 @@ def main() -> None:
     )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="time what is taken by itself and ceilings only"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kernel")
     parser.add_argument("--window", type=float, default=80.0, help="ms a kernel runs in a turn")
     parser.add_argument("--pause", type=float, default=0.15, help="s before a turn")
@@ -560,7 +569,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
 
-    timer = Timer(options.rounds, options.window, options.pause)
+    groups = ("ours", SM80, "ceiling") if options.no_peers else None
+    timer = Timer(options.rounds, options.window, options.pause, groups)
     report: dict = {"environment": environment(), "ceilings": ceilings(timer), "missing": _missing}
     for part in ("environment", "ceilings"):
         texts = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in report[part].items()}

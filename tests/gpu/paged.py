@@ -26,6 +26,7 @@ class Problem:
     score_scale: float = 1.0  # factor of q
     extra_pages: int = 3
     pages: torch.Tensor | None = None  # which pages of the pool to use, in order
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         counts = [-(-kv_len // self.page) for _, kv_len in self.lengths]
@@ -39,7 +40,7 @@ class Problem:
             (pool_pages, 2, self.num_kv_heads, self.page, self.head_dim),
             torch.nan,
             dtype=self.dtype,
-            device="cuda",
+            device=self.device,
         )
         table = torch.full((len(self.lengths), max(counts) + 2), -(2**30), dtype=torch.int32)
         taken = 0
@@ -50,13 +51,13 @@ class Problem:
             for i, page in enumerate(own.tolist()):
                 tokens = min(self.page, kv_len - i * self.page)
                 self.kv_pool[page, :, :, :tokens].normal_()
-        self.page_table = table.cuda()
+        self.page_table = table.to(self.device)
         rows = torch.tensor([0] + [n for n, _ in self.lengths])
-        self.cu_seqlens_q = rows.cumsum(0).int().cuda()
-        self.kv_lens = torch.tensor([kv for _, kv in self.lengths], dtype=torch.int32).cuda()
-        self.q = self.score_scale * torch.randn(
-            int(rows.sum()), self.num_q_heads, self.head_dim, dtype=self.dtype, device="cuda"
-        )
+        self.cu_seqlens_q = rows.cumsum(0).int().to(self.device)
+        kv_lens = [kv_len for _, kv_len in self.lengths]
+        self.kv_lens = torch.tensor(kv_lens, dtype=torch.int32, device=self.device)
+        shape = int(rows.sum()), self.num_q_heads, self.head_dim
+        self.q = self.score_scale * torch.randn(*shape, dtype=self.dtype, device=self.device)
         self.scale = self.head_dim**-0.5
 
     def arguments(self) -> dict:
@@ -74,8 +75,8 @@ class Problem:
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """o and lse in float64."""
-        o = torch.zeros(self.q.shape, dtype=torch.float64, device="cuda")
-        lse = torch.full(self.q.shape[:2], -torch.inf, dtype=torch.float64, device="cuda")
+        o = torch.zeros(self.q.shape, dtype=torch.float64, device=self.device)
+        lse = torch.full(self.q.shape[:2], -torch.inf, dtype=torch.float64, device=self.device)
         group = self.num_q_heads // self.num_kv_heads
         starts = self.cu_seqlens_q.tolist()
         for row, (n, kv_len) in enumerate(self.lengths):
@@ -88,7 +89,7 @@ class Problem:
             q = self.q[rows].view(n, self.num_kv_heads, group, self.head_dim).double()
             scores = torch.einsum("nhgd,hld->hgnl", q, k) * self.scale
             if self.causal:
-                seen = torch.ones(n, kv_len, dtype=torch.bool, device="cuda").tril(kv_len - n)
+                seen = torch.ones(n, kv_len, dtype=torch.bool, device=self.device).tril(kv_len - n)
                 scores.masked_fill_(~seen, -torch.inf)
             row_lse = scores.logsumexp(-1)
             weights = (scores - row_lse[..., None]).exp()
@@ -101,7 +102,7 @@ class Problem:
 def float32_out(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Poisoned outputs for partials."""
     return tuple(
-        torch.full(shape, torch.nan, device="cuda")
+        torch.full(shape, torch.nan, device=problem.device)
         for shape in (problem.q.shape, problem.q.shape[:2])
     )
 

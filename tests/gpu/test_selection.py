@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from listed import PAGE, check_fetched, in_float32, listed_case, on_device, selecting
 from test_engine import relative_error
 
 from star_attention import ops
@@ -13,13 +14,7 @@ from test_selected_pages import check_lists, hf_logits, masks_of, read_selected
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
 
-PAGE = 128
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-def whole(*shape, dtype=torch.float32, factor=16):
-    """Numbers whose sums and means, of 16 of them, are exact."""
-    return (torch.randint(-4, 5, shape) * factor).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,23 +29,8 @@ def test_means(dtype, head_dim):
     torch.testing.assert_close(means.cpu(), expected, rtol=1e-2, atol=1e-3)
 
 
-def selecting(dtype, head_dim, tiles, candidates, count, pages, kv_heads=2, group=4):
-    tiles = torch.tensor(tiles, dtype=torch.int32)
-    return {
-        "q": whole(int(tiles[-1]), kv_heads * group, head_dim, dtype=dtype),
-        "lse": whole(int(tiles[-1]), kv_heads * group),
-        "tiles": tiles,
-        "candidates": torch.tensor(candidates, dtype=torch.int32),
-        "means": whole(pages, kv_heads, 8, head_dim, dtype=dtype, factor=1),
-        "count": count,
-        "page": PAGE,
-        "scale": 0.25,
-    }
-
-
 def both(case):
-    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    found = [x.cpu() for x in cuda.select_pages(**on_gpu)]
+    found = [x.cpu() for x in cuda.select_pages(**on_device(case))]
     return found, reference.select_pages(**case)
 
 
@@ -86,30 +66,6 @@ def test_special_scores():
     assert all(map(torch.equal, found, expected))
 
 
-def listed_case(dtype, head_dim, page=PAGE, kv_heads=2, group=4):
-    """Sequences whose KV heads have lists of their own, of planes of two pools."""
-    lengths, most = [128, 128, 37, 0, 1, 90], 5
-    starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    pools = [torch.randn(n, 2, kv_heads, page, head_dim).to(dtype) for n in (7, 4)]
-    count = torch.randint(0, most + 1, (len(lengths), kv_heads))
-    count[0] = torch.tensor([most, 0])
-    pages = torch.randint(0, 4, (len(lengths), kv_heads, most))
-    planes = pages * (2 * kv_heads) + torch.arange(kv_heads)[:, None]
-    planes = torch.where(torch.rand(planes.shape) < 0.5, planes, ~planes)
-    return {
-        "q": torch.randn(int(starts[-1]), kv_heads * group, head_dim).to(dtype),
-        "kv_pool": pools[0],
-        "page_table": planes.int(),
-        "cu_seqlens_q": starts,
-        "kv_lens": (count * page).int(),
-        "causal": False,
-        "scale": head_dim**-0.5,
-        "max_q_len": 128,
-        "max_kv_len": most * page,
-        "other_pool": pools[1],
-    }
-
-
 @pytest.mark.parametrize("kernel", ["context_sm80", "context_sm90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -118,54 +74,21 @@ def test_lists_by_head(kernel, dtype, head_dim, page, group):
     if kernel == "context_sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     case = listed_case(dtype, head_dim, page, group=group)
-    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    o, lse = cuda.paged_attention(**on_gpu, kernel=kernel)
-    exact = {
-        k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in case.items()
-    }
-    expected, expected_lse = reference.paged_attention(**exact)
+    o, lse = cuda.paged_attention(**on_device(case), kernel=kernel)
+    expected, expected_lse = reference.paged_attention(**in_float32(case))
     assert relative_error(o.cpu().float().numpy(), expected.numpy()) < 6e-3
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=0, atol=2e-3)
 
 
 def test_query_kernels_take_no_lists_by_head():
     case = listed_case(torch.bfloat16, 128)
-    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     with pytest.raises(ValueError, match="lists are by head"):
-        cuda.paged_attention(**on_gpu, kernel="query_sm80")
+        cuda.paged_attention(**on_device(case), kernel="query_sm80")
 
 
 @pytest.mark.parametrize("pages", [20, 3000])
 def test_fetched_pages(pages):
-    """Three ranks' pools; planes hold what the lists name, and what is here stays here."""
-    ranks, me, kv_heads, tiles, count = 3, 1, 2, 9, 5
-    pools = [torch.randn(40, 2, kv_heads, PAGE, 64).bfloat16().cuda() for _ in range(ranks)]
-    owners = torch.randint(0, ranks, (pages,), dtype=torch.int32)
-    where = torch.randint(0, 40, (pages,), dtype=torch.int32)
-    counts = torch.randint(0, count + 1, (tiles, kv_heads), dtype=torch.int32)
-    lists = torch.rand(tiles, kv_heads, pages).argsort(-1)[..., :count].sort(-1).values.int()
-    fetched = torch.full((tiles * count, *pools[0].shape[1:]), torch.nan).bfloat16().cuda()
-    planes = cuda.fetch_pages(
-        *(x.cuda() for x in (lists, counts, where, owners)),
-        [pool.data_ptr() for pool in pools],
-        me,
-        fetched,
-    ).cpu()
-    copied = set()
-    for tile in range(tiles):
-        for head in range(kv_heads):
-            for i in range(counts[tile, head]):
-                page, plane = int(lists[tile, head, i]), int(planes[tile, head, i])
-                is_here = int(owners[page]) == me
-                assert (plane >= 0) == is_here
-                pool = pools[me] if is_here else fetched
-                at, which = divmod(plane if is_here else ~plane, kv_heads * 2)
-                assert which == head
-                assert torch.equal(pool[at, :, head], pools[owners[page]][where[page], :, head])
-                if not is_here:
-                    copied.add((page, head, plane))
-    assert len(copied) == len({(page, head) for page, head, _ in copied})
+    check_fetched(cuda, pages)
 
 
 @pytest.mark.parametrize(
