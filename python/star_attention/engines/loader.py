@@ -45,6 +45,8 @@ def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarC
         raise UserError(f"--tp is {options.tp}: TensorRT engines have no tensor parallelism")
     if options.load_format != "auto":
         raise UserError(f"--load-format is {options.load_format}: an engine has its weights")
+    if options.quantization == "fp8":
+        raise UserError("--quantization is fp8: TensorRT engines have 16-bit weights")
     return engine.limits.divide(config)
 
 

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from star_attention.ops.fp8 import Fp8Rows
+
 # Tokens of a page that can be selected on a GPU: kSelectionPage of the kernels.
 CUDA_SELECTED_PAGE = 128
 
@@ -174,28 +176,46 @@ def select_pages(
     )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, H] over its rows' root mean square, times weight [H]; [T, H].
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool = False
+) -> torch.Tensor | Fp8Rows:
+    """x [T, H] over its rows' root mean square, times weight [H]; [T, H], in x's dtype or, rounded
+    to that first, in FP8.
 
     Source: arXiv 1910.07467, equation 4.
     """
-    return implementation(x.device).rms_norm(x, weight, eps)
+    return implementation(x.device).rms_norm(x, weight, eps, fp8=fp8)
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | Fp8Rows,
+    weight: torch.Tensor | Fp8Rows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N].
 
-    A GPU may read `weight` before work that stands in front on the stream has ended.
+    With a weight in FP8, x is as `takes_fp8` says. A GPU may read `weight` before work that stands
+    in front on the stream has ended.
     """
     return implementation(x.device).linear(x, weight, addend, out=out)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
-    return implementation(gate_up.device).silu_mul(gate_up)
+def takes_fp8(rows: int, weight: torch.Tensor | Fp8Rows | None) -> bool:
+    """Whether so many rows that `linear` multiplies with `weight` are wanted in FP8. On a GPU the
+    few rows of a decode step are not: there reading the weights takes all the time."""
+    if not isinstance(weight, Fp8Rows):
+        return False
+    return implementation(weight.device).takes_fp8(rows, weight)
+
+
+def quantize_rows(x: torch.Tensor) -> Fp8Rows:
+    """Rows x [T, K] in FP8, by the rule of `ops.fp8.quantize_rows`."""
+    return implementation(x.device).quantize_rows(x)
+
+
+def silu_mul(gate_up: torch.Tensor, *, fp8: bool = False) -> torch.Tensor | Fp8Rows:
+    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first; in its dtype or,
+    rounded to that first, in FP8."""
+    return implementation(gate_up.device).silu_mul(gate_up, fp8=fp8)

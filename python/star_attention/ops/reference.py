@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from star_attention.ops import select_reference
+from star_attention.ops.fp8 import Fp8Rows, quantize_rows
 
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
@@ -130,25 +131,35 @@ def select_pages(
     return lists, counts
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool = False
+) -> torch.Tensor | Fp8Rows:
+    normed = F.rms_norm(x, weight.shape, weight, eps)
+    return quantize_rows(normed) if fp8 else normed
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | Fp8Rows,
+    weight: torch.Tensor | Fp8Rows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """FP8 is widened first: right, not fast."""
+    x, weight = (each.widened() if isinstance(each, Fp8Rows) else each for each in (x, weight))
     if addend is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(addend, x, weight.t(), out=out)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def takes_fp8(rows: int, weight: Fp8Rows) -> bool:
+    return True
+
+
+def silu_mul(gate_up: torch.Tensor, *, fp8: bool = False) -> torch.Tensor | Fp8Rows:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    product = F.silu(gate).mul_(up)
+    return quantize_rows(product) if fp8 else product
 
 
 def _attend_by_head(
