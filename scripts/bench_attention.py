@@ -376,12 +376,12 @@ def rope_append() -> tuple[int, dict[str, Call]]:
 
 def rms_norm_fp8() -> tuple[int, dict[str, Call]]:
     x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
-    return 3 * x.numel(), {"ours": partial(ops().rms_norm, x, weight, EPS, fp8=True)}
+    return 3 * x.numel(), {"ours": partial(ops().rms_norm, x, weight, EPS, kind="fp8")}
 
 
 def silu_mul_fp8() -> tuple[int, dict[str, Call]]:
     gate_up = randn(TOKENS, 2 * INTERMEDIATE)
-    return 5 * gate_up.numel() // 2, {"ours": partial(ops().silu_mul, gate_up, fp8=True)}
+    return 5 * gate_up.numel() // 2, {"ours": partial(ops().silu_mul, gate_up, kind="fp8")}
 
 
 def quantize_rows() -> tuple[int, dict[str, Call]]:
@@ -480,12 +480,12 @@ def linear_rows(timer: Timer) -> Iterator[Row]:
             "torch": in_turn([partial(F.linear, *pair) for pair in pairs]),
         }
         yield timer.row({"weights": "bf16", "n": rows}, work, "TB/s", calls | read)
-    quantized = [ops().quantize_rows(weight) for weight in weights]
+    quantized = [ops().quantize_rows(weight, "fp8") for weight in weights]
     work //= 2
     read = {"read": device_read(randn(work // 2))}
     for rows in (1, 2, 4, 8):
         pairs = [(randn(rows, weight.shape[1]), weight) for weight in quantized]
-        scaled = [(ops().quantize_rows(x), weight) for x, weight in pairs]
+        scaled = [(ops().quantize_rows(x, "fp8"), weight) for x, weight in pairs]
         calls = {
             "ours": in_turn([partial(project, *pair) for pair in pairs]),
             "torch": in_turn([partial(rowwise, *pair) for pair in scaled]),
@@ -499,7 +499,7 @@ def ops() -> Any:
 
 def project(x: torch.Tensor, weight: Any) -> torch.Tensor:
     """As the engine does with weights in FP8 and what is not quantised yet."""
-    rows = ops().quantize_rows(x) if ops().takes_fp8(len(x), weight) else x
+    rows = ops().quantize_rows(x, "fp8") if ops().kind_of_rows(len(x), weight) else x
     return ops().linear(rows, weight)
 
 
@@ -516,7 +516,7 @@ def rowwise(x: Any, weight: Any, fast: bool = True) -> torch.Tensor:
 
 
 def quantize_and(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: Any) -> object:
-    return product(ops().quantize_rows(x), weight)
+    return product(ops().quantize_rows(x, "fp8"), weight)
 
 
 def gemm_rows(timer: Timer) -> Iterator[Row]:
@@ -528,7 +528,7 @@ def gemm_rows(timer: Timer) -> Iterator[Row]:
     }
     for name, (features, width) in shapes.items():
         x, weight = randn(CHUNK, width), randn(features, width)
-        rows, quantized = ops().quantize_rows(x), ops().quantize_rows(weight)
+        rows, quantized = ops().quantize_rows(x, "fp8"), ops().quantize_rows(weight, "fp8")
         addend = randn(CHUNK, features) if name in ("out", "down") else None
         product = partial(ops().linear, addend=addend, out=addend)
         calls = {

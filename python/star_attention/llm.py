@@ -136,8 +136,8 @@ class LLM:
             on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share one model (tensor parallelism); a rank is that many of them.
-        quantization: `fp8`: projections in FP8; `none`: in `dtype`; `auto`: in FP8 if the
-            checkpoint's are and the GPU can.
+        quantization: `fp8`: projections in FP8; `int8`: in INT8, on a CPU; `none`: in `dtype`;
+            `auto`: in FP8 if the checkpoint's are and the GPU can.
         strict: refuse text beyond the model's maximum position, instead of a warning.
         system: what the chat template's system message says.
         allow_special: texts may spell control tokens; otherwise they are text like any other.

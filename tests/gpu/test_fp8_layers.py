@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_layers import TOLERANCE
 
-from star_attention.ops.fp8 import FP8, Fp8Rows
-from star_attention.ops.fp8 import quantize_rows as reference_rows
+from star_attention.ops.quantized import FP8, QuantizedRows
+from star_attention.ops.quantized import quantize_rows as reference_rows
 
 cuda = pytest.importorskip("star_attention.ops.cuda", exc_type=ImportError)
 
@@ -40,36 +40,36 @@ def relative_error(out, wanted):
 def test_quantize_rows(dtype, width):
     x = randn(37, width + 8, dtype=dtype)[:, 8:]
     x[1], x[2], x[3] = 0, x[2] * 1e-3, x[3] * 1e3
-    same_bits(cuda.quantize_rows(x), reference_rows(x))
+    same_bits(cuda.quantize_rows(x, "fp8"), reference_rows(x, "fp8"))
     x = x[:2].contiguous()
     for value in (torch.nan, -torch.inf):
         x[1, width // 2] = value
-        rows = cuda.quantize_rows(x)
+        rows = cuda.quantize_rows(x, "fp8")
         assert rows.widened()[0].isfinite().all()
         assert rows.widened()[1].isnan().any()
-    assert len(cuda.quantize_rows(x[:0])) == 0
+    assert len(cuda.quantize_rows(x[:0], "fp8")) == 0
 
 
 def test_widths_that_are_refused():
     with pytest.raises(ValueError, match=r"x\.shape\[1\]: got 12, expected a multiple of 8"):
-        cuda.quantize_rows(torch.zeros(2, 12, dtype=torch.float16, device="cuda"))
+        cuda.quantize_rows(torch.zeros(2, 12, dtype=torch.float16, device="cuda"), "fp8")
     with pytest.raises(ValueError, match=r"x\.shape\[1\]: got 32776, expected .* at most 32768"):
-        cuda.quantize_rows(torch.zeros(2, 32776, dtype=torch.float16, device="cuda"))
+        cuda.quantize_rows(torch.zeros(2, 32776, dtype=torch.float16, device="cuda"), "fp8")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm(dtype, width):
     x, weight = randn(33, width + 8, dtype=dtype)[:, 8:], randn(width, dtype=dtype)
-    rows = cuda.rms_norm(x, weight, 1e-5, fp8=True)
-    same_bits(rows, reference_rows(cuda.rms_norm(x, weight, 1e-5)))
+    rows = cuda.rms_norm(x, weight, 1e-5, kind="fp8")
+    same_bits(rows, reference_rows(cuda.rms_norm(x, weight, 1e-5), "fp8"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_silu_mul(dtype, width):
     gate_up = 4 * randn(17, 2 * width, dtype=dtype)
-    same_bits(cuda.silu_mul(gate_up, fp8=True), reference_rows(cuda.silu_mul(gate_up)))
+    same_bits(cuda.silu_mul(gate_up, kind="fp8"), reference_rows(cuda.silu_mul(gate_up), "fp8"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,8 +78,8 @@ def test_silu_mul(dtype, width):
 )
 @pytest.mark.parametrize("tokens", [1, 9, 16, 130, 1000])
 def test_linear(dtype, inputs, outputs, tokens):
-    x = cuda.quantize_rows(randn(tokens, inputs, dtype=dtype))
-    weight = cuda.quantize_rows(randn(outputs, inputs, dtype=dtype) / inputs**0.5)
+    x = cuda.quantize_rows(randn(tokens, inputs, dtype=dtype), "fp8")
+    weight = cuda.quantize_rows(randn(outputs, inputs, dtype=dtype) / inputs**0.5, "fp8")
     # The scales differ, so that one of another row or column would show.
     x.scales.mul_(torch.rand_like(x.scales) + 0.5)
     weight.scales.mul_(torch.rand_like(weight.scales) + 0.5)
@@ -111,13 +111,13 @@ def test_linear(dtype, inputs, outputs, tokens):
 )
 def test_few_rows(dtype, inputs, outputs):
     """Of 1 to as many rows as the kernel takes."""
-    weight = cuda.quantize_rows(randn(outputs, inputs, dtype=dtype) / inputs**0.5)
+    weight = cuda.quantize_rows(randn(outputs, inputs, dtype=dtype) / inputs**0.5, "fp8")
     wide = weight.values.double() * weight.scales[:, None].double()
     bias = randn(outputs, dtype=dtype)
     most = cuda._C.max_skinny_tokens_fp8(inputs)
     assert most >= 3
     for tokens in range(most + 1):
-        assert not cuda.takes_fp8(tokens, weight)
+        assert not cuda.kind_of_rows(tokens, weight)
         x = randn(tokens, inputs + 8, dtype=dtype)[:, 8:]
         product = x.double() @ wide.T
         torch.testing.assert_close(cuda.linear(x, weight).double(), product, **TOLERANCE[dtype])
@@ -126,7 +126,7 @@ def test_few_rows(dtype, inputs, outputs):
         expected = out.double() + product
         assert cuda.linear(x, weight, out, out=out) is out
         torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
-    assert cuda.takes_fp8(most + 1, weight)
+    assert cuda.kind_of_rows(most + 1, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +136,7 @@ def test_every_number_of_e4m3_is_widened_exactly(dtype):
     weight = torch.zeros(256, 64, dtype=torch.uint8, device="cuda")
     columns = torch.arange(256, device="cuda") % 64
     weight[torch.arange(256, device="cuda"), columns] = codes
-    weight = Fp8Rows(weight.view(FP8), torch.ones(256, device="cuda"), dtype)
+    weight = QuantizedRows(weight.view(FP8), torch.ones(256, device="cuda"), dtype)
     x = torch.ones(2, 64, dtype=dtype, device="cuda")
     out = cuda.linear(x, weight)
     wanted = codes.view(FP8).to(dtype).expand(2, -1)
@@ -149,7 +149,7 @@ def test_columns_meet_their_own():
     places = torch.randint(width, (4096,), device="cuda")
     weight = torch.zeros(4096, width, dtype=torch.uint8, device="cuda")
     weight[torch.arange(4096, device="cuda"), places] = 0x38  # 1
-    weight = Fp8Rows(weight.view(FP8), torch.ones(4096, device="cuda"), torch.bfloat16)
+    weight = QuantizedRows(weight.view(FP8), torch.ones(4096, device="cuda"), torch.bfloat16)
     x = randn(5, width, dtype=torch.bfloat16)
     assert cuda.linear(x, weight).equal(x[:, places])
 
@@ -158,11 +158,13 @@ def test_columns_meet_their_own():
 def test_products_that_start_early(tokens):
     """A kernel reads its weights before the one in front has ended, but not its output."""
     x = randn(tokens, 4096, dtype=torch.bfloat16)
-    weights = [cuda.quantize_rows(randn(4096, 4096, dtype=torch.bfloat16) / 64) for _ in range(2)]
+    weights = [
+        cuda.quantize_rows(randn(4096, 4096, dtype=torch.bfloat16) / 64, "fp8") for _ in range(2)
+    ]
 
     def product(rows, weight):
-        is_fp8 = cuda.takes_fp8(len(rows), weight)
-        return cuda.linear(cuda.quantize_rows(rows) if is_fp8 else rows, weight)
+        is_fp8 = cuda.kind_of_rows(len(rows), weight)
+        return cuda.linear(cuda.quantize_rows(rows, "fp8") if is_fp8 else rows, weight)
 
     def chain():
         return product(product(x, weights[0]), weights[1])

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from star_attention.ops.fp8 import FP8, FP8_MAX
+from star_attention.ops.quantized import FP8, LARGEST
 
 BLOCK = [32, 16]  # where people have 128 x 128
 GROUP = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
@@ -47,7 +47,7 @@ def scaled(weight, by):
     padded = torch.zeros(-(-rows // height) * height, -(-columns // width) * width)
     padded[:rows, :columns] = weight
     blocks = padded.view(len(padded) // height, height, -1, width)
-    scales = blocks.abs().amax((1, 3), keepdim=True) / FP8_MAX
+    scales = blocks.abs().amax((1, 3), keepdim=True) / LARGEST["fp8"]
     values = (blocks / scales).to(FP8)
     wide = (values.float() * scales).view(padded.shape)[:rows, :columns]
     values = values.view(torch.uint8).view(padded.shape)[:rows, :columns].contiguous().view(FP8)

@@ -22,9 +22,10 @@ from star_attention.models import loading
 from star_attention.models.checkpoint import open_checkpoint
 from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.models.loading import load_weights
-from star_attention.ops.fp8 import Fp8Rows, quantize_rows
+from star_attention.ops.quantized import QuantizedRows, quantize_rows
 from test_models import hf_causal_logits, logits_of
 
+KINDS = "fp8", "int8"
 CPU = torch.device("cpu")
 
 
@@ -32,7 +33,7 @@ def test_rule():
     """The largest magnitude becomes 448; others round to nearest, ties to even."""
     largest = 448 * 0.25
     row = [largest, -largest, 0.25 * 17, 0.25 * 19, -0.25 * 21, 0.25 * 2**-9, 0.25 * 2**-10, 0.0]
-    rows = quantize_rows(torch.tensor([row, [0.0] * 8, [1e-20] + [0.0] * 7]))
+    rows = quantize_rows(torch.tensor([row, [0.0] * 8, [1e-20] + [0.0] * 7]), "fp8")
     assert rows.scales.tolist() == pytest.approx([0.25, 1e-12 / 448, 1e-12 / 448], rel=1e-6)
     assert rows.values[0].float().tolist() == [448, -448, 16, 20, -20, 2**-9, 0, 0]
     assert not rows.values[1:].float().any()
@@ -41,33 +42,62 @@ def test_rule():
 
 
 def test_rule_of_what_is_no_number():
-    rows = quantize_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [2.0, 1.0]]))
+    rows = quantize_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [2.0, 1.0]]), "fp8")
     assert rows.scales.isfinite().tolist() == [False, False, True]
     assert rows.widened()[:2].isnan().any(1).all()
     assert rows.widened()[2].tolist() == [2.0, 1.0]
 
 
+def test_rule_of_int8():
+    rows = quantize_rows(torch.tensor([[127.0, -127, 0.5, 1.5, -2.5, 3.4], [0.0] * 6]), "int8")
+    assert rows.values.tolist() == [[127, -127, 0, 2, -2, 3], [0] * 6]
+    assert rows.scales.tolist() == pytest.approx([1, 1e-12 / 127])
+    with_nan = quantize_rows(torch.tensor([[1.0, torch.nan], [2.0, 1.0]]), "int8")
+    assert with_nan.widened()[0].isnan().all()
+    assert with_nan.scales[1].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_int8_products_are_exact(dtype, rows):
+    torch.manual_seed(0)
+    x = ops.quantize_rows(torch.randn(rows, 80, dtype=dtype), "int8")
+    weight = quantize_rows(torch.randn(49, 80, dtype=dtype), "int8")
+    sums = x.values.double() @ weight.values.double().t()
+    wanted = (sums.float() * x.scales[:, None] * weight.scales).to(dtype)
+    assert ops.linear(x, weight).equal(wanted)
+    assert ops.linear(x, weight, weight.scales.to(dtype)).equal(wanted + weight.scales.to(dtype))
+    out = torch.ones_like(wanted)
+    assert ops.linear(x, weight, out, out=out) is out
+    assert out.equal(wanted + 1)
+    assert ops.linear(x, weight, out=out).equal(wanted)
+    assert ops.kind_of_rows(rows, weight) == "int8"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators(dtype):
     torch.manual_seed(0)
-    x, weight = torch.randn(5, 64, dtype=dtype), quantize_rows(torch.randn(48, 64, dtype=dtype))
+    x, weight = (
+        torch.randn(5, 64, dtype=dtype),
+        quantize_rows(torch.randn(48, 64, dtype=dtype), "fp8"),
+    )
     norm, gate_up = torch.rand(64).to(dtype), torch.randn(5, 96, dtype=dtype)
     for rows, plain in (
-        (ops.rms_norm(x, norm, 1e-5, fp8=True), ops.rms_norm(x, norm, 1e-5)),
-        (ops.silu_mul(gate_up, fp8=True), ops.silu_mul(gate_up)),
-        (ops.quantize_rows(x), x),
+        (ops.rms_norm(x, norm, 1e-5, kind="fp8"), ops.rms_norm(x, norm, 1e-5)),
+        (ops.silu_mul(gate_up, kind="fp8"), ops.silu_mul(gate_up)),
+        (ops.quantize_rows(x, "fp8"), x),
     ):
-        wanted = quantize_rows(plain)
+        wanted = quantize_rows(plain, "fp8")
         assert rows.values.view(torch.uint8).equal(wanted.values.view(torch.uint8))
         assert rows.scales.equal(wanted.scales)
         # A mantissa of three bits: 1/16 of a number at most, or half of the least step.
         error = (rows.widened() - plain).float().abs()
         assert (error <= plain.float().abs() / 15 + 2**-10 * rows.scales[:, None]).all()
-    rows, bias = ops.quantize_rows(x), torch.randn(48, dtype=dtype)
+    rows, bias = ops.quantize_rows(x, "fp8"), torch.randn(48, dtype=dtype)
     product = ops.linear(rows, weight, bias)
     assert product.equal(torch.addmm(bias, rows.widened(), weight.widened().t()))
-    assert ops.takes_fp8(1, weight)
-    assert not ops.takes_fp8(1, weight.widened())
+    assert ops.kind_of_rows(1, weight) == "fp8"
+    assert not ops.kind_of_rows(1, weight.widened())
 
 
 def rows_of(weights, name):
@@ -84,7 +114,7 @@ def rows_of(weights, name):
         "down": ("down", 0, 64),
     }[name]
     fused = getattr(layer, field)
-    if isinstance(fused, Fp8Rows):
+    if isinstance(fused, QuantizedRows):
         fused = fused.widened()
     return fused[begin:end]
 
@@ -101,10 +131,10 @@ def test_checkpoints(tmp_path, form):
         if ".layers.1." not in name:
             continue
         part = name.split(".")[-2].removesuffix("_proj")
-        expected = quantize_rows(wanted).widened() if is_block else wanted
+        expected = quantize_rows(wanted, "fp8").widened() if is_block else wanted
         for weights in (plain, stored):
             torch.testing.assert_close(rows_of(weights, part), expected, rtol=1e-6, atol=1e-8)
-    assert isinstance(stored.layers[0].down, Fp8Rows)
+    assert isinstance(stored.layers[0].down, QuantizedRows)
     assert isinstance(stored.lm_head, torch.Tensor)
     if not is_block:
         model.load_state_dict({**model.state_dict(), **meant})
@@ -121,7 +151,7 @@ def test_fused_and_reordered_rows(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     plain = load_weights(checkpoint, torch.float32, CPU).layers[2].qkv
     stored = load_weights(checkpoint, torch.float32, CPU, quantization="auto").layers[2].qkv
-    assert isinstance(stored, Fp8Rows)
+    assert isinstance(stored, QuantizedRows)
     torch.testing.assert_close(stored.widened(), plain)
 
 
@@ -134,7 +164,7 @@ def test_layers_that_stay(tmp_path):
     for quantization in ("none", "auto", "fp8"):
         weights = load_weights(checkpoint, torch.float32, CPU, quantization=quantization)
         kinds[quantization] = [
-            isinstance(getattr(weights.layers[layer], field), Fp8Rows)
+            isinstance(getattr(weights.layers[layer], field), QuantizedRows)
             for layer in (0, 1)
             for field in ("qkv", "out", "gate_up", "down")
         ]
@@ -148,7 +178,7 @@ def test_experts_stay_as_they_are(tmp_path):
     layer = load_weights(open_checkpoint(tmp_path), torch.float32, CPU, quantization="fp8").layers[
         0
     ]
-    assert isinstance(layer.qkv, Fp8Rows)
+    assert isinstance(layer.qkv, QuantizedRows)
     assert isinstance(layer.gate_up, torch.Tensor)
     assert isinstance(layer.router, torch.Tensor)
 
@@ -190,10 +220,22 @@ def test_logits(tmp_path):
     assert all(1e-4 < error < 0.1 for error in errors), errors
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_logits(tmp_path, dtype):
+    """Nearer than those of FP8."""
+    save_tiny_model(tmp_path, initializer_range=0.05)
+    plain = logits_of(tmp_path)
+    fp8, int8 = (
+        relative_error(logits_of(tmp_path, dtype, quantization=kind), plain) for kind in KINDS
+    )
+    assert 1e-4 < int8 < 0.03
+    assert int8 < fp8
+
+
 def test_engine_says_what_it_has(tmp_path):
     save_tiny_model(tmp_path)
     quantize_folder(tmp_path, "fp8-tensor")
-    for quantization, wanted in (("auto", None), ("none", None), ("fp8", "fp8")):
+    for quantization, wanted in (("auto", None), ("none", None), *zip(KINDS, KINDS, strict=True)):
         options = EngineOptions(quantization=quantization)
         assert load_engine(tmp_path, SingleProcess(), 16, options).quantization == wanted
 
@@ -240,8 +282,12 @@ def test_wrong_blocks(tmp_path):
 
 
 def test_refusals(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--quantization is 'int4': use one of auto, none, fp8"):
+    with pytest.raises(
+        UserError, match="--quantization is 'int4': use one of auto, none, fp8, int8"
+    ):
         EngineOptions(quantization="int4")
+    with pytest.raises(UserError, match="quantization int8 is for --device cpu: use fp8 on a GPU"):
+        EngineOptions("cuda", quantization="int8")
     with pytest.raises(
         UserError, match=r"^down and .* 64 rows of 40, FP8 on a GPU needs multiples"
     ):

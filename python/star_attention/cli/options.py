@@ -171,7 +171,8 @@ def engine_options(command: Callable) -> Callable:
             default="auto",
             show_default=True,
             help="fp8: projections in FP8, weights scaled by output channel, activations by token; "
-            "none: in --dtype; auto: in FP8 if the checkpoint's are and the GPU can.",
+            "int8: likewise, on a CPU; none: in --dtype; auto: in FP8 if the checkpoint's are and "
+            "the GPU can.",
         ),
         click.option(
             "--load-format",

@@ -36,8 +36,8 @@ class EngineOptions:
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share a rank's model (tensor parallelism), neighbours in the job.
         quantization: `fp8`: projections compute in FP8 (on a CPU they are only rounded to it, to
-            see what it does); `none`: in `dtype`; `auto`: in FP8 if the checkpoint's are and the
-            GPU can.
+            see what it does); `int8`: in INT8, on a CPU; `none`: in `dtype`; `auto`: in FP8 if the
+            checkpoint's are and the GPU can.
     """
 
     device: str = "cpu"
@@ -65,6 +65,8 @@ class EngineOptions:
                 f"--dtype is {self.dtype!r} with --device {self.device}: "
                 f"use {' or '.join(DTYPES[self.device])}"
             )
+        if self.quantization == "int8" and self.device != "cpu":
+            raise UserError("--quantization int8 is for --device cpu: use fp8 on a GPU")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise UserError(f"--kv-cache-gib is {self.kv_cache_gib}: use a number above 0")
         if self.tp < 1:

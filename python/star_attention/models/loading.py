@@ -18,7 +18,7 @@ from star_attention.models.weights import (
     Weight,
     assemble,
 )
-from star_attention.ops.fp8 import Fp8Rows, quantize_rows
+from star_attention.ops.quantized import QuantizedRows, RowKind, quantize_rows
 
 # What cuBLAS takes in FP8: multiples of so many rows and columns, and what the kernels in front of
 # it take of columns.
@@ -32,17 +32,22 @@ def load_weights(
     part: int = 0,
     parts: int = 1,
     quantization: Quantization = "none",
-) -> ModelWeights[torch.Tensor | Fp8Rows]:
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     """Reads and fuses a checkpoint's weights, or one of `parts` GPUs' part of them.
 
     Args:
-        quantization: `none`: all in `dtype`; `fp8`: projections in FP8, those of experts excepted;
-            `auto`: those of them that are stored in FP8.
+        quantization: `none`: all in `dtype`; `fp8`, `int8`: projections in 8 bits, those of experts
+            excepted; `auto`: those of them that are stored in FP8 in FP8.
 
     Raises:
         UserError: one cannot be read, or they cannot be divided or quantised so.
     """
-    is_fp8 = {"none": lambda weight: False, "auto": checkpoint.is_fp8, "fp8": lambda weight: True}
+
+    def kind_of(weight: Weight) -> RowKind | None:
+        if quantization == "auto":
+            return "fp8" if checkpoint.is_fp8(weight) else None
+        return None if quantization == "none" else quantization
+
     return _load(
         checkpoint.config,
         checkpoint.tensor,
@@ -50,7 +55,7 @@ def load_weights(
         device,
         part,
         parts,
-        is_fp8[quantization],
+        kind_of,
     )
 
 
@@ -61,7 +66,7 @@ def random_weights(
     part: int = 0,
     parts: int = 1,
     quantization: Quantization = "none",
-) -> ModelWeights[torch.Tensor | Fp8Rows]:
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     """Weights of a model that was never trained, to try speed and memory.
 
     Each is drawn whole from a generator that its name seeds, so that the parts of several GPUs are
@@ -74,7 +79,7 @@ def random_weights(
         device,
         part,
         parts,
-        lambda weight: quantization == "fp8",
+        lambda weight: None if quantization in ("none", "auto") else quantization,
     )
 
 
@@ -97,13 +102,13 @@ def _random_weight(weight: Weight, dtype: torch.dtype, device: torch.device) -> 
 
 def _load(
     config: ModelConfig,
-    read: Callable[[Weight], torch.Tensor | Fp8Rows],
+    read: Callable[[Weight], torch.Tensor | QuantizedRows],
     dtype: torch.dtype,
     device: torch.device,
     part: int,
     parts: int,
-    is_fp8: Callable[[Weight], bool],
-) -> ModelWeights[torch.Tensor | Fp8Rows]:
+    kind_of: Callable[[Weight], RowKind | None],
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     config.shard(parts)  # raises if it is not possible
 
     def own(weight: Weight, whole: torch.Tensor) -> torch.Tensor:
@@ -111,44 +116,48 @@ def _load(
             return whole.chunk(parts, weight.split)[part]
         return whole
 
-    def take(weight: Weight) -> torch.Tensor:
-        whole = read(weight)
-        if isinstance(whole, Fp8Rows):
-            whole = replace(whole, dtype=dtype).to(device).widened()
-        return own(weight, whole)
+    def widened(whole: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        if isinstance(whole, QuantizedRows):
+            return replace(whole, dtype=dtype).to(device).widened()
+        return whole
 
     def part_shape(weight: Weight) -> tuple[int, ...]:
         shape = enumerate(weight.shape)
         return tuple(size // parts if dim == weight.split else size for dim, size in shape)
 
-    def quantized(weights: Sequence[Weight]) -> Fp8Rows:
+    def quantized(weights: Sequence[Weight], kind: RowKind) -> QuantizedRows:
         """Rows are quantised whole, so that the parts of several GPUs are those of one model."""
         shapes = [part_shape(weight) for weight in weights]
         rows, columns = [shape[0] for shape in shapes], shapes[0][1]
         if device.type == "cuda":
             _check_fp8(weights[0].name, sum(rows), columns)
-        made = Fp8Rows.empty(sum(rows), columns, dtype, device)
+        made = QuantizedRows.empty(sum(rows), columns, kind, dtype, device)
         places = zip(made.values.split(rows), made.scales.split(rows), strict=True)
         for weight, (values, scales) in zip(weights, places, strict=True):
             whole = read(weight)
-            if isinstance(whole, torch.Tensor):
-                whole = quantize_rows(whole.to(device))
+            if isinstance(whole, torch.Tensor) or whole.kind != kind:
+                whole = quantize_rows(widened(whole).to(device), kind)
             values.copy_(own(weight, whole.values))
             scales.copy_(own(weight, whole.scales) if weight.split == 0 else whole.scales)
         return made
 
-    def make(weights: Sequence[Weight]) -> torch.Tensor | Fp8Rows:
+    def make(weights: Sequence[Weight]) -> torch.Tensor | QuantizedRows:
         """One that is stored as it is wanted stays in the file's memory; others are copied, a
         stored one at a time."""
-        if _is_projection(config, weights[0]) and all(map(is_fp8, weights)):
-            return quantized(weights)
+        kinds = {kind_of(weight) if _is_projection(config, weight) else None for weight in weights}
+        if len(kinds) == 1 and (kind := kinds.pop()):
+            return quantized(weights, kind)
         if len(weights) == 1:
-            return take(weights[0]).to(device=device, dtype=dtype).contiguous()
+            return (
+                own(weights[0], widened(read(weights[0])))
+                .to(device=device, dtype=dtype)
+                .contiguous()
+            )
         shapes = [part_shape(weight) for weight in weights]
         rows = [shape[0] for shape in shapes]
         made = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         for weight, place in zip(weights, made.split(rows), strict=True):
-            place.copy_(take(weight))
+            place.copy_(own(weight, widened(read(weight))))
         return made
 
     return assemble(config, make, lambda embedding: embedding.chunk(parts)[part])

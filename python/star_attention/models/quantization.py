@@ -10,8 +10,8 @@ from star_attention.models.fields import Fields
 
 # How projections are kept: `auto` in FP8 where a checkpoint has them in it and the GPU computes in
 # it, otherwise in the run's dtype, as `none` always.
-Quantization = Literal["auto", "none", "fp8"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("auto", "none", "fp8")
+Quantization = Literal["auto", "none", "fp8", "int8"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("auto", "none", "fp8", "int8")
 
 # Endings of tensors that are not read beside FP8 weights: activations are scaled as they come, and
 # the KV cache is not theirs.

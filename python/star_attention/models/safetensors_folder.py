@@ -20,7 +20,7 @@ from star_attention.models.quantization import (
     modelopt_format,
 )
 from star_attention.models.weights import Checkpoint, Stored, Weight, check_stored, weight_table
-from star_attention.ops.fp8 import Fp8Rows, quantize_rows
+from star_attention.ops.quantized import QuantizedRows, quantize_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of old checkpoints: what the config says too.
@@ -33,8 +33,8 @@ _SCALES = ("scale", "scale_inv")  # endings of the names of their scales
 def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
     """Opens the weights that Hugging Face would: `model.safetensors`, or else the index's shards.
 
-    Weights in FP8 are `Fp8Rows`: those with a scale for a tensor or each row as they are stored,
-    those with one for a block quantised anew by rows. Scales of activations are not read.
+    Weights in FP8 are `QuantizedRows`: those with a scale for a tensor or each row as they are
+    stored, those with one for a block quantised anew by rows. Scales of activations are not read.
 
     End tokens are those of config.json and generation_config.json together. A tied lm_head that
     is stored nevertheless counts, as in transformers 5.
@@ -66,7 +66,7 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
         name = weight.hf.name
         return fp8 is not None and shards[name].get_slice(name).get_dtype() == _FP8
 
-    def tensor(weight: Weight) -> torch.Tensor | Fp8Rows:
+    def tensor(weight: Weight) -> torch.Tensor | QuantizedRows:
         name, file = weight.hf.name, shards[weight.hf.name]
         try:
             if is_fp8(weight):
@@ -140,7 +140,7 @@ def _check_scales(
             del shapes[name]
 
 
-def _read_fp8(shards: Mapping[str, safe_open], weight: Weight, fp8: Fp8Format) -> Fp8Rows:
+def _read_fp8(shards: Mapping[str, safe_open], weight: Weight, fp8: Fp8Format) -> QuantizedRows:
     """Stands for bfloat16, for which it was made."""
     name = weight.hf.name
     scales_name = _scales_of(name, shards)
@@ -151,11 +151,11 @@ def _read_fp8(shards: Mapping[str, safe_open], weight: Weight, fp8: Fp8Format) -
     if fp8.block:
         for dim, (size, count) in enumerate(zip(fp8.block, (rows, columns), strict=True)):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
-        read = quantize_rows(values[own].float() * scales[own])
+        read = quantize_rows(values[own].float() * scales[own], "fp8")
     else:
-        read = Fp8Rows(values[own], scales.flatten().expand(rows)[own], torch.bfloat16)
+        read = QuantizedRows(values[own], scales.flatten().expand(rows)[own], torch.bfloat16)
     values = weight.arranged(read.values.view(torch.uint8)).view(read.values.dtype)
-    return Fp8Rows(values, weight.arranged(read.scales), torch.bfloat16)
+    return QuantizedRows(values, weight.arranged(read.scales), torch.bfloat16)
 
 
 def weight_files(folder: Path) -> list[Path]:

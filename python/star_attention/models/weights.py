@@ -14,7 +14,7 @@ from star_attention.models.config import ExpertsConfig, LayerConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from star_attention.ops.fp8 import Fp8Rows
+    from star_attention.ops.quantized import QuantizedRows
 
 W = TypeVar("W")  # a tensor, or the name of a value of a graph
 
@@ -125,7 +125,7 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    tensor: Callable[[Weight], torch.Tensor | Fp8Rows]
+    tensor: Callable[[Weight], torch.Tensor | QuantizedRows]
     is_fp8: Callable[[Weight], bool] = lambda weight: False
 
 

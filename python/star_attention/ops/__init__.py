@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from star_attention.ops.fp8 import Fp8Rows
+from star_attention.ops.quantized import QuantizedRows, RowKind
 
 # Tokens of a page that can be selected on a GPU: kSelectionPage of the kernels.
 CUDA_SELECTED_PAGE = 128
@@ -177,45 +177,45 @@ def select_pages(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool = False
-) -> torch.Tensor | Fp8Rows:
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, kind: RowKind | None = None
+) -> torch.Tensor | QuantizedRows:
     """x [T, H] over its rows' root mean square, times weight [H]; [T, H], in x's dtype or, rounded
-    to that first, in FP8.
+    to that first, in `kind`.
 
     Source: arXiv 1910.07467, equation 4.
     """
-    return implementation(x.device).rms_norm(x, weight, eps, fp8=fp8)
+    return implementation(x.device).rms_norm(x, weight, eps, kind=kind)
 
 
 def linear(
-    x: torch.Tensor | Fp8Rows,
-    weight: torch.Tensor | Fp8Rows,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | QuantizedRows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N].
 
-    With a weight in FP8, x is as `takes_fp8` says. A GPU may read `weight` before work that stands
-    in front on the stream has ended.
+    With a quantised weight, x is as `kind_of_rows` says. A GPU may read `weight` before work that
+    stands in front on the stream has ended.
     """
     return implementation(x.device).linear(x, weight, addend, out=out)
 
 
-def takes_fp8(rows: int, weight: torch.Tensor | Fp8Rows | None) -> bool:
-    """Whether so many rows that `linear` multiplies with `weight` are wanted in FP8. On a GPU the
-    few rows of a decode step are not: there reading the weights takes all the time."""
-    if not isinstance(weight, Fp8Rows):
-        return False
-    return implementation(weight.device).takes_fp8(rows, weight)
+def kind_of_rows(rows: int, weight: torch.Tensor | QuantizedRows | None) -> RowKind | None:
+    """How `linear` wants so many rows that it multiplies with `weight`: quantised as it is, or not.
+    On a GPU the few rows of a decode step are not: there reading the weights takes all the time."""
+    if not isinstance(weight, QuantizedRows):
+        return None
+    return implementation(weight.device).kind_of_rows(rows, weight)
 
 
-def quantize_rows(x: torch.Tensor) -> Fp8Rows:
-    """Rows x [T, K] in FP8, by the rule of `ops.fp8.quantize_rows`."""
-    return implementation(x.device).quantize_rows(x)
+def quantize_rows(x: torch.Tensor, kind: RowKind) -> QuantizedRows:
+    """Rows x [T, K] by the rule of `ops.quantized.quantize_rows`."""
+    return implementation(x.device).quantize_rows(x, kind)
 
 
-def silu_mul(gate_up: torch.Tensor, *, fp8: bool = False) -> torch.Tensor | Fp8Rows:
+def silu_mul(gate_up: torch.Tensor, *, kind: RowKind | None = None) -> torch.Tensor | QuantizedRows:
     """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first; in its dtype or,
-    rounded to that first, in FP8."""
-    return implementation(gate_up.device).silu_mul(gate_up, fp8=fp8)
+    rounded to that first, in `kind`."""
+    return implementation(gate_up.device).silu_mul(gate_up, kind=kind)

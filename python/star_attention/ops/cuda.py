@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from star_attention.ops import CUDA_SELECTED_PAGE, reference
-from star_attention.ops.fp8 import Fp8Rows
+from star_attention.ops.quantized import QuantizedRows, RowKind
 
 try:
     from star_attention import _C
@@ -169,22 +169,22 @@ def fetch_pages(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool = False
-) -> torch.Tensor | Fp8Rows:
-    out = _rows_like(x, x.shape[1], fp8)
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, kind: RowKind | None = None
+) -> torch.Tensor | QuantizedRows:
+    out = _rows_like(x, x.shape[1], kind)
     _C.rms_norm(x, weight, *_parts(out), eps, _stream(x))
     return out
 
 
 def linear(
-    x: torch.Tensor | Fp8Rows,
-    weight: torch.Tensor | Fp8Rows,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | QuantizedRows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The few rows of a decode step take a kernel of ours, more take cuBLAS."""
-    if isinstance(x, Fp8Rows):
+    if isinstance(x, QuantizedRows):
         return _linear_fp8(x, weight, addend, out)
     if isinstance(weight, torch.Tensor) and len(x) > _C.max_skinny_tokens(x.shape[1]):
         return reference.linear(x, weight, addend, out=out)
@@ -195,7 +195,7 @@ def linear(
 
 
 def _linear_fp8(
-    x: Fp8Rows, weight: Fp8Rows, addend: torch.Tensor | None, out: torch.Tensor | None
+    x: QuantizedRows, weight: QuantizedRows, addend: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
     """By cuBLAS, which adds a bias, but nothing of more rows."""
     is_bias = addend is not None and addend.dim() == 1
@@ -212,31 +212,31 @@ def _linear_fp8(
     return product if addend is None or is_bias else torch.add(addend, product, out=out)
 
 
-def takes_fp8(rows: int, weight: Fp8Rows) -> bool:
-    return rows > _C.max_skinny_tokens_fp8(weight.shape[1])
+def kind_of_rows(rows: int, weight: QuantizedRows) -> RowKind | None:
+    return weight.kind if rows > _C.max_skinny_tokens_fp8(weight.shape[1]) else None
 
 
-def quantize_rows(x: torch.Tensor) -> Fp8Rows:
-    out = Fp8Rows.empty(*x.shape, x.dtype, x.device)
+def quantize_rows(x: torch.Tensor, kind: RowKind) -> QuantizedRows:
+    out = _rows_like(x, x.shape[1], kind)
     _C.quantize_rows(x, *_parts(out), _stream(x))
     return out
 
 
-def silu_mul(gate_up: torch.Tensor, *, fp8: bool = False) -> torch.Tensor | Fp8Rows:
-    out = _rows_like(gate_up, gate_up.shape[1] // 2, fp8)
+def silu_mul(gate_up: torch.Tensor, *, kind: RowKind | None = None) -> torch.Tensor | QuantizedRows:
+    out = _rows_like(gate_up, gate_up.shape[1] // 2, kind)
     _C.silu_mul(gate_up, *_parts(out), _stream(gate_up))
     return out
 
 
-def _rows_like(x: torch.Tensor, width: int, fp8: bool) -> torch.Tensor | Fp8Rows:
-    if fp8:
-        return Fp8Rows.empty(len(x), width, x.dtype, x.device)
+def _rows_like(x: torch.Tensor, width: int, kind: RowKind | None) -> torch.Tensor | QuantizedRows:
+    if kind:
+        return QuantizedRows.empty(len(x), width, kind, x.dtype, x.device)
     return torch.empty(len(x), width, dtype=x.dtype, device=x.device)
 
 
-def _parts(rows: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parts(rows: torch.Tensor | QuantizedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the kernels take them: bytes with scales, or 16-bit numbers."""
-    if isinstance(rows, Fp8Rows):
+    if isinstance(rows, QuantizedRows):
         return rows.values.view(torch.uint8), rows.scales
     return rows, None
 

@@ -21,7 +21,7 @@ from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
 from star_attention.models.rotary import rotary_table
 from star_attention.models.weights import ModelWeights
-from star_attention.ops.fp8 import Fp8Rows
+from star_attention.ops.quantized import QuantizedRows
 
 # The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
@@ -64,10 +64,9 @@ class TorchEngine:
         self._comm = comm
         embedding = weights.embedding
         self.dtype = str(embedding.dtype).removeprefix("torch.")
-        is_fp8 = any(
-            isinstance(each, Fp8Rows) for layer in weights.layers for each in vars(layer).values()
-        )
-        self.quantization = "fp8" if is_fp8 else None
+        every = (each for layer in weights.layers for each in vars(layer).values())
+        kinds = (each.kind for each in every if isinstance(each, QuantizedRows))
+        self.quantization = next(kinds, None)
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"

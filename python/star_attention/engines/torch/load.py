@@ -78,9 +78,9 @@ def load_torch_engine(
     def limits() -> Limits:
         free = torch.cuda.mem_get_info()[0] // ranks_here
         part = config.shard(options.tp)
-        in_fp8 = engine.quantization == "fp8"
+        quantized = engine.quantization is not None
         return pass_limits(
-            part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free, in_fp8
+            part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free, quantized
         )
 
     weights = agree(world, load)

@@ -21,7 +21,7 @@ def pass_limits(
     pages: int,
     tokens_per_block: int,
     free: int,
-    in_fp8: bool = False,
+    quantized: bool = False,
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
@@ -34,7 +34,7 @@ def pass_limits(
     Args:
         part: what the GPU computes of the model, in elements of `itemsize` bytes.
         pages, tokens_per_block: of the KV pool.
-        in_fp8: projections are.
+        quantized: projections are.
 
     Raises:
         UserError: hardly anything fits.
@@ -50,7 +50,7 @@ def pass_limits(
         inner = max(inner, 3 * part.experts.intermediate_size + 4 * part.hidden_size)
     projected = q + kv + (2 * q if part.qk_norm else 0)
     chunk = (part.hidden_size + max(inner, projected)) * itemsize
-    if in_fp8:  # a product, before it is added to x
+    if quantized:  # a product, before it is added to x
         chunk += part.hidden_size * itemsize
     usable = int(_USABLE * free)
     context = question = ring = _rows(usable, alone, chunk)
