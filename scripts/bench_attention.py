@@ -12,8 +12,12 @@ query: n query tokens of Hq heads (four a KV head) at the end of L cached ones, 
     TB/s of K and V; more, in TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L
     without a mask here.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
+    "fp8" are those that write FP8 rows.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
-linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB).
+linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB in bf16, 218
+    MB in FP8). In FP8, rows that are taken in it are quantised, as the engine does.
+gemm: the projections for 16384 tokens, in TFLOP/s, in bf16 and in FP8: "ours" with all that the
+    engine does for them alone, "rowwise" the GEMM by itself, "precise" without fast accumulation.
 
 Our attention reads pages in random order, the peers contiguous K and V. "ours" is the kernel that
 is taken by itself, "ours, sm_80" the path for GPUs before Hopper; of more than 64 query tokens, all
@@ -42,6 +46,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +79,7 @@ QUERY_SHAPES = [  # L, n, query heads
     (524288, 128, 32),
 ]
 TOKENS, HIDDEN, INTERMEDIATE, EPS = 32768, 4096, 14336, 1e-5
+CHUNK = 16384  # tokens that the engine projects at a time
 MATMUL, MATMUL_FLOPS = 8192, 2 * 8192**3
 CEILINGS = ("matmul", "copy", "read")
 SM80 = "ours, sm_80"
@@ -374,6 +380,21 @@ def rope_append() -> tuple[int, dict[str, Call]]:
     return 2 * qkv.nbytes + rotary.nbytes, {"ours": call}
 
 
+def rms_norm_fp8() -> tuple[int, dict[str, Call]]:
+    x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
+    return 3 * x.numel(), {"ours": partial(ops().rms_norm, x, weight, EPS, kind="fp8")}
+
+
+def silu_mul_fp8() -> tuple[int, dict[str, Call]]:
+    gate_up = randn(TOKENS, 2 * INTERMEDIATE)
+    return 5 * gate_up.numel() // 2, {"ours": partial(ops().silu_mul, gate_up, kind="fp8")}
+
+
+def quantize_rows() -> tuple[int, dict[str, Call]]:
+    x = randn(TOKENS, HIDDEN)
+    return 3 * x.numel(), {"ours": partial(ops().quantize_rows, x, "fp8")}
+
+
 def rms_norm() -> tuple[int, dict[str, Call]]:
     x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
     return 2 * x.nbytes, {
@@ -433,6 +454,9 @@ def bytes_rows(timer: Timer) -> Iterator[Row]:
     operators |= {
         "rms_norm": rms_norm,
         "silu_mul": silu_mul,
+        "rms_norm, fp8": rms_norm_fp8,
+        "silu_mul, fp8": silu_mul_fp8,
+        "quantize_rows, fp8": quantize_rows,
     }
     for name, operator in operators.items():
         work, calls = operator()
@@ -461,7 +485,68 @@ def linear_rows(timer: Timer) -> Iterator[Row]:
             "ours": in_turn([imported(OPS, "linear", *pair) for pair in pairs]),
             "torch": in_turn([partial(F.linear, *pair) for pair in pairs]),
         }
-        yield timer.row({"n": rows}, work, "TB/s", calls | read)
+        yield timer.row({"weights": "bf16", "n": rows}, work, "TB/s", calls | read)
+    quantized = [ops().quantize_rows(weight, "fp8") for weight in weights]
+    work //= 2
+    read = {"read": device_read(randn(work // 2))}
+    for rows in (1, 2, 4, 8):
+        pairs = [(randn(rows, weight.shape[1]), weight) for weight in quantized]
+        scaled = [(ops().quantize_rows(x, "fp8"), weight) for x, weight in pairs]
+        calls = {
+            "ours": in_turn([partial(project, *pair) for pair in pairs]),
+            "torch": in_turn([partial(rowwise, *pair) for pair in scaled]),
+        }
+        yield timer.row({"weights": "fp8", "n": rows}, work, "TB/s", calls | read)
+
+
+def ops() -> Any:
+    return importlib.import_module(OPS)
+
+
+def project(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """As the engine does with weights in FP8 and what is not quantised yet."""
+    rows = ops().quantize_rows(x, "fp8") if ops().kind_of_rows(len(x), weight) else x
+    return ops().linear(rows, weight)
+
+
+def rowwise(x: Any, weight: Any, fast: bool = True) -> torch.Tensor:
+    """PyTorch's product of FP8 rows."""
+    return torch._scaled_mm(
+        x.values,
+        weight.values.t(),
+        x.scales[:, None],
+        weight.scales[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    )
+
+
+def quantize_and(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: Any) -> object:
+    return product(ops().quantize_rows(x, "fp8"), weight)
+
+
+def gemm_rows(timer: Timer) -> Iterator[Row]:
+    shapes = {  # out and in features
+        "qkv": ((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+        "out": (HIDDEN, Q_HEADS * HEAD_DIM),
+        "gate, up": (2 * INTERMEDIATE, HIDDEN),
+        "down": (HIDDEN, INTERMEDIATE),
+    }
+    for name, (features, width) in shapes.items():
+        x, weight = randn(CHUNK, width), randn(features, width)
+        rows, quantized = ops().quantize_rows(x, "fp8"), ops().quantize_rows(weight, "fp8")
+        addend = randn(CHUNK, features) if name in ("out", "down") else None
+        product = partial(ops().linear, addend=addend, out=addend)
+        calls = {
+            "ours": partial(product, rows, quantized),
+            "bf16": partial(product, x, weight),
+            "rowwise": partial(rowwise, rows, quantized),
+            "precise": partial(rowwise, rows, quantized, fast=False),
+            "matmul": matmul(),
+        }
+        if name == "out":  # attention's output comes in bf16
+            calls["ours"] = partial(quantize_and, product, x, quantized)
+        yield timer.row({"projection": name}, 2 * CHUNK * features * width, "TFLOP/s", calls)
 
 
 @dataclass(frozen=True)
@@ -496,6 +581,9 @@ PHASES = {
     "linear": Phase(
         linear_rows,
         {"ours / best peer": ("peers", "ours"), "ours / read": ("read", "ours")},
+    ),
+    "gemm": Phase(
+        gemm_rows, {"ours / bf16": ("bf16", "ours"), "ours / matmul": ("matmul", "ours")}
     ),
 }
 

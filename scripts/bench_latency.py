@@ -45,6 +45,7 @@ from star_attention.engines.options import EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import SHAPES, ModelConfig
+from star_attention.models.quantization import QUANTIZATIONS
 from star_attention.plan import make_plan
 from star_attention.predict import predict
 from star_attention.runtime.leader import Leader, lead_together
@@ -282,6 +283,7 @@ def make_engine(options: argparse.Namespace, comm: Communicator) -> ModelEngine:
         kv_cache_gib=options.kv_cache_gib,
         merge=options.merge,
         tp=options.tp,
+        quantization=options.quantization,
     )
     page = StarConfig.tokens_per_block
     if options.model:
@@ -301,6 +303,7 @@ def run(options: argparse.Namespace) -> None:
     result = {
         "shape": Path(options.model).name if options.model else options.shape,
         "dtype": options.dtype,
+        "quantization": engine.quantization,
         "config": asdict(engine.config),
         "environment": environment(options.merge),
         "read_tbps": read_tbps(world),
@@ -603,6 +606,7 @@ def main() -> None:
     )
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto")
     parser.add_argument("--kv-cache-gib", type=float)
     parser.add_argument("--tp", type=int, default=1, help="processes that share a rank's model")
     parser.add_argument(

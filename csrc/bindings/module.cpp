@@ -203,15 +203,26 @@ void py_merge_lse(py::object o_, py::object lse_, py::object out_, py::object ou
   merge_lse(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void py_rms_norm(py::object x_, py::object weight_, py::object out_, double eps, uintptr_t stream) {
-  const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
+// Of rows in FP8, float32 [rows]; null for None. The rows are bytes then, otherwise of `type`.
+float* row_scales(const TensorView& rows, const TensorView& scales, bool given, ScalarType type) {
+  rows.dtype({given ? kUInt8 : type}).rank(2).contiguous();
+  if (!given) return nullptr;
+  scales.dtype({kFloat32}).shape({rows.size(0)}).contiguous();
+  return static_cast<float*>(scales.data());
+}
+
+void py_rms_norm(py::object x_, py::object weight_, py::object out_, py::object scales_, double eps,
+                 uintptr_t stream) {
+  const TensorView x("x", x_), weight("weight", weight_), out("out", out_),
+      scales("scales", scales_.is_none() ? out_ : scales_);
   x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   weight.dtype({x.type()}).shape({hidden}).contiguous();
-  out.dtype({x.type()}).shape({tokens, hidden}).contiguous();
   require(eps >= 0, "eps", eps, "at least 0");
 
   RmsNormParams p{};
+  p.scales = row_scales(out, scales, !scales_.is_none(), x.type());
+  out.shape({tokens, hidden});
   p.dtype = dtype_of(x);
   p.num_tokens = to_int(tokens, "x.shape[0]");
   p.hidden_size = to_int(hidden, "x.shape[1]");
@@ -221,17 +232,18 @@ void py_rms_norm(py::object x_, py::object weight_, py::object out_, double eps,
   p.weight = weight.data();
   p.out = out.data();
   check(p);
-  const DeviceScope scope(x, {&weight, &out});
+  const DeviceScope scope(x, {&weight, &out, &scales});
   rms_norm(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void py_silu_mul(py::object gate_up_, py::object out_, uintptr_t stream) {
-  const TensorView gate_up("gate_up", gate_up_), out("out", out_);
+void py_silu_mul(py::object gate_up_, py::object out_, py::object scales_, uintptr_t stream) {
+  const TensorView gate_up("gate_up", gate_up_), out("out", out_),
+      scales("scales", scales_.is_none() ? out_ : scales_);
   gate_up.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
-  out.dtype({gate_up.type()}).rank(2).contiguous();
-  gate_up.shape({out.size(0), 2 * out.size(1)});
 
   SiluMulParams p{};
+  p.scales = row_scales(out, scales, !scales_.is_none(), gate_up.type());
+  gate_up.shape({out.size(0), 2 * out.size(1)});
   p.dtype = dtype_of(gate_up);
   p.num_tokens = to_int(out.size(0), "out.shape[0]");
   p.intermediate_size = to_int(out.size(1), "out.shape[1]");
@@ -239,17 +251,38 @@ void py_silu_mul(py::object gate_up_, py::object out_, uintptr_t stream) {
   p.stride = gate_up.stride(0, gate_up.size(1));
   p.out = out.data();
   check(p);
-  const DeviceScope scope(gate_up, {&out});
+  const DeviceScope scope(gate_up, {&out, &scales});
   silu_mul(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void py_skinny_linear(py::object x_, py::object weight_, py::object addend_, py::object out_,
-                      uintptr_t stream) {
-  const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
+void py_quantize_rows(py::object x_, py::object out_, py::object scales_, uintptr_t stream) {
+  const TensorView x("x", x_), out("out", out_), scales("scales", scales_);
+  x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
+
+  QuantizeRowsParams p{};
+  p.dtype = dtype_of(x);
+  p.num_rows = to_int(x.size(0), "x.shape[0]");
+  p.width = to_int(x.size(1), "x.shape[1]");
+  p.x = x.data();
+  p.x_stride = x.stride(0, x.size(1));
+  p.scales = row_scales(out, scales, true, x.type());
+  out.shape({x.size(0), x.size(1)});
+  p.out = out.data();
+  check(p);
+  const DeviceScope scope(x, {&out, &scales});
+  quantize_rows(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_skinny_linear(py::object x_, py::object weight_, py::object scales_, py::object addend_,
+                      py::object out_, uintptr_t stream) {
+  const TensorView x("x", x_), weight("weight", weight_), out("out", out_),
+      scales("scales", scales_.is_none() ? out_ : scales_);
   const TensorView addend("addend", addend_.is_none() ? out_ : addend_);
   x.dtype({kFloat16, kBFloat16}).rank(2).contiguous(1);
   const int64_t tokens = x.size(0), in_features = x.size(1);
-  weight.dtype({x.type()}).shape({-1, in_features}).contiguous();
+  SkinnyLinearParams p{};
+  p.scales = row_scales(weight, scales, !scales_.is_none(), x.type());
+  weight.shape({-1, in_features});
   const int64_t out_features = weight.size(0);
   out.dtype({x.type()}).shape({tokens, out_features}).contiguous();
   const bool bias = addend.num_dims() == 1;
@@ -260,7 +293,6 @@ void py_skinny_linear(py::object x_, py::object weight_, py::object addend_, py:
     addend.shape({tokens, out_features});
   }
 
-  SkinnyLinearParams p{};
   p.dtype = dtype_of(x);
   p.num_tokens = to_int(tokens, "x.shape[0]");
   p.in_features = to_int(in_features, "x.shape[1]");
@@ -272,7 +304,7 @@ void py_skinny_linear(py::object x_, py::object weight_, py::object addend_, py:
   p.addend_stride = bias ? 0 : out_features;
   p.out = out.data();
   check(p);
-  const DeviceScope scope(x, {&weight, &addend, &out});
+  const DeviceScope scope(x, {&weight, &scales, &addend, &out});
   skinny_linear(p, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -386,11 +418,14 @@ PYBIND11_MODULE(_C, m) {
         arg("slot_mapping"), arg("q"), arg("stream"));
   m.def("merge_lse", &py_merge_lse, arg("o"), arg("lse"), arg("out"), arg("out_lse"),
         arg("stream"));
-  m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("out"), arg("eps"), arg("stream"));
-  m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("stream"));
-  m.def("skinny_linear", &py_skinny_linear, arg("x"), arg("weight"), arg("addend"), arg("out"),
+  m.def("rms_norm", &py_rms_norm, arg("x"), arg("weight"), arg("out"), arg("scales"), arg("eps"),
         arg("stream"));
+  m.def("silu_mul", &py_silu_mul, arg("gate_up"), arg("out"), arg("scales"), arg("stream"));
+  m.def("quantize_rows", &py_quantize_rows, arg("x"), arg("out"), arg("scales"), arg("stream"));
+  m.def("skinny_linear", &py_skinny_linear, arg("x"), arg("weight"), arg("scales"), arg("addend"),
+        arg("out"), arg("stream"));
   m.def("max_skinny_tokens", &max_skinny_tokens, arg("in_features"));
+  m.def("max_skinny_tokens_fp8", &max_skinny_tokens_fp8, arg("in_features"));
   m.def("page_means", &py_page_means, arg("kv_pool"), arg("pages"), arg("rows"), arg("means"),
         arg("stream"));
   m.def("select_pages", &py_select_pages, arg("q"), arg("lse"), arg("tiles"), arg("candidates"),

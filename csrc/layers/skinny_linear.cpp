@@ -1,5 +1,6 @@
 #include "common/check.h"
 #include "common/device.h"
+#include "layers/skinny_linear_fp8.h"
 #include "layers/skinny_linear_sm90.h"
 
 namespace star_attention {
@@ -14,10 +15,15 @@ int max_skinny_tokens(int in_features) {
   return 0;
 }
 
+int max_skinny_tokens_fp8(int in_features) {
+  return max_skinny_tokens_fp8(in_features, current_device().smem_per_block);
+}
+
 void check(const SkinnyLinearParams& p) {
   require(p.dtype != DType::kFloat32, "x.dtype", "float32", "float16 or bfloat16");
   require(p.in_features > 0, "x.shape[1]", p.in_features, "at least 1");
-  const int most = max_skinny_tokens(p.in_features);
+  const int most =
+      p.scales ? max_skinny_tokens_fp8(p.in_features) : max_skinny_tokens(p.in_features);
   require(p.num_tokens >= 0 && p.num_tokens <= most, "x.shape[0]", p.num_tokens,
           "at most " + std::to_string(most) + " of this width on this GPU");
   require(p.out_features > 0, "weight.shape[0]", p.out_features, "at least 1");
@@ -31,6 +37,7 @@ void check(const SkinnyLinearParams& p) {
 void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
   check(p);
   if (p.num_tokens == 0) return;
+  if (p.scales) return skinny_linear_fp8(p, stream);
 #ifdef STAR_ATTENTION_SM90
   skinny_linear_sm90(p, stream);
 #endif

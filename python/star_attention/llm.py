@@ -22,6 +22,7 @@ from star_attention.errors import UserError, counted
 from star_attention.models.checkpoint import find_model
 from star_attention.models.config import ModelConfig
 from star_attention.models.fingerprint import fingerprint
+from star_attention.models.quantization import Quantization
 from star_attention.models.tokenizer import TextStream, Tokenizer, without_mark
 from star_attention.plan import Plan
 from star_attention.runtime import interrupts
@@ -135,6 +136,8 @@ class LLM:
             on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share one model (tensor parallelism); a rank is that many of them.
+        quantization: `fp8`: projections in FP8; `int8`: in INT8, on a CPU; `none`: in `dtype`;
+            `auto`: in FP8 if the checkpoint's are and the GPU can.
         strict: refuse text beyond the model's maximum position, instead of a warning.
         system: what the chat template's system message says.
         allow_special: texts may spell control tokens; otherwise they are text like any other.
@@ -160,6 +163,7 @@ class LLM:
         kv_cache_gib: float | None = None,
         merge: MergePath = "auto",
         tp: int = 1,
+        quantization: Quantization = "auto",
         strict: bool = False,
         system: str | None = None,
         allow_special: bool = False,
@@ -167,7 +171,7 @@ class LLM:
     ) -> None:
         self._job = current_job()
         self._strict = strict
-        options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp)
+        options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp, quantization)
         path = find_model(str(model), load_format != "dummy")
         self.config = division_of(path, config or StarConfig(), options)
         self._tokenizer = Tokenizer(path, template, system=system, allow_special=allow_special)

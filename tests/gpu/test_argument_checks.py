@@ -172,7 +172,7 @@ def test_layers():
     with pytest.raises(ValueError, match="intermediate_size: got 6, expected a multiple of 8"):
         cuda.silu_mul(x)
     with pytest.raises(ValueError, match=r"weight\.shape: got \[2, 12\], expected \[any, 16\]"):
-        cuda._C.skinny_linear(torch.zeros(2, 16, dtype=torch.float16), x, None, x, 0)
+        cuda._C.skinny_linear(torch.zeros(2, 16, dtype=torch.float16), x, None, None, x, 0)
 
 
 def test_values_are_checked_on_request(monkeypatch):

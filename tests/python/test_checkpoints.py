@@ -65,8 +65,16 @@ def hf_says(folder):
 
 # Of checkpoints that people have: which method their config.json names.
 QUANTISED = [
-    ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "'fp8'"),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, "'fp8'"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'"),
     ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "'compressed-tensors'"),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+        },
+        "'compressed-tensors'",
+    ),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
     ({"bits": 4, "group_size": 128}, "'unnamed method'"),
 ]
@@ -82,9 +90,9 @@ def test_quantised_configs(model, quantization, method):
 
 
 def test_quantised_by_modelopt(model):
-    described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (model / "hf_quant_config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"weights are quantised .'FP8' in hf_quant_config"):
+    with pytest.raises(UserError, match=r"weights are quantised .'NVFP4' in hf_quant_config"):
         open_checkpoint(model)
 
 

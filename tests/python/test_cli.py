@@ -166,12 +166,14 @@ def test_info():
 
 def test_info_counts_gpus(tmp_path):
     (tmp_path / "nvidia-smi").write_text(
-        "#!/bin/sh\necho 'H9, 1.2'\necho 'H9, 1.2'\necho 'A1, 1.2'\n"
+        "#!/bin/sh\ncase $1 in *compute_cap) echo 9.0; echo 9.0; echo 8.0; exit;; esac\n"
+        "echo 'H9, 1.2'\necho 'H9, 1.2'\necho 'A1, 1.2'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     found = json.loads(star_attn("info", "--json", env={**os.environ, "PATH": path}).stdout)
     assert found["GPU"]["found"] == "2 \u00d7 H9, 1.2; 1 \u00d7 A1, 1.2"
+    assert found["FP8"]["found"] == "no: not all GPUs are of compute capability 8.9 or newer"
 
 
 def test_ask_streams_an_answer_and_reports(report):

@@ -33,9 +33,9 @@ SIZES = {
 TOKENS = np.random.default_rng(0).integers(0, 97, 50).astype(np.int32)
 
 
-def logits_of(folder, dtype="float32"):
+def logits_of(folder, dtype="float32", **options):
     """The last ten tokens' logits, the others being one block of context."""
-    engine = load_engine(folder, SingleProcess(), 16, EngineOptions(dtype=dtype))
+    engine = load_engine(folder, SingleProcess(), 16, EngineOptions(dtype=dtype, **options))
     leader, _ = lead_together(engine, SingleProcess())
     context = leader.encode(TOKENS[:40], StarConfig(attention="dense", tokens_per_block=16))
     return forced_logits(leader, context, TOKENS[40:], [])

@@ -26,16 +26,16 @@ class Capsule:
 )
 def test_what_is_wrong(kind, shape, dtype, message):
     with pytest.raises(ValueError, match=message):
-        _C.silu_mul(kind(torch.zeros(shape, dtype=dtype)), torch.zeros(4, 32, dtype=dtype), 0)
+        _C.silu_mul(kind(torch.zeros(shape, dtype=dtype)), torch.zeros(4, 32, dtype=dtype), None, 0)
 
 
 def test_strides():
     x = torch.zeros(64, 4, dtype=torch.float16).t()
     with pytest.raises(ValueError, match=r"strides: got \[1, 4\], expected the last 1 dimensions"):
-        _C.silu_mul(x, torch.zeros(4, 32, dtype=torch.float16), 0)
+        _C.silu_mul(x, torch.zeros(4, 32, dtype=torch.float16), None, 0)
 
 
 def test_no_tensor():
     out = torch.zeros(4, 32, dtype=torch.float16)
     with pytest.raises(TypeError, match="gate_up: got <class 'list'>, expected a tensor with"):
-        _C.silu_mul([1.0], out, 0)
+        _C.silu_mul([1.0], out, None, 0)

@@ -543,6 +543,7 @@ def test_leftovers(tmp_path):
     [
         ({"fingerprint": "def", "model": "big"}, r"model tiny \(abc\), here it is big \(def\)"),
         ({"dtype": "bfloat16"}, "dtype float32, here it is bfloat16"),
+        ({"quantization": "fp8"}, "quantization None, here it is fp8"),
         ({"tokens_per_block": 4}, "tokens_per_block 8, here it is 4"),
         ({"num_ranks": 2}, "num_ranks 1, here it is 2"),
         ({"tp": 2}, "tp 1, here it is 2"),

@@ -246,6 +246,7 @@ def test_division_of_an_engine(tmp_path):
         (EngineOptions("cuda", "bfloat16"), "the engine computes in float16: leave it away"),
         (EngineOptions(load_format="dummy"), "an engine has its weights"),
         (EngineOptions(tp=2), "TensorRT engines have no tensor parallelism"),
+        (EngineOptions(quantization="fp8"), "TensorRT engines have 16-bit weights"),
     ):
         with pytest.raises(UserError, match=message):
             division_of(folder, config, options)

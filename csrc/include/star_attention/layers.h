@@ -1,4 +1,7 @@
 // What a Llama model needs between its GEMMs and attention, one pass over memory each.
+//
+// Rows in FP8 are e4m3 with a float32 scale each, the row's largest magnitude over 448: a row of
+// `out` stands for itself times its scale. Where `scales` is null, `out` is of `dtype`.
 #pragma once
 
 #include "star_attention/attention.h"
@@ -15,7 +18,8 @@ struct RmsNormParams {
   const void* x;  // [num_tokens, hidden_size], rows x_stride elements apart
   int64_t x_stride;
   const void* weight;  // [hidden_size]
-  void* out;           // [num_tokens, hidden_size], contiguous; may be x
+  void* out;           // [num_tokens, hidden_size], contiguous; in `dtype`, may be x
+  float* scales;       // [num_tokens]: out is in FP8; or null
 };
 
 STAR_ATTENTION_EXPORT void rms_norm(const RmsNormParams& params, cudaStream_t stream);
@@ -24,14 +28,29 @@ STAR_ATTENTION_EXPORT void rms_norm(const RmsNormParams& params, cudaStream_t st
 struct SiluMulParams {
   DType dtype;  // kFloat16 or kBFloat16
   int num_tokens;
-  int intermediate_size;  // a multiple of 8
+  int intermediate_size;  // a multiple of 8; in FP8, at most 32768
 
   const void* gate_up;  // [num_tokens, 2 * intermediate_size], rows stride elements apart
   int64_t stride;
-  void* out;  // [num_tokens, intermediate_size], contiguous
+  void* out;      // [num_tokens, intermediate_size], contiguous
+  float* scales;  // [num_tokens]: out is in FP8; or null
 };
 
 STAR_ATTENTION_EXPORT void silu_mul(const SiluMulParams& params, cudaStream_t stream);
+
+// out, scales = x in FP8
+struct QuantizeRowsParams {
+  DType dtype;  // kFloat16 or kBFloat16
+  int num_rows;
+  int width;  // a multiple of 8, at most 32768
+
+  const void* x;  // [num_rows, width], rows x_stride elements apart
+  int64_t x_stride;
+  void* out;      // [num_rows, width], contiguous
+  float* scales;  // [num_rows]
+};
+
+STAR_ATTENTION_EXPORT void quantize_rows(const QuantizeRowsParams& params, cudaStream_t stream);
 
 // out[i] = x[rows[i]], of 16-bit elements.
 struct GatherRowsParams {
@@ -48,13 +67,14 @@ STAR_ATTENTION_EXPORT void gather_rows(const GatherRowsParams& params, cudaStrea
 // out = x weight^T + addend, for the few rows of a decode step.
 struct SkinnyLinearParams {
   DType dtype;     // kFloat16 or kBFloat16
-  int num_tokens;  // at most max_skinny_tokens(in_features)
+  int num_tokens;  // at most max_skinny_tokens(in_features), or max_skinny_tokens_fp8()
   int in_features, out_features;
 
   const void* x;  // [num_tokens, in_features], rows x_stride elements apart
   int64_t x_stride;
-  const void* weight;  // [out_features, in_features], contiguous; nothing writes it meanwhile
-  const void* addend;  // [num_tokens, out_features], rows addend_stride apart, or null; may be out
+  const void* weight;   // [out_features, in_features], contiguous; nothing writes it meanwhile
+  const float* scales;  // [out_features]: rows of weight are in FP8; or null
+  const void* addend;   // [num_tokens, out_features], rows addend_stride apart, or null; may be out
   int64_t addend_stride;  // 0: a bias
   void* out;              // [num_tokens, out_features], contiguous
 };
@@ -62,10 +82,13 @@ struct SkinnyLinearParams {
 STAR_ATTENTION_EXPORT void skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
 // As many as skinny_linear() is the fastest for, on the current device; 0: it takes none.
 STAR_ATTENTION_EXPORT int max_skinny_tokens(int in_features);
+// Likewise with weights in FP8.
+STAR_ATTENTION_EXPORT int max_skinny_tokens_fp8(int in_features);
 
 // Throws std::invalid_argument if the call would not be valid; the call itself checks too.
 STAR_ATTENTION_EXPORT void check(const RmsNormParams& params);
 STAR_ATTENTION_EXPORT void check(const SiluMulParams& params);
+STAR_ATTENTION_EXPORT void check(const QuantizeRowsParams& params);
 STAR_ATTENTION_EXPORT void check(const GatherRowsParams& params);
 STAR_ATTENTION_EXPORT void check(const SkinnyLinearParams& params);
 

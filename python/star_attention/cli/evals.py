@@ -457,6 +457,7 @@ def _prepare(
         **{name: options[name] for name in ("model", "template", "allow_special", "seed")},
         "device": device,
         "dtype": dtype,
+        "quantization": None if (asked := options["quantization"]) == "auto" else asked,
         **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
         "ranks": ranks,
     }

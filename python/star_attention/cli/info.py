@@ -19,6 +19,7 @@ from star_attention.cache import cache_folder, state_folder
 from star_attention.cli.options import refuse_idle
 from star_attention.cli.terminal import small_table
 from star_attention.distributed.launch import find_mpirun
+from star_attention.engines.options import FP8_CAPABILITY
 from star_attention.errors import UserError, counted
 
 
@@ -58,6 +59,7 @@ def main_parts() -> list[Part]:
         ),
         Part("torch", _version("torch"), "the model on CPU and CUDA"),
         Part("GPU", _gpus(), "--device cuda"),
+        Part("FP8", _fp8(), "--quantization fp8"),
         Part("CUDA kernels", _module("star_attention._C"), "attention on a GPU"),
         Part("TensorRT", _tensorrt(), "build, --engine_dir"),
         Part("mpirun", _mpirun(), "--ranks"),
@@ -110,12 +112,25 @@ def _mpirun() -> str:
     return version.stdout.splitlines()[0] if version.stdout else "?"
 
 
-def _gpus() -> str:
+def _fp8() -> str:
+    """By the GPUs' compute capabilities, such as 9.0."""
+    found = _ask_gpus("compute_cap")
+    if not found:
+        return ""
+    able = [tuple(map(int, each.split("."))) >= FP8_CAPABILITY for each in found]
+    needed = ".".join(map(str, FP8_CAPABILITY))
+    return "yes" if all(able) else f"no: not all GPUs are of compute capability {needed} or newer"
+
+
+def _ask_gpus(fields: str) -> list[str]:
+    """A line of each GPU; none where nothing tells."""
     if shutil.which("nvidia-smi") is None:
-        return ""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        return []
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
-    if found.returncode:
-        return ""
-    alike = Counter(filter(None, found.stdout.split("\n")))
+    return [] if found.returncode else list(filter(None, found.stdout.split("\n")))
+
+
+def _gpus() -> str:
+    alike = Counter(_ask_gpus("name,driver_version"))
     return "; ".join(f"{count} \N{MULTIPLICATION SIGN} {gpu}" for gpu, count in alike.items())

@@ -23,6 +23,7 @@ from star_attention.config import (
 from star_attention.engines.options import DTYPES, LOAD_FORMATS, EngineOptions
 from star_attention.errors import UserError
 from star_attention.models.checkpoint import is_engine_folder
+from star_attention.models.quantization import QUANTIZATIONS
 from star_attention.models.tokenizer import TEMPLATES
 from star_attention.runtime.sampling import SamplingParams
 
@@ -163,6 +164,15 @@ def engine_options(command: Callable) -> Callable:
             "--dtype",
             type=Choice(DTYPES["cpu"]),
             help="What to compute in.  [default: float32 on the CPU, bfloat16 on a GPU]",
+        ),
+        click.option(
+            "--quantization",
+            type=Choice(QUANTIZATIONS),
+            default="auto",
+            show_default=True,
+            help="fp8: projections in FP8, weights scaled by output channel, activations by token; "
+            "int8: likewise, on a CPU; none: in --dtype; auto: in FP8 if the checkpoint's are and "
+            "the GPU can.",
         ),
         click.option(
             "--load-format",

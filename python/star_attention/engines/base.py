@@ -207,6 +207,7 @@ class ModelEngine(Protocol):
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
+        quantization: `fp8` or `int8`: of projections, which compute in it instead; or None.
         has_exchanges, has_hops, has_prefix, has_selection: whether a step can have them.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
@@ -216,6 +217,7 @@ class ModelEngine(Protocol):
     config: ModelConfig
     tokens_per_block: int
     dtype: str
+    quantization: str | None
     limits: Limits
     has_exchanges: bool
     has_hops: bool

@@ -45,6 +45,10 @@ def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarC
         raise UserError(f"--tp is {options.tp}: TensorRT engines have no tensor parallelism")
     if options.load_format != "auto":
         raise UserError(f"--load-format is {options.load_format}: an engine has its weights")
+    if options.quantization not in ("auto", "none"):
+        raise UserError(
+            f"--quantization is {options.quantization}: TensorRT engines have 16-bit weights"
+        )
     return engine.limits.divide(config)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from star_attention.config import MERGE_PATHS, MergePath
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
+from star_attention.models.quantization import QUANTIZATIONS, Quantization
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
@@ -16,6 +17,8 @@ LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
 DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("bfloat16", "float16")}
 # Elements of a head that the GPU kernels have.
 _HEAD_DIMS = (64, 128)
+# Compute capability from which on GPUs compute in FP8.
+FP8_CAPABILITY = (8, 9)
 # Share of a GPU's free memory that the KV cache takes; activations of long blocks need the rest.
 _KV_CACHE_SHARE = 0.8
 
@@ -32,6 +35,9 @@ class EngineOptions:
             on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share a rank's model (tensor parallelism), neighbours in the job.
+        quantization: `fp8`: projections compute in FP8 (on a CPU they are only rounded to it, to
+            see what it does); `int8`: in INT8, on a CPU; `none`: in `dtype`; `auto`: in FP8 if the
+            checkpoint's are and the GPU can.
     """
 
     device: str = "cpu"
@@ -40,12 +46,14 @@ class EngineOptions:
     kv_cache_gib: float | None = None
     merge: MergePath = "auto"
     tp: int = 1
+    quantization: Quantization = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("device", tuple(DTYPES)),
             ("load_format", LOAD_FORMATS),
             ("merge", MERGE_PATHS),
+            ("quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")
@@ -57,6 +65,8 @@ class EngineOptions:
                 f"--dtype is {self.dtype!r} with --device {self.device}: "
                 f"use {' or '.join(DTYPES[self.device])}"
             )
+        if self.quantization == "int8" and self.device != "cpu":
+            raise UserError("--quantization int8 is for --device cpu: use fp8 on a GPU")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise UserError(f"--kv-cache-gib is {self.kv_cache_gib}: use a number above 0")
         if self.tp < 1:

@@ -20,7 +20,7 @@ from star_attention.files import write_whole
 # A sample within a configuration: length, task, index.
 Key = tuple[int | None, str, int | str]
 # What all configurations of a folder have in common.
-_SHARED = ("benchmark", "model", "template", "device", "dtype", "seed", "data")
+_SHARED = ("benchmark", "model", "template", "device", "dtype", "quantization", "seed", "data")
 
 
 @dataclass
@@ -182,9 +182,9 @@ def _file_name(configuration: dict[str, Any]) -> str:
 def _check_same(path: Path, configuration: dict[str, Any], keys: tuple[str, ...] | None) -> None:
     known = _configuration(path)
     for key in keys or configuration:
-        if known.get(key) != configuration[key]:
+        if known.get(key) != configuration.get(key):
             raise UserError(
-                f"{path} was made with {key} {known.get(key)}, not {configuration[key]}: "
+                f"{path} was made with {key} {known.get(key)}, not {configuration.get(key)}: "
                 "use another --results folder"
             )
 

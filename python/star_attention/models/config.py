@@ -10,6 +10,7 @@ import numpy as np
 
 from star_attention.errors import UserError
 from star_attention.models.fields import Fields
+from star_attention.models.quantization import fp8_format
 from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf
 
 _MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
@@ -260,12 +261,7 @@ class ModelConfig:
             )
         architecture = ARCHITECTURES[name]
         if fields.get("quantization_config") is not None:
-            quantization = fields.fields("quantization_config")
-            method = quantization.word("quant_method", "unnamed method")
-            raise UserError(
-                f"the model's weights are quantised ({method!r}): use a safetensors folder in "
-                "float32, bfloat16 or float16, or a GGUF file"
-            )
+            fp8_format(fields.fields("quantization_config"))  # raises for what is not read
         if (activation := fields.word("hidden_act", "silu")) != "silu":
             raise UserError(f"hidden_act {activation!r} is not supported: use silu")
         for flag in ("attention_bias", "mlp_bias"):

@@ -26,7 +26,9 @@ class Operators(Protocol[W]):
     def wanted_rows(self, x: W) -> W:
         """The rows whose logits are wanted."""
 
-    def rms_norm(self, x: W, weight: W) -> W: ...
+    def rms_norm(self, x: W, weight: W, reader: W | None = None) -> W:
+        """`reader` is the projection that all that reads it multiplies it with, if there is one:
+        the values may be what that takes only."""
 
     def linear(self, x: W, weight: W, bias: W | None = None) -> W:
         """x weight^T + bias."""
@@ -41,7 +43,8 @@ class Operators(Protocol[W]):
         """x + what each row of `inputs` gets from its experts, where tensor-parallel parts of it
         are summed up."""
 
-    def silu_mul(self, gate_up: W) -> W: ...
+    def silu_mul(self, gate_up: W, reader: W) -> W:
+        """For `reader`, as in `rms_norm`."""
 
     def logits(self, x: W, lm_head: W) -> W:
         """float32 x lm_head^T."""
@@ -62,17 +65,18 @@ def decode(
     for index, layer in enumerate(weights.layers):
 
         def project(rows: W, layer=layer) -> W:
-            normed = ops.rms_norm(rows, layer.input_norm)
+            normed = ops.rms_norm(rows, layer.input_norm, layer.qkv)
             qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
             return qkv if layer.q_norm is None else ops.norm_heads(qkv, layer.q_norm, layer.k_norm)
 
         def finish(rows: W, attended: W, layer=layer) -> W:
             rows = ops.add_linear(rows, attended, layer.out, layer.out_bias)
-            normed = ops.rms_norm(rows, layer.post_norm)
             if layer.router is not None:
-                return ops.add_experts(rows, normed, layer)
+                return ops.add_experts(rows, ops.rms_norm(rows, layer.post_norm), layer)
+            normed = ops.rms_norm(rows, layer.post_norm, layer.gate_up)
             gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-            return ops.add_linear(rows, ops.silu_mul(gate_up), layer.down, layer.down_bias)
+            inner = ops.silu_mul(gate_up, layer.down)
+            return ops.add_linear(rows, inner, layer.down, layer.down_bias)
 
         attended = ops.attend(index, x, project)
         if attended is None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
+from star_attention.models.quantization import Quantization
 from star_attention.models.weights import (
     Checkpoint,
     ModelWeights,
     Weight,
     assemble,
 )
+from star_attention.ops.quantized import QuantizedRows, RowKind, quantize_rows
+
+# What cuBLAS takes in FP8: multiples of so many rows and columns, and what the kernels in front of
+# it take of columns.
+_FP8_MULTIPLE, _MOST_FP8_COLUMNS = 16, 32768
 
 
 def load_weights(
@@ -23,12 +31,23 @@ def load_weights(
     device: torch.device,
     part: int = 0,
     parts: int = 1,
-) -> ModelWeights[torch.Tensor]:
+    quantization: Quantization = "none",
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     """Reads and fuses a checkpoint's weights, or one of `parts` GPUs' part of them.
 
+    Args:
+        quantization: `none`: all in `dtype`; `fp8`, `int8`: projections in 8 bits, those of experts
+            excepted; `auto`: those of them that are stored in FP8 in FP8.
+
     Raises:
-        UserError: one cannot be read, or they cannot be divided so.
+        UserError: one cannot be read, or they cannot be divided or quantised so.
     """
+
+    def kind_of(weight: Weight) -> RowKind | None:
+        if quantization == "auto":
+            return "fp8" if checkpoint.is_fp8(weight) else None
+        return None if quantization == "none" else quantization
+
     return _load(
         checkpoint.config,
         checkpoint.tensor,
@@ -36,6 +55,7 @@ def load_weights(
         device,
         part,
         parts,
+        kind_of,
     )
 
 
@@ -45,14 +65,21 @@ def random_weights(
     device: torch.device,
     part: int = 0,
     parts: int = 1,
-) -> ModelWeights[torch.Tensor]:
+    quantization: Quantization = "none",
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     """Weights of a model that was never trained, to try speed and memory.
 
     Each is drawn whole from a generator that its name seeds, so that the parts of several GPUs are
-    those of one model. Raises UserError if it cannot be divided so.
+    those of one model. Raises UserError if it cannot be divided or quantised so.
     """
     return _load(
-        config, lambda weight: _random_weight(weight, dtype, device), dtype, device, part, parts
+        config,
+        lambda weight: _random_weight(weight, dtype, device),
+        dtype,
+        device,
+        part,
+        parts,
+        lambda weight: None if quantization in ("none", "auto") else quantization,
     )
 
 
@@ -75,34 +102,78 @@ def _random_weight(weight: Weight, dtype: torch.dtype, device: torch.device) -> 
 
 def _load(
     config: ModelConfig,
-    read: Callable[[Weight], torch.Tensor],
+    read: Callable[[Weight], torch.Tensor | QuantizedRows],
     dtype: torch.dtype,
     device: torch.device,
     part: int,
     parts: int,
-) -> ModelWeights[torch.Tensor]:
+    kind_of: Callable[[Weight], RowKind | None],
+) -> ModelWeights[torch.Tensor | QuantizedRows]:
     config.shard(parts)  # raises if it is not possible
 
-    def take(weight: Weight) -> torch.Tensor:
-        whole = read(weight)
+    def own(weight: Weight, whole: torch.Tensor) -> torch.Tensor:
         if weight.split is not None and parts > 1:
             return whole.chunk(parts, weight.split)[part]
+        return whole
+
+    def widened(whole: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        if isinstance(whole, QuantizedRows):
+            return replace(whole, dtype=dtype).to(device).widened()
         return whole
 
     def part_shape(weight: Weight) -> tuple[int, ...]:
         shape = enumerate(weight.shape)
         return tuple(size // parts if dim == weight.split else size for dim, size in shape)
 
-    def make(weights: Sequence[Weight]) -> torch.Tensor:
+    def quantized(weights: Sequence[Weight], kind: RowKind) -> QuantizedRows:
+        """Rows are quantised whole, so that the parts of several GPUs are those of one model."""
+        shapes = [part_shape(weight) for weight in weights]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        if device.type == "cuda":
+            _check_fp8(weights[0].name, sum(rows), columns)
+        made = QuantizedRows.empty(sum(rows), columns, kind, dtype, device)
+        places = zip(made.values.split(rows), made.scales.split(rows), strict=True)
+        for weight, (values, scales) in zip(weights, places, strict=True):
+            whole = read(weight)
+            if isinstance(whole, torch.Tensor) or whole.kind != kind:
+                whole = quantize_rows(widened(whole).to(device), kind)
+            values.copy_(own(weight, whole.values))
+            scales.copy_(own(weight, whole.scales) if weight.split == 0 else whole.scales)
+        return made
+
+    def make(weights: Sequence[Weight]) -> torch.Tensor | QuantizedRows:
         """One that is stored as it is wanted stays in the file's memory; others are copied, a
         stored one at a time."""
+        kinds = {kind_of(weight) if _is_projection(config, weight) else None for weight in weights}
+        if len(kinds) == 1 and (kind := kinds.pop()):
+            return quantized(weights, kind)
         if len(weights) == 1:
-            return take(weights[0]).to(device=device, dtype=dtype).contiguous()
+            return (
+                own(weights[0], widened(read(weights[0])))
+                .to(device=device, dtype=dtype)
+                .contiguous()
+            )
         shapes = [part_shape(weight) for weight in weights]
         rows = [shape[0] for shape in shapes]
         made = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         for weight, place in zip(weights, made.split(rows), strict=True):
-            place.copy_(take(weight))
+            place.copy_(own(weight, widened(read(weight))))
         return made
 
     return assemble(config, make, lambda embedding: embedding.chunk(parts)[part])
+
+
+def _is_projection(config: ModelConfig, weight: Weight) -> bool:
+    """Of a layer, but none of experts, their router included."""
+    if weight.field in ("qkv", "out"):
+        return True
+    return weight.field in ("gate_up", "down") and config.layers[weight.layer].experts is None
+
+
+def _check_fp8(name: str, rows: int, columns: int) -> None:
+    if rows % _FP8_MULTIPLE or columns % _FP8_MULTIPLE or columns > _MOST_FP8_COLUMNS:
+        raise UserError(
+            f"{name} and what is fused with it are {rows} rows of {columns}, FP8 on a GPU needs "
+            f"multiples of {_FP8_MULTIPLE}, and rows up to {_MOST_FP8_COLUMNS}: "
+            "use --quantization none, or another --tp"
+        )

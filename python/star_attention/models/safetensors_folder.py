@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,16 +13,28 @@ from safetensors import SafetensorError, safe_open
 from star_attention.errors import UserError, reason_of, refusing
 from star_attention.models.config import ModelConfig
 from star_attention.models.fields import Fields, end_tokens, read_json
-from star_attention.models.weights import Checkpoint, Weight, check_stored, weight_table
+from star_attention.models.quantization import (
+    UNUSED_SCALES,
+    Fp8Format,
+    fp8_format,
+    modelopt_format,
+)
+from star_attention.models.weights import Checkpoint, Stored, Weight, check_stored, weight_table
+from star_attention.ops.quantized import QuantizedRows, quantize_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of old checkpoints: what the config says too.
 _REDUNDANT = "rotary_emb.inv_freq"
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+_SCALES = ("scale", "scale_inv")  # endings of the names of their scales
 
 
 def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
     """Opens the weights that Hugging Face would: `model.safetensors`, or else the index's shards.
+
+    Weights in FP8 are `QuantizedRows`: those with a scale for a tensor or each row as they are
+    stored, those with one for a block quantised anew by rows. Scales of activations are not read.
 
     End tokens are those of config.json and generation_config.json together. A tied lm_head that
     is stored nevertheless counts, as in transformers 5.
@@ -33,7 +47,7 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
             or damaged, or there are other weights than the config asks for.
         OSError: one cannot be read.
     """
-    config = _read_config(folder)
+    config, fp8 = _read_config(folder)
     shards = _open_shards(folder) if with_weights else {}
     if config.tie_embeddings and "lm_head.weight" in shards:
         config = replace(config, tie_embeddings=False)
@@ -43,11 +57,20 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
             for name, file in shards.items()
             if not name.endswith(_REDUNDANT)
         }
-        check_stored(folder, shapes, (weight.hf for weight in weight_table(config)))
+        table = [weight.hf for weight in weight_table(config)]
+        if fp8:
+            _check_scales(folder, shards, shapes, table, fp8)
+        check_stored(folder, shapes, table)
 
-    def tensor(weight: Weight) -> torch.Tensor:
+    def is_fp8(weight: Weight) -> bool:
+        name = weight.hf.name
+        return fp8 is not None and shards[name].get_slice(name).get_dtype() == _FP8
+
+    def tensor(weight: Weight) -> torch.Tensor | QuantizedRows:
         name, file = weight.hf.name, shards[weight.hf.name]
         try:
+            if is_fp8(weight):
+                return _read_fp8(shards, weight, fp8)
             rows = file.get_slice(name)
             dtype = rows.get_dtype()
             if dtype not in _DTYPES:
@@ -61,21 +84,78 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {name} cannot be read: {reason_of(error)}") from None
 
-    return Checkpoint(folder, config, tensor)
+    return Checkpoint(folder, config, tensor, is_fp8)
 
 
-def _read_config(folder: Path) -> ModelConfig:
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    config = replace(config, eos_token_ids=end_tokens(folder))
+def _read_config(folder: Path) -> tuple[ModelConfig, Fp8Format | None]:
+    """And how weights in FP8 are stored, if there are some."""
+    values = read_json(folder / "config.json")
+    config = replace(ModelConfig.from_hf(values), eos_token_ids=end_tokens(folder))
+    fields = Fields(values, "the model's config.json")
+    fp8 = None
+    if fields.get("quantization_config") is not None:
+        fp8 = fp8_format(fields.fields("quantization_config"))
     if (folder / "hf_quant_config.json").exists():
         described = Fields(read_json(folder / "hf_quant_config.json"), "hf_quant_config.json")
-        method = described.fields("quantization").get("quant_algo")
-        if method is not None:
+        fp8 = modelopt_format(described) or fp8
+    return config, fp8
+
+
+def _scales_of(weight: str, names: Mapping[str, Any]) -> str | None:
+    """The tensor that a weight's values are to be multiplied by; `inv` in its name says so too."""
+    return next((f"{weight}_{end}" for end in _SCALES if f"{weight}_{end}" in names), None)
+
+
+def _check_scales(
+    folder: Path,
+    shards: Mapping[str, safe_open],
+    shapes: dict[str, tuple[int, ...]],
+    table: Iterable[Stored],
+    fp8: Fp8Format,
+) -> None:
+    """Takes the scales of weights in FP8, and those that are not read, out of `shapes`.
+
+    Raises:
+        UserError: a weight has none, or not as many as it should have.
+    """
+    for stored in table:
+        name = stored.name
+        if name not in shards or shards[name].get_slice(name).get_dtype() != _FP8:
+            continue
+        scales = _scales_of(name, shards)
+        if scales is None:
+            raise UserError(f"{folder}: {name} is in FP8, but the weights lack {name}_scale")
+        if len(stored.shape) != 2:
+            raise UserError(f"{folder}: {name} is in FP8, which is read of projections only")
+        shape = tuple(shards[scales].get_slice(scales).get_shape())
+        wanted = fp8.scale_shapes(*stored.shape)
+        if shape not in wanted:
             raise UserError(
-                f"{folder}: the weights are quantised ({method!r} in hf_quant_config.json): use "
-                "float32, bfloat16 or float16, or a GGUF file"
+                f"{folder}: {scales} has shape {list(shape)}, "
+                f"the config asks for {' or '.join(map(str, map(list, wanted)))}"
             )
-    return config
+        shapes.pop(scales, None)
+    for name in list(shapes):
+        if name.endswith(UNUSED_SCALES):
+            del shapes[name]
+
+
+def _read_fp8(shards: Mapping[str, safe_open], weight: Weight, fp8: Fp8Format) -> QuantizedRows:
+    """Stands for bfloat16, for which it was made."""
+    name = weight.hf.name
+    scales_name = _scales_of(name, shards)
+    values, scales = (shards[each].get_tensor(each) for each in (name, scales_name))
+    rows, columns = values.shape
+    scales = scales.float()
+    own = slice(weight.hf.begin, weight.hf.end)
+    if fp8.block:
+        for dim, (size, count) in enumerate(zip(fp8.block, (rows, columns), strict=True)):
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
+        read = quantize_rows(values[own].float() * scales[own], "fp8")
+    else:
+        read = QuantizedRows(values[own], scales.flatten().expand(rows)[own], torch.bfloat16)
+    values = weight.arranged(read.values.view(torch.uint8)).view(read.values.dtype)
+    return QuantizedRows(values, weight.arranged(read.scales), torch.bfloat16)
 
 
 def weight_files(folder: Path) -> list[Path]:

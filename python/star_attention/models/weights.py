@@ -14,6 +14,8 @@ from star_attention.models.config import ExpertsConfig, LayerConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from star_attention.ops.quantized import QuantizedRows
+
 W = TypeVar("W")  # a tensor, or the name of a value of a graph
 
 
@@ -58,15 +60,16 @@ class Weight:
     rotated: int = 0
 
     def arranged(self, values: torch.Tensor) -> torch.Tensor:
-        """The weight as the decoder wants it, from what Hugging Face has: rows of a head that turn
-        with one another are half a head apart, also where not all of them turn."""
+        """The weight as the decoder wants it, from what Hugging Face has, or a value for each of
+        its rows: rows of a head that turn with one another are half a head apart, also where not
+        all of them turn."""
         size = self.shape[0] // max(1, self.rotary_heads)
         if not self.rotary_heads or self.rotated == size:
             return values
         turning, others = range(self.rotated), range(self.rotated, size)
         halves = [(each[: len(each) // 2], each[len(each) // 2 :]) for each in (turning, others)]
         order = [row for half in zip(*halves, strict=True) for rows in half for row in rows]
-        return values.view(self.rotary_heads, size, *self.shape[1:])[:, order].view(values.shape)
+        return values.view(self.rotary_heads, size, *values.shape[1:])[:, order].view(values.shape)
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,14 @@ class Checkpoint:
         path: the folder or the GGUF file.
         config: its shape.
         tensor: reads one weight of the table, as the decoder wants it, in its stored or dequantised
-            dtype; raises UserError if it cannot be read.
+            dtype, or in FP8; raises UserError if it cannot be read.
+        is_fp8: whether a weight is stored in FP8.
     """
 
     path: Path
     config: ModelConfig
-    tensor: Callable[[Weight], torch.Tensor]
+    tensor: Callable[[Weight], torch.Tensor | QuantizedRows]
+    is_fp8: Callable[[Weight], bool] = lambda weight: False
 
 
 def check_stored(

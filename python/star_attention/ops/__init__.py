@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from star_attention.ops.quantized import QuantizedRows, RowKind
+
 # Tokens of a page that can be selected on a GPU: kSelectionPage of the kernels.
 CUDA_SELECTED_PAGE = 128
 
@@ -174,28 +176,46 @@ def select_pages(
     )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, H] over its rows' root mean square, times weight [H]; [T, H].
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, kind: RowKind | None = None
+) -> torch.Tensor | QuantizedRows:
+    """x [T, H] over its rows' root mean square, times weight [H]; [T, H], in x's dtype or, rounded
+    to that first, in `kind`.
 
     Source: arXiv 1910.07467, equation 4.
     """
-    return implementation(x.device).rms_norm(x, weight, eps)
+    return implementation(x.device).rms_norm(x, weight, eps, kind=kind)
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | QuantizedRows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, K] weight^T [K, N] + addend, which is a bias [N] or [T, N] and may be `out` [T, N].
 
-    A GPU may read `weight` before work that stands in front on the stream has ended.
+    With a quantised weight, x is as `kind_of_rows` says. A GPU may read `weight` before work that
+    stands in front on the stream has ended.
     """
     return implementation(x.device).linear(x, weight, addend, out=out)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first."""
-    return implementation(gate_up.device).silu_mul(gate_up)
+def kind_of_rows(rows: int, weight: torch.Tensor | QuantizedRows | None) -> RowKind | None:
+    """How `linear` wants so many rows that it multiplies with `weight`: quantised as it is, or not.
+    On a GPU the few rows of a decode step are not: there reading the weights takes all the time."""
+    if not isinstance(weight, QuantizedRows):
+        return None
+    return implementation(weight.device).kind_of_rows(rows, weight)
+
+
+def quantize_rows(x: torch.Tensor, kind: RowKind) -> QuantizedRows:
+    """Rows x [T, K] by the rule of `ops.quantized.quantize_rows`."""
+    return implementation(x.device).quantize_rows(x, kind)
+
+
+def silu_mul(gate_up: torch.Tensor, *, kind: RowKind | None = None) -> torch.Tensor | QuantizedRows:
+    """silu(gate) * up [T, I] of the fused projection gate_up [T, 2 I], gate first; in its dtype or,
+    rounded to that first, in `kind`."""
+    return implementation(gate_up.device).silu_mul(gate_up, kind=kind)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from star_attention.ops import CUDA_SELECTED_PAGE, reference
+from star_attention.ops.quantized import QuantizedRows, RowKind
 
 try:
     from star_attention import _C
@@ -167,32 +168,77 @@ def fetch_pages(
     return planes
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _C.rms_norm(x, weight, out, eps, _stream(x))
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, kind: RowKind | None = None
+) -> torch.Tensor | QuantizedRows:
+    out = _rows_like(x, x.shape[1], kind)
+    _C.rms_norm(x, weight, *_parts(out), eps, _stream(x))
     return out
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | QuantizedRows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The few rows of a decode step take a kernel of ours, more take cuBLAS."""
-    if len(x) > _C.max_skinny_tokens(x.shape[1]):
+    if isinstance(x, QuantizedRows):
+        return _linear_fp8(x, weight, addend, out)
+    if isinstance(weight, torch.Tensor) and len(x) > _C.max_skinny_tokens(x.shape[1]):
         return reference.linear(x, weight, addend, out=out)
     if out is None:
         out = x.new_empty(len(x), len(weight))
-    _C.skinny_linear(x, weight, addend, out, _stream(x))
+    _C.skinny_linear(x, *_parts(weight), addend, out, _stream(x))
     return out
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    _C.silu_mul(gate_up, out, _stream(gate_up))
+def _linear_fp8(
+    x: QuantizedRows, weight: QuantizedRows, addend: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    """By cuBLAS, which adds a bias, but nothing of more rows."""
+    is_bias = addend is not None and addend.dim() == 1
+    product = torch._scaled_mm(
+        x.values,
+        weight.values.t(),
+        x.scales[:, None],
+        weight.scales[None],
+        addend if is_bias else None,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+        out=out if addend is None or is_bias else None,
+    )
+    return product if addend is None or is_bias else torch.add(addend, product, out=out)
+
+
+def kind_of_rows(rows: int, weight: QuantizedRows) -> RowKind | None:
+    return weight.kind if rows > _C.max_skinny_tokens_fp8(weight.shape[1]) else None
+
+
+def quantize_rows(x: torch.Tensor, kind: RowKind) -> QuantizedRows:
+    out = _rows_like(x, x.shape[1], kind)
+    _C.quantize_rows(x, *_parts(out), _stream(x))
     return out
+
+
+def silu_mul(gate_up: torch.Tensor, *, kind: RowKind | None = None) -> torch.Tensor | QuantizedRows:
+    out = _rows_like(gate_up, gate_up.shape[1] // 2, kind)
+    _C.silu_mul(gate_up, *_parts(out), _stream(gate_up))
+    return out
+
+
+def _rows_like(x: torch.Tensor, width: int, kind: RowKind | None) -> torch.Tensor | QuantizedRows:
+    if kind:
+        return QuantizedRows.empty(len(x), width, kind, x.dtype, x.device)
+    return torch.empty(len(x), width, dtype=x.dtype, device=x.device)
+
+
+def _parts(rows: torch.Tensor | QuantizedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the kernels take them: bytes with scales, or 16-bit numbers."""
+    if isinstance(rows, QuantizedRows):
+        return rows.values.view(torch.uint8), rows.scales
+    return rows, None
 
 
 def _allocator(tensor: torch.Tensor) -> Callable[[int], torch.Tensor]:

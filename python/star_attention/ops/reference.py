@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from star_attention.ops import select_reference
+from star_attention.ops.quantized import QuantizedRows, RowKind, quantize_rows
 
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
@@ -130,25 +131,51 @@ def select_pages(
     return lists, counts
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, kind: RowKind | None = None
+) -> torch.Tensor | QuantizedRows:
+    normed = F.rms_norm(x, weight.shape, weight, eps)
+    return quantize_rows(normed, kind) if kind else normed
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | QuantizedRows,
     addend: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """FP8 is widened first: right, not fast."""
+    if isinstance(weight, QuantizedRows):
+        if weight.kind == "int8":
+            return _linear_int8(x, weight, addend, out)
+        x, weight = x.widened(), weight.widened()
     if addend is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(addend, x, weight.t(), out=out)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def _linear_int8(
+    x: QuantizedRows,
+    weight: QuantizedRows,
+    addend: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    product = torch._int_mm(x.values, weight.values.t()).float()
+    product = product.mul_(x.scales[:, None]).mul_(weight.scales).to(x.dtype)
+    if addend is not None:
+        return torch.add(product, addend, out=out)
+    return product if out is None else out.copy_(product)
+
+
+def kind_of_rows(rows: int, weight: QuantizedRows) -> RowKind | None:
+    return weight.kind
+
+
+def silu_mul(gate_up: torch.Tensor, *, kind: RowKind | None = None) -> torch.Tensor | QuantizedRows:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    product = F.silu(gate).mul_(up)
+    return quantize_rows(product, kind) if kind else product
 
 
 def _attend_by_head(

@@ -40,6 +40,7 @@ class StoreDescription:
         page_bytes: of one page in one layer on one process.
         rank: of this process, of num_ranks · tp.
         num_ranks, tp: Star Attention's ranks, and the processes that share a rank's model.
+        quantization: of the weights that it was computed with; None: none.
     """
 
     model: str
@@ -53,6 +54,7 @@ class StoreDescription:
     rank: int
     num_ranks: int
     tp: int
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

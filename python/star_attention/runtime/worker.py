@@ -269,6 +269,7 @@ class Worker:
             rank=world.rank,
             num_ranks=self.comm.size,
             tp=tp,
+            quantization=engine.quantization,
         )
         folders = (folder and Path(folder) for folder in (order.host_folder, order.disk_folder))
         try:

@@ -32,7 +32,7 @@ from star_attention.errors import UserError
 from star_attention.models.checkpoint import open_checkpoint
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
-from star_attention.models.weights import Checkpoint, LayerWeights, Weight, assemble
+from star_attention.models.weights import Checkpoint, LayerWeights, Weight, assemble, weight_table
 
 if TYPE_CHECKING:
     import onnx
@@ -119,7 +119,7 @@ def write_graph(
     """Writes graph and weights into `folder`, to be moved to `final`.
 
     Raises:
-        UserError: the model has experts, or a weight cannot be read.
+        UserError: the model has experts or weights in FP8, or a weight cannot be read.
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
@@ -127,6 +127,11 @@ def write_graph(
         raise UserError(
             "the model has a mixture of experts, which TensorRT engines do not have: run it with "
             "--model and --device cuda"
+        )
+    if any(map(checkpoint.is_fp8, weight_table(checkpoint.config))):
+        raise UserError(
+            "the model's weights are in FP8, which TensorRT engines do not have: run it with "
+            "--model, or build from 16-bit weights"
         )
     _Graph(checkpoint, folder, final, dtype, gemm_plugin).save()
 
@@ -186,7 +191,7 @@ class _Graph:
     def wanted_rows(self, x: str) -> str:
         return self._node(GATHER_ROWS, [x, "logit_rows"])
 
-    def rms_norm(self, x: str, weight: str) -> str:
+    def rms_norm(self, x: str, weight: str, reader: str | None = None) -> str:
         return self._node(RMS_NORM, [x, weight], eps=self._config.rms_norm_eps)
 
     def linear(self, x: str, weight: str, bias: str | None = None) -> str:
@@ -216,7 +221,7 @@ class _Graph:
     def add_experts(self, x: str, inputs: str, layer: LayerWeights[str]) -> str:
         raise NotImplementedError("write_graph refuses models with experts")
 
-    def silu_mul(self, gate_up: str) -> str:
+    def silu_mul(self, gate_up: str, reader: str) -> str:
         return self._node(SILU_MUL, [gate_up])
 
     def logits(self, x: str, lm_head: str) -> str:

@@ -15,12 +15,13 @@ from star_attention.engines.base import Limits, PagedStep, is_decode_step
 from star_attention.engines.torch.attention import Attention, attention_on, to_device
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
-from star_attention.engines.torch.operators import PassInputs, TorchOperators
+from star_attention.engines.torch.operators import PassInputs, Rows, TorchOperators
 from star_attention.engines.torch.page_copies import TorchPageCopies
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
 from star_attention.models.rotary import rotary_table
 from star_attention.models.weights import ModelWeights
+from star_attention.ops.quantized import QuantizedRows
 
 # The rotary table grows by so many positions at a time.
 _POSITIONS = 65536
@@ -35,7 +36,7 @@ class TorchEngine:
 
     Args:
         config: the model's shape.
-        weights: on the device and in the dtype to compute with.
+        weights: on the device and in the dtype to compute with, projections also in FP8.
         comm: connects the ranks; reaches the device's memory.
         tokens_per_block: tokens a page holds.
         max_pages: pages of the KV pool, allocated at once; None: it grows (CPU only).
@@ -48,7 +49,7 @@ class TorchEngine:
     def __init__(
         self,
         config: ModelConfig,
-        weights: ModelWeights[torch.Tensor],
+        weights: ModelWeights[Rows],
         comm: Communicator,
         tokens_per_block: int = 128,
         max_pages: int | None = None,
@@ -63,6 +64,9 @@ class TorchEngine:
         self._comm = comm
         embedding = weights.embedding
         self.dtype = str(embedding.dtype).removeprefix("torch.")
+        every = (each for layer in weights.layers for each in vars(layer).values())
+        kinds = (each.kind for each in every if isinstance(each, QuantizedRows))
+        self.quantization = next(kinds, None)
         self._device = embedding.device
         self._scale = config.head_dim**-0.5
         on_gpu = self._device.type == "cuda"

@@ -11,17 +11,25 @@ from star_attention.distributed import Communicator
 from star_attention.distributed.base import agree
 from star_attention.distributed.topology import local_device, share_cores
 from star_attention.engines.base import Limits
-from star_attention.engines.options import DTYPES, EngineOptions, check_gpu_model, free_memory
+from star_attention.engines.options import (
+    DTYPES,
+    FP8_CAPABILITY,
+    EngineOptions,
+    check_gpu_model,
+    free_memory,
+)
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.engines.torch.memory import pass_limits
+from star_attention.engines.torch.operators import Rows
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
+from star_attention.models.quantization import Quantization
 from star_attention.models.weights import ModelWeights
 
 
 def load_torch_engine(
     config: ModelConfig,
-    make_weights: Callable[..., ModelWeights[torch.Tensor]],
+    make_weights: Callable[..., ModelWeights[Rows]],
     comm: Communicator,
     tokens_per_block: int,
     options: EngineOptions,
@@ -29,7 +37,7 @@ def load_torch_engine(
     """The engine of this process; every process of the job takes part.
 
     Args:
-        make_weights: called with dtype, device, part and parts, as `load_weights`.
+        make_weights: called with dtype, device, part, parts and quantization, as `load_weights`.
         comm: the ranks that have the same part of the model.
 
     Raises:
@@ -44,13 +52,16 @@ def load_torch_engine(
     if on_gpu:
         device = _take_gpu(world)
         agree(world, lambda: check_gpu_model(config))
+    quantization = agree(world, lambda: _quantization(options))
+    if on_gpu:
         comm = _on_gpu(comm, device, options.merge)
         group = group and _on_gpu(group, device, "nccl")
     ranks_here = comm.ranks_here if on_gpu and comm.size > 1 else 1
 
-    def load() -> ModelWeights[torch.Tensor]:
+    def load() -> ModelWeights[Rows]:
         try:
-            return make_weights(dtype, device, group.rank if group else 0, options.tp)
+            part = group.rank if group else 0
+            return make_weights(dtype, device, part, options.tp, quantization)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the weights do not fit into the GPU's memory: {error}") from None
 
@@ -67,7 +78,10 @@ def load_torch_engine(
     def limits() -> Limits:
         free = torch.cuda.mem_get_info()[0] // ranks_here
         part = config.shard(options.tp)
-        return pass_limits(part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free)
+        quantized = engine.quantization is not None
+        return pass_limits(
+            part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free, quantized
+        )
 
     weights = agree(world, load)
     every = world.gather_objects(agree(world, pages))
@@ -77,6 +91,22 @@ def load_torch_engine(
         world.gather_objects(None)  # ranks that share a GPU have their pools
         engine.limits = agree(world, limits)
     return engine
+
+
+def _quantization(options: EngineOptions) -> Quantization:
+    """What `options` come to on this process's device."""
+    if options.device == "cpu":
+        return "none" if options.quantization == "auto" else options.quantization
+    capability = torch.cuda.get_device_capability()
+    if capability >= FP8_CAPABILITY:
+        return options.quantization
+    if options.quantization == "fp8":
+        found, needed = (".".join(map(str, each)) for each in (capability, FP8_CAPABILITY))
+        raise UserError(
+            f"--quantization fp8 needs a GPU of compute capability {needed} or newer, this one has "
+            f"{found}: leave it away"
+        )
+    return "none"
 
 
 def _take_gpu(world: Communicator) -> torch.device:

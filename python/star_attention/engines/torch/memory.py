@@ -15,7 +15,13 @@ _LEAST_TOKENS = 128
 
 
 def pass_limits(
-    part: ModelConfig, itemsize: int, num_ranks: int, pages: int, tokens_per_block: int, free: int
+    part: ModelConfig,
+    itemsize: int,
+    num_ranks: int,
+    pages: int,
+    tokens_per_block: int,
+    free: int,
+    quantized: bool = False,
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
@@ -28,6 +34,7 @@ def pass_limits(
     Args:
         part: what the GPU computes of the model, in elements of `itemsize` bytes.
         pages, tokens_per_block: of the KV pool.
+        quantized: projections are.
 
     Raises:
         UserError: hardly anything fits.
@@ -43,6 +50,8 @@ def pass_limits(
         inner = max(inner, 3 * part.experts.intermediate_size + 4 * part.hidden_size)
     projected = q + kv + (2 * q if part.qk_norm else 0)
     chunk = (part.hidden_size + max(inner, projected)) * itemsize
+    if quantized:  # a product, before it is added to x
+        chunk += part.hidden_size * itemsize
     usable = int(_USABLE * free)
     context = question = ring = _rows(usable, alone, chunk)
     selected = min(context, _rows(usable, alone + 2 * partial, chunk))

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,10 @@ from star_attention.engines.torch.attention import Attention, stream_of
 from star_attention.engines.torch.experts import mix_by_expert, mix_captured
 from star_attention.models.config import ModelConfig
 from star_attention.models.weights import LayerWeights
+from star_attention.ops.quantized import QuantizedRows
+
+# A matrix: 16 or 32 bits, or quantised.
+Rows: TypeAlias = "torch.Tensor | QuantizedRows"
 
 # Rows that go through the projections and the MLP at a time: bounds the activations of a long
 # block, and keeps them in the cache of a CPU core.
@@ -105,12 +110,11 @@ class TorchOperators:
         rows = self._inputs.logit_rows
         return x if rows is None else x[rows]
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, weight, self._part.rms_norm_eps)
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, reader: Rows | None = None) -> Rows:
+        kind = ops.kind_of_rows(len(x), reader)
+        return ops.rms_norm(x, weight, self._part.rms_norm_eps, kind=kind)
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x: Rows, weight: Rows, bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops.linear(x, weight, bias)
 
     def norm_heads(
@@ -129,11 +133,14 @@ class TorchOperators:
     def add_linear(
         self,
         x: torch.Tensor,
-        inputs: torch.Tensor,
-        weight: torch.Tensor,
+        inputs: Rows,
+        weight: Rows,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """In x, which the group's first rank adds, and the bias."""
+        """In x, which the group's first rank adds, and the bias. Attention's output is quantised
+        here: its kernels see a row's heads one by one, and no largest element of them."""
+        if isinstance(inputs, torch.Tensor) and (kind := ops.kind_of_rows(len(inputs), weight)):
+            inputs = ops.quantize_rows(inputs, kind)
         is_first = self._group.rank == 0
         if bias is not None and is_first:
             x += bias
@@ -151,8 +158,8 @@ class TorchOperators:
         self._group.all_reduce(x, stream_of(x.device))
         return x
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return ops.silu_mul(gate_up)
+    def silu_mul(self, gate_up: torch.Tensor, reader: Rows) -> Rows:
+        return ops.silu_mul(gate_up, kind=ops.kind_of_rows(len(gate_up), reader))
 
     def logits(self, x: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
         """Every rank of the group has a part of the vocabulary."""
