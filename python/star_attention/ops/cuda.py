@@ -40,6 +40,7 @@ def paged_attention(
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the
@@ -57,11 +58,12 @@ def paged_attention(
         _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
     _C.paged_attention(
         q,
-        kv_pool,
+        kv_pool if kv_scales is None else _codes(kv_pool),
         page_table,
         cu_seqlens_q,
         kv_lens,
         other_pool,
+        kv_scales,
         o,
         lse,
         _allocator(q),
@@ -73,6 +75,26 @@ def paged_attention(
         _stream(q),
     )
     return o, lse
+
+
+def quantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None:
+    _C.quantize_pages(kv_pool, _codes(codes), scales, pages, tokens, _stream(kv_pool))
+
+
+def dequantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    _C.dequantize_pages(kv_pool, _codes(codes), scales, sources, targets, _stream(kv_pool))
 
 
 def rope_append(
@@ -193,6 +215,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _C.silu_mul(gate_up, out, _stream(gate_up))
     return out
+
+
+def _codes(pool: torch.Tensor) -> torch.Tensor:
+    """uint8 for e4m3, as the kernels take it."""
+    return pool if pool.dtype == torch.int8 else pool.view(torch.uint8)
 
 
 def _allocator(tensor: torch.Tensor) -> Callable[[int], torch.Tensor]:
