@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from star_attention.config import (
     ANCHOR_MODES,
     ATTENTION_METHODS,
+    KV_DTYPES,
     KV_PLACEMENTS,
     MAX_SELECTED_PAGES,
     MERGE_PATHS,
@@ -144,6 +145,13 @@ def division_options(command: Callable) -> Callable:
             default=128,
             show_default=True,
             help="Tokens a page of the KV cache holds; block and anchor are multiples of it.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=Choice(KV_DTYPES),
+            default="auto",
+            show_default=True,
+            help="What contexts are kept in once they are read: as computed, or in 8 bits.",
         ),
     ]
     return _with_options(command, options)

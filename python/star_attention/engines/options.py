@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from star_attention.config import MERGE_PATHS, MergePath
+from star_attention.config import KV_DTYPES, MERGE_PATHS, KvDtype, MergePath
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 
@@ -32,6 +32,7 @@ class EngineOptions:
             on the CPU as much as is needed.
         merge: how ranks on GPUs merge attention: over `peer` memory, `nccl`, or `auto`.
         tp: processes that share a rank's model (tensor parallelism), neighbours in the job.
+        kv_dtype: as in `StarConfig`.
     """
 
     device: str = "cpu"
@@ -40,12 +41,14 @@ class EngineOptions:
     kv_cache_gib: float | None = None
     merge: MergePath = "auto"
     tp: int = 1
+    kv_dtype: KvDtype = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("device", tuple(DTYPES)),
             ("load_format", LOAD_FORMATS),
             ("merge", MERGE_PATHS),
+            ("kv_dtype", KV_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")

@@ -25,7 +25,8 @@ PageIndex: TypeAlias = "slice | torch.Tensor"
 
 @dataclass(frozen=True)
 class PagedTables:
-    """What `ops.paged_attention` needs besides q and the pool, on the device."""
+    """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`:
+    codes and scales of all layers, whose pages are listed instead of the pool's."""
 
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -33,6 +34,7 @@ class PagedTables:
     causal: bool
     max_q_len: int
     max_kv_len: int
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def on(
@@ -42,6 +44,7 @@ class PagedTables:
         cu_seqlens_q: np.ndarray,
         kv_lens: np.ndarray,
         causal: bool = False,
+        quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> PagedTables:
         return cls(
             to_device(page_table, device),
@@ -50,15 +53,20 @@ class PagedTables:
             causal,
             int(np.diff(cu_seqlens_q).max(initial=0)),
             int(kv_lens.max(initial=0)),
+            quantized,
         )
 
     def attend(
         self,
         q: torch.Tensor,
+        layer: int,
         pool: torch.Tensor,
         scale: float,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = None
+        if self.quantized:
+            pool, scales = (each[layer] for each in self.quantized)
         return ops.paged_attention(
             q,
             pool,
@@ -70,6 +78,7 @@ class PagedTables:
             max_q_len=self.max_q_len,
             max_kv_len=self.max_kv_len,
             out=out,
+            kv_scales=scales,
         )
 
 
@@ -168,7 +177,7 @@ class Attention:
         stream = stream_of(self._device)
         selected.stored(self._layer, stream)
         o, lse = _partials(q, 2)
-        self._lists[0].attend(q, pool, self._scale, (o[0], lse[0]))
+        self._lists[0].attend(q, self._layer, pool, self._scale, (o[0], lse[0]))
         with self._clock:
             selected.arrived(self._layer, stream)
         return selected.attend(q, self._layer, o, lse, self._scale, stream)
@@ -179,8 +188,8 @@ class Attention:
         """o in `dtype`, and lse, over what this rank sees."""
         if len(self._lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
-            return self._lists[0].attend(q, pool, self._scale, out)
-        seen = _Seen(q, self._scale)
+            return self._lists[0].attend(q, self._layer, pool, self._scale, out)
+        seen = _Seen(q, self._layer, self._scale)
         lists, here = self._lists, pool
         for hop in self._hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
@@ -208,11 +217,13 @@ def attention_on(
     scale: float,
     pool: torch.Tensor,
     peers: list[int] | None = None,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Attention:
     """The attention that `step` describes, ready on the device of the pool of all layers.
 
     Args:
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
+        quantized: codes and scales of all layers, in which prefixes are.
     """
     device = pool.device
     rows = len(step.slot_mapping)
@@ -221,7 +232,11 @@ def attention_on(
             raise ValueError(f"an exchange follows {exchange.rows} rows of {rows}")
     tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
     prefix = step.prefix and PagedTables.on(
-        device, step.prefix.page_table, step.prefix.cu_seqlens_q, step.prefix.kv_lens
+        device,
+        step.prefix.page_table,
+        step.prefix.cu_seqlens_q,
+        step.prefix.kv_lens,
+        quantized=quantized,
     )
     return Attention(
         (prefix, tables) if prefix else (tables,),
@@ -237,8 +252,8 @@ def attention_on(
 class _Seen:
     """What rows q [T, Hq, D] see of several lists of pages."""
 
-    def __init__(self, q: torch.Tensor, scale: float) -> None:
-        self._q, self._scale = q, scale
+    def __init__(self, q: torch.Tensor, layer: int, scale: float) -> None:
+        self._q, self._layer, self._scale = q, layer, scale
         self._o, self._lse = _partials(q, 2)  # of the lists so far, and of the last one
         self._lists = 0
 
@@ -247,7 +262,8 @@ class _Seen:
             if self._lists > 1:
                 self._merge_into_first()
             this = min(self._lists, 1)
-            tables.attend(self._q, pool, self._scale, (self._o[this], self._lse[this]))
+            out = self._o[this], self._lse[this]
+            tables.attend(self._q, self._layer, pool, self._scale, out)
             self._lists += 1
 
     def merged(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

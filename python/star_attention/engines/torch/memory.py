@@ -15,7 +15,13 @@ _LEAST_TOKENS = 128
 
 
 def pass_limits(
-    part: ModelConfig, itemsize: int, num_ranks: int, pages: int, tokens_per_block: int, free: int
+    part: ModelConfig,
+    itemsize: int,
+    num_ranks: int,
+    pages: int,
+    tokens_per_block: int,
+    free: int,
+    quantized: bool = False,
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
@@ -28,6 +34,8 @@ def pass_limits(
     Args:
         part: what the GPU computes of the model, in elements of `itemsize` bytes.
         pages, tokens_per_block: of the KV pool.
+        quantized: contexts are in 8 bits: partials over them and over a question's own pages are
+            merged.
 
     Raises:
         UserError: hardly anything fits.
@@ -53,6 +61,8 @@ def pass_limits(
         question = _rows(usable, alone + partial, chunk)
         ring = _rows(usable - 3 * layer, alone + 2 * partial, chunk)
         selected = min(context, _rows(usable - layer, alone + 2 * partial, chunk))
+    if quantized:
+        question = _rows(usable, alone + 3 * partial, chunk)
     if min(context, question) < _LEAST_TOKENS:
         raise UserError(
             f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "
