@@ -12,6 +12,9 @@ query: n query tokens of Hq heads (four a KV head) at the end of L cached ones, 
     TB/s of K and V; more, in TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L
     without a mask here.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
+quantized: as query, over pages of 8 bits, all of them seen, in TB/s of the codes; "x" is how many
+    times faster than 16-bit pages.
+quantizing: a context's pages in 8 bits, in TB/s of what is read and written.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
 linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB).
 
@@ -46,6 +49,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from star_attention import ops
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 128
 CONTEXT_SHAPES = [  # B, A
@@ -419,6 +424,47 @@ def query_rows(timer: Timer) -> Iterator[Row]:
             yield timer.row(shape, work, "TFLOP/s", calls | {"matmul": matmul()})
 
 
+def quantized_rows(timer: Timer) -> Iterator[Row]:
+    for tokens, rows in itertools.product((131072, 524288), (1, 4, 16, 64, 128, 512)):
+        if tokens * rows > 131072 * 512:
+            continue
+        q, pages = randn(rows, Q_HEADS, HEAD_DIM), tokens // PAGE
+        pool = randn(1, pages, 2, KV_HEADS, PAGE, HEAD_DIM)
+        order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+        starts = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+        lens = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+        sizes = {"causal": False, "scale": HEAD_DIM**-0.5, "max_q_len": rows, "max_kv_len": tokens}
+        arguments = order[None], starts, lens
+        calls = {"16 bits": imported(OPS, "paged_attention", q, pool[0], *arguments, **sizes)}
+        counts = torch.full_like(order, PAGE)
+        for kv_dtype in ("fp8", "int8"):
+            copy = pool.clone()
+            codes = ops.codes_of(copy, ops.code_dtype(kv_dtype))
+            scales = torch.empty(codes.shape[:4], device="cuda")
+            ops.quantize_pages(copy, codes, scales, torch.arange(pages).int().cuda(), counts)
+            places = order // 2 * 4 + order % 2
+            codes, scales = (each[0, places.long()].contiguous() for each in (codes, scales))
+            calls[kv_dtype] = imported(
+                OPS, "paged_attention", q, codes, *arguments, **sizes, kv_scales=scales
+            )
+        shape, work = {"L": tokens, "n": rows}, codes.nbytes
+        yield timer.row(shape, work, "TB/s", calls | {"read": device_read(codes)})
+
+
+def quantizing_rows(timer: Timer) -> Iterator[Row]:
+    """16-bit bytes that are read and codes that are written, of 32 layers of 8192 tokens."""
+    pool = randn(32, 64, 2, KV_HEADS, PAGE, HEAD_DIM)
+    work = pool.nbytes * 3 // 2
+    pages = torch.arange(64, dtype=torch.int32, device="cuda")
+    calls = {}
+    for kv_dtype in ("fp8", "int8"):
+        codes = ops.codes_of(pool, ops.code_dtype(kv_dtype))
+        scales = torch.empty(codes.shape[:4], device="cuda")
+        tokens = torch.full_like(pages, PAGE)
+        calls[kv_dtype] = imported(OPS, "quantize_pages", pool, codes, scales, pages, tokens)
+    yield timer.row({"tokens": 8192}, work, "TB/s", calls | {"copy": device_copy(work)})
+
+
 def bytes_rows(timer: Timer) -> Iterator[Row]:
     operators: dict[str, Callable[[], tuple[int, dict[str, Call]]]] = {"rope_append": rope_append}
     for dtype, shards in itertools.product((torch.float32, torch.bfloat16), (2, 4, 8)):
@@ -482,6 +528,11 @@ PHASES = {
             "sm_80 / FlashInfer FA2": ("FlashInfer FA2", SM80),
         },
     ),
+    "quantized": Phase(
+        quantized_rows,
+        {"fp8 / read": ("read", "fp8"), "int8 / read": ("read", "int8"), "x": ("16 bits", "fp8")},
+    ),
+    "quantizing": Phase(quantizing_rows, {"fp8 / copy": ("copy", "fp8")}),
     "bytes": Phase(
         bytes_rows,
         {"ours / best peer": ("peers", "ours"), "ours / copy": ("copy", "ours")},
