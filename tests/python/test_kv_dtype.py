@@ -265,3 +265,17 @@ def test_refusals():
         StarConfig(kv_dtype="fp4")
     with pytest.raises(UserError, match="--kv-dtype is 'fp4'"):
         EngineOptions(kv_dtype="fp4")
+
+
+def test_reading_that_is_given_up():
+    engine = TorchEngine(TINY, WEIGHTS, SingleProcess(), PAGE, kv_dtype="fp8")
+    leader, worker = lead_together(engine, SingleProcess())
+    leader.scheduler.chunk_tokens = 24
+    config = StarConfig(32, 16, tokens_per_block=PAGE, kv_dtype="fp8")
+    context = leader.scheduler.add_context(TOKENS, config)
+    for _ in range(6):
+        leader.step()
+    assert not context.is_ready
+    assert worker.pool.pages_in_use == int(leader.scheduler.pages_in_use[0]) > 0
+    leader.release(context)
+    assert worker.pool.pages_in_use == int(leader.scheduler.pages_in_use[0]) == 0
