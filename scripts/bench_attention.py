@@ -13,6 +13,9 @@ query: n query tokens of Hq heads (four a KV head) at the end of L cached ones, 
     without a mask here.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
     "fp8" are those that write FP8 rows.
+quantized: as query, over pages of 8 bits, all of them seen, in TB/s of the codes; "x" is how many
+    times faster than 16-bit pages.
+quantizing: a context's pages in 8 bits, in TB/s of what is read and written.
 merge: the partials of one token, in µs. FlashInfer merges 16-bit partials only.
 linear: the four projections of a layer for n tokens, in TB/s of their weights (436 MB in bf16, 218
     MB in FP8). In FP8, rows that are taken in it are quantised, as the engine does.
@@ -51,6 +54,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from star_attention import ops
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 128
 CONTEXT_SHAPES = [  # B, A
@@ -382,17 +387,17 @@ def rope_append() -> tuple[int, dict[str, Call]]:
 
 def rms_norm_fp8() -> tuple[int, dict[str, Call]]:
     x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
-    return 3 * x.numel(), {"ours": partial(ops().rms_norm, x, weight, EPS, kind="fp8")}
+    return 3 * x.numel(), {"ours": partial(kernels().rms_norm, x, weight, EPS, kind="fp8")}
 
 
 def silu_mul_fp8() -> tuple[int, dict[str, Call]]:
     gate_up = randn(TOKENS, 2 * INTERMEDIATE)
-    return 5 * gate_up.numel() // 2, {"ours": partial(ops().silu_mul, gate_up, kind="fp8")}
+    return 5 * gate_up.numel() // 2, {"ours": partial(kernels().silu_mul, gate_up, kind="fp8")}
 
 
 def quantize_rows() -> tuple[int, dict[str, Call]]:
     x = randn(TOKENS, HIDDEN)
-    return 3 * x.numel(), {"ours": partial(ops().quantize_rows, x, "fp8")}
+    return 3 * x.numel(), {"ours": partial(kernels().quantize_rows, x, "fp8")}
 
 
 def rms_norm() -> tuple[int, dict[str, Call]]:
@@ -446,6 +451,47 @@ def query_rows(timer: Timer) -> Iterator[Row]:
             yield timer.row(shape, work, "TFLOP/s", calls | {"matmul": matmul()})
 
 
+def quantized_rows(timer: Timer) -> Iterator[Row]:
+    for tokens, rows in itertools.product((131072, 524288), (1, 4, 16, 64, 128, 512)):
+        if tokens * rows > 131072 * 512:
+            continue
+        q, pages = randn(rows, Q_HEADS, HEAD_DIM), tokens // PAGE
+        pool = randn(1, pages, 2, KV_HEADS, PAGE, HEAD_DIM)
+        order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+        starts = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+        lens = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+        sizes = {"causal": False, "scale": HEAD_DIM**-0.5, "max_q_len": rows, "max_kv_len": tokens}
+        arguments = order[None], starts, lens
+        calls = {"16 bits": imported(OPS, "paged_attention", q, pool[0], *arguments, **sizes)}
+        counts = torch.full_like(order, PAGE)
+        for kv_dtype in ("fp8", "int8"):
+            copy = pool.clone()
+            codes = ops.codes_of(copy, ops.code_dtype(kv_dtype))
+            scales = torch.empty(codes.shape[:4], device="cuda")
+            ops.quantize_pages(copy, codes, scales, torch.arange(pages).int().cuda(), counts)
+            places = order // 2 * 4 + order % 2
+            codes, scales = (each[0, places.long()].contiguous() for each in (codes, scales))
+            calls[kv_dtype] = imported(
+                OPS, "paged_attention", q, codes, *arguments, **sizes, kv_scales=scales
+            )
+        shape, work = {"L": tokens, "n": rows}, codes.nbytes
+        yield timer.row(shape, work, "TB/s", calls | {"read": device_read(codes)})
+
+
+def quantizing_rows(timer: Timer) -> Iterator[Row]:
+    """16-bit bytes that are read and codes that are written, of 32 layers of 8192 tokens."""
+    pool = randn(32, 64, 2, KV_HEADS, PAGE, HEAD_DIM)
+    work = pool.nbytes * 3 // 2
+    pages = torch.arange(64, dtype=torch.int32, device="cuda")
+    calls = {}
+    for kv_dtype in ("fp8", "int8"):
+        codes = ops.codes_of(pool, ops.code_dtype(kv_dtype))
+        scales = torch.empty(codes.shape[:4], device="cuda")
+        tokens = torch.full_like(pages, PAGE)
+        calls[kv_dtype] = imported(OPS, "quantize_pages", pool, codes, scales, pages, tokens)
+    yield timer.row({"tokens": 8192}, work, "TB/s", calls | {"copy": device_copy(work)})
+
+
 def bytes_rows(timer: Timer) -> Iterator[Row]:
     operators: dict[str, Callable[[], tuple[int, dict[str, Call]]]] = {"rope_append": rope_append}
     for dtype, shards in itertools.product((torch.float32, torch.bfloat16), (2, 4, 8)):
@@ -486,12 +532,12 @@ def linear_rows(timer: Timer) -> Iterator[Row]:
             "torch": in_turn([partial(F.linear, *pair) for pair in pairs]),
         }
         yield timer.row({"weights": "bf16", "n": rows}, work, "TB/s", calls | read)
-    quantized = [ops().quantize_rows(weight, "fp8") for weight in weights]
+    quantized = [kernels().quantize_rows(weight, "fp8") for weight in weights]
     work //= 2
     read = {"read": device_read(randn(work // 2))}
     for rows in (1, 2, 4, 8):
         pairs = [(randn(rows, weight.shape[1]), weight) for weight in quantized]
-        scaled = [(ops().quantize_rows(x, "fp8"), weight) for x, weight in pairs]
+        scaled = [(kernels().quantize_rows(x, "fp8"), weight) for x, weight in pairs]
         calls = {
             "ours": in_turn([partial(project, *pair) for pair in pairs]),
             "torch": in_turn([partial(rowwise, *pair) for pair in scaled]),
@@ -499,14 +545,14 @@ def linear_rows(timer: Timer) -> Iterator[Row]:
         yield timer.row({"weights": "fp8", "n": rows}, work, "TB/s", calls | read)
 
 
-def ops() -> Any:
+def kernels() -> Any:
     return importlib.import_module(OPS)
 
 
 def project(x: torch.Tensor, weight: Any) -> torch.Tensor:
     """As the engine does with weights in FP8 and what is not quantised yet."""
-    rows = ops().quantize_rows(x, "fp8") if ops().kind_of_rows(len(x), weight) else x
-    return ops().linear(rows, weight)
+    rows = kernels().quantize_rows(x, "fp8") if kernels().kind_of_rows(len(x), weight) else x
+    return kernels().linear(rows, weight)
 
 
 def rowwise(x: Any, weight: Any, fast: bool = True) -> torch.Tensor:
@@ -522,7 +568,7 @@ def rowwise(x: Any, weight: Any, fast: bool = True) -> torch.Tensor:
 
 
 def quantize_and(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: Any) -> object:
-    return product(ops().quantize_rows(x, "fp8"), weight)
+    return product(kernels().quantize_rows(x, "fp8"), weight)
 
 
 def gemm_rows(timer: Timer) -> Iterator[Row]:
@@ -534,9 +580,9 @@ def gemm_rows(timer: Timer) -> Iterator[Row]:
     }
     for name, (features, width) in shapes.items():
         x, weight = randn(CHUNK, width), randn(features, width)
-        rows, quantized = ops().quantize_rows(x, "fp8"), ops().quantize_rows(weight, "fp8")
+        rows, quantized = kernels().quantize_rows(x, "fp8"), kernels().quantize_rows(weight, "fp8")
         addend = randn(CHUNK, features) if name in ("out", "down") else None
-        product = partial(ops().linear, addend=addend, out=addend)
+        product = partial(kernels().linear, addend=addend, out=addend)
         calls = {
             "ours": partial(product, rows, quantized),
             "bf16": partial(product, x, weight),
@@ -573,6 +619,11 @@ PHASES = {
             "sm_80 / FlashInfer FA2": ("FlashInfer FA2", SM80),
         },
     ),
+    "quantized": Phase(
+        quantized_rows,
+        {"fp8 / read": ("read", "fp8"), "int8 / read": ("read", "int8"), "x": ("16 bits", "fp8")},
+    ),
+    "quantizing": Phase(quantizing_rows, {"fp8 / copy": ("copy", "fp8")}),
     "bytes": Phase(
         bytes_rows,
         {"ours / best peer": ("peers", "ours"), "ours / copy": ("copy", "ours")},

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from star_attention.cli.options import parse_tokens
-from star_attention.config import StarConfig
+from star_attention.config import KV_DTYPES, StarConfig
 from star_attention.distributed import Communicator, default_communicator
 from star_attention.distributed.launch import run_ranks
 from star_attention.engines.base import ModelEngine
@@ -284,6 +284,7 @@ def make_engine(options: argparse.Namespace, comm: Communicator) -> ModelEngine:
         merge=options.merge,
         tp=options.tp,
         quantization=options.quantization,
+        kv_dtype=options.kv_dtype,
     )
     page = StarConfig.tokens_per_block
     if options.model:
@@ -304,6 +305,7 @@ def run(options: argparse.Namespace) -> None:
         "shape": Path(options.model).name if options.model else options.shape,
         "dtype": options.dtype,
         "quantization": engine.quantization,
+        "kv_dtype": options.kv_dtype,
         "config": asdict(engine.config),
         "environment": environment(options.merge),
         "read_tbps": read_tbps(world),
@@ -311,11 +313,12 @@ def run(options: argparse.Namespace) -> None:
     }
     earlier = json.loads(options.output.read_text()) if options.output.exists() else []
     for method in options.methods:
-        config = star_config(method, 16384, 4096)
+        config = replace(star_config(method, 16384, 4096), kv_dtype=options.kv_dtype)
         measure(leader, worker, method, 16384, config, 2, options.tp)
     for length in options.lengths:
         which = configurations(options.methods, length, options.block_size, options.exact_up_to)
-        for config, method in which.items():
+        for each, method in which.items():
+            config = replace(each, kv_dtype=options.kv_dtype)
             ceiling = matmul_tflops(world)
             row = measure(leader, worker, method, length, config, options.decode_tokens, options.tp)
             if row is None:
@@ -608,6 +611,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto")
     parser.add_argument("--kv-cache-gib", type=float)
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto")
     parser.add_argument("--tp", type=int, default=1, help="processes that share a rank's model")
     parser.add_argument(
         "--breakdown", type=parse_tokens, help="the length whose phase 1 is taken apart by kernel"

@@ -21,6 +21,8 @@ void context_attention_sm80(const PagedAttentionParams& params, cudaStream_t str
 double context_attention_sm80_steps(const PagedAttentionParams& params);
 
 void query_attention_sm80(const PagedAttentionParams& params, void* workspace, cudaStream_t stream);
+void query_attention_sm80_8bit(const PagedAttentionParams& params, void* workspace,
+                               cudaStream_t stream);
 QueryPlan query_attention_sm80_plan(const PagedAttentionParams& params);
 
 // Contents of the workspace do not matter before or after.

@@ -6,6 +6,7 @@
 #include "attention/kernels.h"
 #include "common/check.h"
 #include "common/device.h"
+#include "common/numeric.cuh"
 
 namespace star_attention {
 namespace {
@@ -28,8 +29,9 @@ bool is_memory_bound(const PagedAttentionParams& p) {
 
 // The query kernel for so many rows.
 AttentionKernel query_kernel(const PagedAttentionParams& p) {
-  return use_sm90() && !is_memory_bound(p) ? AttentionKernel::kQuerySm90
-                                           : AttentionKernel::kQuerySm80;
+  const bool is_8bit = p.kv_scales != nullptr;
+  return use_sm90() && !is_memory_bound(p) && !is_8bit ? AttentionKernel::kQuerySm90
+                                                       : AttentionKernel::kQuerySm80;
 }
 
 QueryPlan query_plan(const PagedAttentionParams& p, AttentionKernel kernel) {
@@ -49,7 +51,7 @@ double context_steps(const PagedAttentionParams& p) {
 // Whether cutting the KV into shares is faster than giving each tile of rows to one block.
 bool splitting_pays(const PagedAttentionParams& p) {
   if (p.by_head) return false;
-  if (is_memory_bound(p)) return true;
+  if (is_memory_bound(p) || p.kv_scales != nullptr) return true;
   const QueryPlan plan = query_plan(p, query_kernel(p));
   return plan.shares > 1 && plan.steps < context_steps(p);
 }
@@ -65,6 +67,8 @@ AttentionKernel resolve(const PagedAttentionParams& p, AttentionKernel kernel) {
       kernel == AttentionKernel::kQuerySm80 || kernel == AttentionKernel::kQuerySm90;
   require(!(p.by_head && is_query), "kernel", "one for queries",
           "one for contexts: lists are by head");
+  require(p.kv_scales == nullptr || kernel == AttentionKernel::kQuerySm80, "kernel", "another one",
+          "query_sm80 or auto: pages are of 8 bits");
   require(
       sm90 || (kernel != AttentionKernel::kQuerySm90 && kernel != AttentionKernel::kContextSm90),
       "kernel", "one for sm_90",
@@ -75,7 +79,8 @@ AttentionKernel resolve(const PagedAttentionParams& p, AttentionKernel kernel) {
 }  // namespace
 
 void check(const PagedAttentionParams& p) {
-  require(p.dtype != DType::kFloat32, "q.dtype", "float32", "float16 or bfloat16");
+  require(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, "q.dtype", name_of(p.dtype),
+          "float16 or bfloat16");
   require(p.o_dtype == p.dtype || p.o_dtype == DType::kFloat32, "o.dtype", "another 16-bit type",
           "q's dtype or float32");
   require(p.num_kv_heads > 0, "num_kv_heads", p.num_kv_heads, "at least 1");
@@ -99,6 +104,13 @@ void check(const PagedAttentionParams& p) {
   require(p.other_pool == nullptr || (p.num_other_pages > 0 && countable(p.num_other_pages)),
           "other_pool.shape[0]", p.num_other_pages,
           "at least 1 and at most 2^31 / (2 num_kv_heads) pages");
+  if (p.kv_scales != nullptr) {
+    require(p.kv_dtype == DType::kFloat8 || p.kv_dtype == DType::kInt8, "kv_pool.dtype",
+            name_of(p.kv_dtype), "float8_e4m3 or int8 with kv_scales");
+    require(!p.by_head && p.other_pool == nullptr, "page_table", "lists by head",
+            "lists of pages: they are of 8 bits");
+    require_pointer(p.kv_scales, "kv_scales");
+  }
   require(!p.by_head || !p.causal, "causal", "true", "false: lists are by head");
   if (p.num_tokens == 0) return;
   require(p.num_seqs > 0, "num_seqs", p.num_seqs, "at least 1");

@@ -14,6 +14,7 @@
 #include "star_attention/layers.h"
 #include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
+#include "star_attention/quantize_pages.h"
 #include "star_attention/rope.h"
 #include "star_attention/selection.h"
 
@@ -58,22 +59,36 @@ TensorView allocated(const py::function& allocate, size_t bytes, const TensorVie
   return workspace;
 }
 
+// Of 8-bit codes; uint8 stands for e4m3, which has no name in every DLPack.
+DType code_dtype_of(const TensorView& codes) {
+  return codes.type() == kUInt8 ? DType::kFloat8 : DType::kInt8;
+}
+
 // Calls allocate(bytes) for the workspace once the arguments are checked.
 void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_table_,
                         py::object cu_seqlens_q_, py::object kv_lens_, py::object other_pool_,
-                        py::object o_, py::object lse_, py::function allocate, bool causal,
-                        double scale, int64_t max_q_len, int64_t max_kv_len,
-                        const std::string& kernel_name, uintptr_t stream) {
+                        py::object kv_scales_, py::object o_, py::object lse_,
+                        py::function allocate, bool causal, double scale, int64_t max_q_len,
+                        int64_t max_kv_len, const std::string& kernel_name, uintptr_t stream) {
   const TensorView q("q", q_), kv_pool("kv_pool", kv_pool_), page_table("page_table", page_table_),
       cu_seqlens_q("cu_seqlens_q", cu_seqlens_q_), kv_lens("kv_lens", kv_lens_),
       other_pool("other_pool", other_pool_.is_none() ? kv_pool_ : other_pool_), o("o", o_),
       lse("lse", lse_);
   q.dtype({kFloat16, kBFloat16}).rank(3).contiguous(2);
-  kv_pool.dtype({q.type()}).rank(5);
+  const bool is_8bit = !kv_scales_.is_none();
+  if (is_8bit) {
+    kv_pool.dtype({kUInt8, kInt8}).rank(5);
+  } else {
+    kv_pool.dtype({q.type()}).rank(5);
+  }
   const int64_t tokens = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
   kv_pool.shape({-1, 2, -1, -1, head_dim}).contiguous();
-  other_pool.dtype({q.type()}).shape({-1, 2, kv_pool.size(2), kv_pool.size(3), head_dim});
-  other_pool.contiguous();
+  other_pool.dtype({kv_pool.type()});
+  other_pool.shape({-1, 2, kv_pool.size(2), kv_pool.size(3), head_dim}).contiguous();
+  const TensorView kv_scales("kv_scales", is_8bit ? kv_scales_ : lse_);
+  if (is_8bit) {
+    kv_scales.dtype({kFloat32}).shape({kv_pool.size(0), 2, kv_pool.size(2)}).contiguous();
+  }
   const bool by_head = page_table.num_dims() == 3;
   const int64_t seqs = page_table.size(0);
   page_table.dtype({kInt32});
@@ -106,6 +121,10 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   p.q_stride = q.stride(0, q_heads * head_dim);
   p.kv_pool = kv_pool.data();
   p.num_pages = kv_pool.size(0);
+  if (is_8bit) {
+    p.kv_scales = static_cast<const float*>(kv_scales.data());
+    p.kv_dtype = code_dtype_of(kv_pool);
+  }
   p.page_table = static_cast<const int32_t*>(page_table.data());
   p.page_table_stride =
       to_int(by_head ? listed : page_table.stride(0, listed), "page_table.stride(0)");
@@ -125,12 +144,55 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   require(max_kv_len <= capacity, "max_kv_len", max_kv_len,
           "at most the " + std::to_string(capacity) + " tokens that a row of page_table lists");
 
-  const DeviceScope scope(q,
-                          {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &other_pool, &o, &lse});
+  const DeviceScope scope(
+      q, {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &other_pool, &kv_scales, &o, &lse});
   const size_t bytes = paged_attention_workspace(p, kernel);
   const TensorView workspace = allocated(allocate, bytes, q);
   paged_attention(p, workspace.data(), workspace.bytes(), reinterpret_cast<cudaStream_t>(stream),
                   kernel);
+}
+
+template <typename Function>
+void with_quantized_pages(Function function, py::object kv_pool_, py::object codes_,
+                          py::object scales_, py::object pages_, py::object others_,
+                          uintptr_t stream) {
+  const TensorView kv_pool("kv_pool", kv_pool_), codes("codes", codes_), scales("scales", scales_),
+      pages("pages", pages_), others("others", others_);
+  kv_pool.dtype({kFloat16, kBFloat16}).rank(6).contiguous();
+  kv_pool.shape({-1, -1, 2, -1, -1, -1});
+  const int64_t layers = kv_pool.size(0), num_pages = kv_pool.size(1), heads = kv_pool.size(3);
+  codes.dtype({kUInt8, kInt8}).contiguous();
+  codes.shape({layers, 2 * num_pages, 2, heads, kv_pool.size(4), kv_pool.size(5)});
+  require(codes.data() == kv_pool.data(), "codes", "memory of its own", "that of kv_pool");
+  scales.dtype({kFloat32}).shape({layers, 2 * num_pages, 2, heads}).contiguous();
+  pages.dtype({kInt32}).rank(1).contiguous();
+  others.dtype({kInt32}).shape({pages.size(0)}).contiguous();
+
+  QuantizePagesParams p{};
+  p.dtype = dtype_of(kv_pool);
+  p.kv_dtype = code_dtype_of(codes);
+  p.num_layers = to_int(layers, "kv_pool.shape[0]");
+  p.num_kv_heads = to_int(heads, "kv_pool.shape[3]");
+  p.head_dim = to_int(kv_pool.size(5), "kv_pool.shape[5]");
+  p.tokens_per_block = to_int(kv_pool.size(4), "kv_pool.shape[4]");
+  p.num_pages = num_pages;
+  p.kv_pool = kv_pool.data();
+  p.scales = static_cast<float*>(scales.data());
+  p.pages = static_cast<const int32_t*>(pages.data());
+  p.others = static_cast<const int32_t*>(others.data());
+  p.count = to_int(pages.size(0), "pages.shape[0]");
+  const DeviceScope scope(kv_pool, {&codes, &scales, &pages, &others});
+  function(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void py_quantize_pages(py::object kv_pool, py::object codes, py::object scales, py::object pages,
+                       py::object tokens, uintptr_t stream) {
+  with_quantized_pages(quantize_pages, kv_pool, codes, scales, pages, tokens, stream);
+}
+
+void py_dequantize_pages(py::object kv_pool, py::object codes, py::object scales,
+                         py::object sources, py::object targets, uintptr_t stream) {
+  with_quantized_pages(dequantize_pages, kv_pool, codes, scales, sources, targets, stream);
 }
 
 void py_rope_append(py::object qkv_, py::object positions_, py::object rotary_, py::object kv_pool_,
@@ -411,9 +473,13 @@ void py_fetch_pages(py::object lists_, py::object counts_, py::object pages_, py
 PYBIND11_MODULE(_C, m) {
   using py::arg;
   m.def("paged_attention", &py_paged_attention, arg("q"), arg("kv_pool"), arg("page_table"),
-        arg("cu_seqlens_q"), arg("kv_lens"), arg("other_pool"), arg("o"), arg("lse"),
-        arg("allocate"), arg("causal"), arg("scale"), arg("max_q_len"), arg("max_kv_len"),
-        arg("kernel"), arg("stream"));
+        arg("cu_seqlens_q"), arg("kv_lens"), arg("other_pool"), arg("kv_scales"), arg("o"),
+        arg("lse"), arg("allocate"), arg("causal"), arg("scale"), arg("max_q_len"),
+        arg("max_kv_len"), arg("kernel"), arg("stream"));
+  m.def("quantize_pages", &py_quantize_pages, arg("kv_pool"), arg("codes"), arg("scales"),
+        arg("pages"), arg("tokens"), arg("stream"));
+  m.def("dequantize_pages", &py_dequantize_pages, arg("kv_pool"), arg("codes"), arg("scales"),
+        arg("sources"), arg("targets"), arg("stream"));
   m.def("rope_append", &py_rope_append, arg("qkv"), arg("positions"), arg("rotary"), arg("kv_pool"),
         arg("slot_mapping"), arg("q"), arg("stream"));
   m.def("merge_lse", &py_merge_lse, arg("o"), arg("lse"), arg("out"), arg("out_lse"),

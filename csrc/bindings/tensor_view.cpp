@@ -58,6 +58,7 @@ ScalarType scalar_type(int code, int bits) {
   if (code == kDLFloat && bits == 32) return ScalarType::kFloat32;
   if (code == kDLInt && bits == 32) return ScalarType::kInt32;
   if (code == kDLUInt && bits == 8) return ScalarType::kUInt8;
+  if (code == kDLInt && bits == 8) return ScalarType::kInt8;
   return ScalarType::kOther;
 }
 
@@ -88,6 +89,8 @@ const char* type_name(ScalarType type) {
       return "int32";
     case ScalarType::kUInt8:
       return "uint8";
+    case ScalarType::kInt8:
+      return "int8";
     default:
       return "another type";
   }
@@ -99,6 +102,7 @@ int64_t item_size(ScalarType type) {
     case ScalarType::kBFloat16:
       return 2;
     case ScalarType::kUInt8:
+    case ScalarType::kInt8:
       return 1;
     default:
       return 4;
@@ -178,6 +182,7 @@ void TensorView::from_cuda_array_interface(py::handle object) {
           : type_name_ == "<f4" ? ScalarType::kFloat32
           : type_name_ == "<i4" ? ScalarType::kInt32
           : type_name_ == "|u1" ? ScalarType::kUInt8
+          : type_name_ == "|i1" ? ScalarType::kInt8
                                 : ScalarType::kOther;
   for (const auto size : interface["shape"].cast<py::tuple>())
     sizes_.push_back(size.cast<int64_t>());

@@ -16,7 +16,7 @@ namespace star_attention {
 
 struct DLTensor;
 
-enum class ScalarType { kFloat16, kBFloat16, kFloat32, kInt32, kUInt8, kOther };
+enum class ScalarType { kFloat16, kBFloat16, kFloat32, kInt32, kUInt8, kInt8, kOther };
 
 class TensorView {
  public:
@@ -63,6 +63,7 @@ constexpr auto kBFloat16 = ScalarType::kBFloat16;
 constexpr auto kFloat32 = ScalarType::kFloat32;
 constexpr auto kInt32 = ScalarType::kInt32;
 constexpr auto kUInt8 = ScalarType::kUInt8;
+constexpr auto kInt8 = ScalarType::kInt8;
 
 // Of a tensor of one of the three floating-point types.
 inline DType dtype_of(const TensorView& tensor) {

@@ -76,7 +76,17 @@ void dispatch_16bit(DType dtype, F&& f) {
   }
 }
 
-inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat8:
+    case DType::kInt8:
+      return 1;
+    default:
+      return 2;
+  }
+}
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
@@ -84,6 +94,10 @@ inline const char* name_of(DType dtype) {
       return "float16";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kFloat8:
+      return "float8_e4m3";
+    case DType::kInt8:
+      return "int8";
     default:
       return "float32";
   }

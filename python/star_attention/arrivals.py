@@ -53,6 +53,10 @@ class Arrivals:
         """Whether all blocks are computed."""
         return not self._left
 
+    def is_done(self, block: int) -> bool:
+        """Whether all of a block, by its index, is computed."""
+        return block not in self._left
+
     def take(self, spans: Sequence[Span]) -> list[list[Arrival]]:
         """The next pass.
 

@@ -11,11 +11,13 @@ AnchorMode = Literal["recompute", "local", "broadcast"]
 KvPlacement = Literal["tail", "round_robin"]
 AttentionMethod = Literal["star", "ring", "dense"]
 MergePath = Literal["auto", "peer", "nccl"]
+KvDtype = Literal["auto", "fp8", "int8"]
 Preset = Literal["paper"]
 
 ANCHOR_MODES: tuple[AnchorMode, ...] = ("recompute", "local", "broadcast")
 KV_PLACEMENTS: tuple[KvPlacement, ...] = ("tail", "round_robin")
 MERGE_PATHS: tuple[MergePath, ...] = ("auto", "peer", "nccl")
+KV_DTYPES: tuple[KvDtype, ...] = ("auto", "fp8", "int8")
 PRESETS: tuple[Preset, ...] = ("paper",)
 MAX_SELECTED_PAGES = 256  # what the kernels choose at most
 ATTENTION_METHODS: tuple[AttentionMethod, ...] = ("star", "ring", "dense")
@@ -42,6 +44,9 @@ class StarConfig:
             each KV head and layer; 0: none, the paper's method.
         attention: `star`; or an exact baseline: `ring`, whose KV passes by, or `dense`, one block
             of all ranks.
+        kv_dtype: what contexts are kept in once they are read: `auto`, as they were computed, or 8
+            bits, `fp8` (e4m3) or `int8`, with a scale for K and V of each page and KV head. One for
+            all contexts of an `LLM`.
         preset: `paper`: the paper's setting, blocks of a quarter of the context on any number of
             ranks, anchor = block, no selected pages, which are not given beside it.
 
@@ -56,6 +61,7 @@ class StarConfig:
     attention: AttentionMethod = "star"
     selected_pages: int = 0
     preset: Preset | None = None
+    kv_dtype: KvDtype = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -63,6 +69,7 @@ class StarConfig:
             ("kv_placement", KV_PLACEMENTS),
             ("attention", ATTENTION_METHODS),
             ("preset", (None, *PRESETS)),
+            ("kv_dtype", KV_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(

@@ -125,8 +125,8 @@ class LLM:
         model: a Hugging Face folder with safetensors, a GGUF file, `org/name` of the local Hugging
             Face cache, `smollm2`, or the folder of a TensorRT engine, which runs on the GPU in the
             engine's dtype.
-        config: how contexts are divided, unless `encode` is told otherwise; what it leaves open is
-            as a TensorRT engine was built for.
+        config: how contexts are divided and kept, unless `encode` is told otherwise; what it leaves
+            open is as a TensorRT engine was built for.
         dtype: what to compute in: `float32` (the CPU's default), `bfloat16` (CUDA's) or `float16`.
         device: `cpu` or `cuda` (kernels built, head_dim 64 or 128, pages of 64 or 128); ranks of a
             machine take its GPUs in turn.
@@ -171,7 +171,10 @@ class LLM:
     ) -> None:
         self._job = current_job()
         self._strict = strict
-        options = EngineOptions(device, dtype, load_format, kv_cache_gib, merge, tp, quantization)
+        kv_dtype = config.kv_dtype if config else "auto"
+        options = EngineOptions(
+            device, dtype, load_format, kv_cache_gib, merge, tp, quantization, kv_dtype
+        )
         path = find_model(str(model), load_format != "dummy")
         self.config = division_of(path, config or StarConfig(), options)
         self._tokenizer = Tokenizer(path, template, system=system, allow_special=allow_special)
@@ -214,7 +217,8 @@ class LLM:
 
         Args:
             text: the context.
-            config: replaces the division given to `LLM` for this text, its page size excepted.
+            config: replaces the division given to `LLM` for this text, page size and `kv_dtype`
+                excepted.
             on_progress: called with the share of rank 0's work that is done.
             questions: that will be asked with `params`: whatever would be refused then is refused
                 before the text is read.
@@ -295,7 +299,8 @@ class LLM:
         questions: Sequence[str],
         params: SamplingParams | None,
     ) -> EncodedContext:
-        config = replace(config, tokens_per_block=self.config.tokens_per_block)
+        kept = {name: getattr(self.config, name) for name in ("tokens_per_block", "kv_dtype")}
+        config = replace(config, **kept)
         self._check_length(len(token_ids), "context")
         answer = (params or SamplingParams()).max_tokens
         asked = [(len(self._question_tokens(question)), answer) for question in questions]

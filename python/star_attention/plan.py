@@ -10,7 +10,7 @@ from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import accumulate, cycle, pairwise
 
-from star_attention.config import AnchorMode, AttentionMethod, StarConfig
+from star_attention.config import AnchorMode, AttentionMethod, KvDtype, StarConfig
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
 from star_attention.spans import Cost, Passes, Range, Reading, Span, causal_pairs
@@ -62,6 +62,7 @@ class Plan:
         blocks, parts: in context order. Where parts start depends on the block size and the number
             of ranks alone.
         selected_pages: of earlier blocks, that a page of rows sees besides.
+        kv_dtype: what its KV is kept in once no row is to see it any more.
         cached: where parts start that are there already, and are not computed.
         notes: what was rounded or left unused, one line each.
     """
@@ -79,6 +80,7 @@ class Plan:
     cached: frozenset[int]
     notes: tuple[str, ...]
     selected_pages: int = 0
+    kv_dtype: KvDtype = "auto"
 
     def parts_of(self, rank: int) -> tuple[Part, ...]:
         """What a rank keeps, in context order."""
@@ -108,6 +110,30 @@ class Plan:
         return Cost(tokens, pairs + tokens * chosen)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its KV ends up in 8 bits."""
+        return self.kv_dtype != "auto"
+
+    @property
+    def ends_by_block(self) -> bool:
+        """Whether only its own rows see a block, the anchor excepted: not if later ones choose from
+        it, nor if there is one block."""
+        return self.attention == "star" and not self.selected_pages
+
+    @property
+    def seen_parts(self) -> tuple[Part, ...]:
+        """Parts that are there already and that what is computed sees."""
+        read = {part.block for part in self.parts if part.start not in self.cached}
+        in_front = self.anchor_size if read else 0
+        if self.selected_pages and read:  # what is chosen from
+            in_front = self.blocks[max(read)].start
+        return tuple(
+            part
+            for part in self.parts
+            if part.start in self.cached and (part.start < in_front or part.block in read)
+        )
+
+    @property
     def exchanges(self) -> bool:
         """Whether ranks send one another pages that stay, other than those that pass by."""
         return self.num_ranks > 1 and self.anchor_mode == "broadcast" and self.attention != "ring"
@@ -120,7 +146,13 @@ class Plan:
         loads = [cost.flops(self.model) for cost in self._costs_alone]
         sizes = self.anchor_size, self.tokens_per_block
         return Passes(
-            self._together, alone, loads, *sizes, self.model, whole_pages=self.selected_pages > 0
+            self._together,
+            alone,
+            loads,
+            *sizes,
+            self.model,
+            whole_pages=self.selected_pages > 0,
+            few_blocks=self.is_quantized and self.ends_by_block,
         )
 
     @cached_property
@@ -312,6 +344,7 @@ def make_plan(
         frozenset(),
         tuple(notes),
         config.selected_pages,
+        config.kv_dtype,
     )
     if num_ranks == 1:
         return plan

@@ -168,6 +168,8 @@ class Passes:
         anchor: what must be computed before rows that see it can be, unless they are in one pass.
         model: weighs rows.
         whole_pages: rows are cut where pages begin.
+        few_blocks: of a rank's own blocks a pass has several only if these are short together, as
+            `shared_in_a_pass` of one rank says.
 
     Attributes:
         done, total: tokens that were computed so far, and are in the end, by all ranks.
@@ -183,8 +185,9 @@ class Passes:
         tokens_per_block: int,
         model: ModelConfig,
         whole_pages: bool = False,
+        few_blocks: bool = False,
     ) -> None:
-        self._whole_pages = whole_pages
+        self._whole_pages, self._few_blocks = whole_pages, few_blocks
         self._together = _Queue(together)
         self._alone = [_Queue(each) for each in alone]
         self._anchor, self._page, self._model = anchor, tokens_per_block, model
@@ -248,9 +251,12 @@ class Passes:
 
     def _own(self, rank: int, room: list[int], sequences: int | None, taken: int) -> list[Span]:
         spans: list[Span] = []
-        queue = self._alone[rank]
+        queue, whole = self._alone[rank], 0
         while queue and room[rank] > 0 and (sequences is None or len(spans) + taken < sequences):
             reading = queue.first
+            whole += reading.tokens
+            if self._few_blocks and spans and whole > shared_in_a_pass(1):
+                break
             for rows in queue.take(room[rank]):
                 spans.append(reading.span(rows, rank))
                 room[rank] -= rows.tokens

@@ -20,7 +20,12 @@ def bench():
 def test_rows_and_plots(bench, tmp_path, monkeypatch, capsys):
     save_tiny_model(tmp_path / "model", max_position_embeddings=2048)
     monkeypatch.setattr(bench, "EngineOptions", lambda *_, **__: EngineOptions("cpu", "float32"))
-    names = {"model": str(tmp_path / "model"), "dtype": "float32", "kv_cache_gib": None}
+    names = {
+        "model": str(tmp_path / "model"),
+        "dtype": "float32",
+        "kv_cache_gib": None,
+        "kv_dtype": "auto",
+    }
     options = argparse.Namespace(**names, merge="auto", tp=1, quantization="auto")
     engine = bench.make_engine(options, SingleProcess())
     leader, worker = lead_together(engine, SingleProcess())

@@ -51,6 +51,7 @@ class OnnxEngine:
 
     limits = Limits()
     has_exchanges = has_hops = has_prefix = has_selection = False
+    kv_dtype, kv_packing = "auto", 1
     wait_seconds = 0.0
     peak_memory_bytes = graph_steps = 0
 

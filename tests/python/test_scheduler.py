@@ -40,6 +40,7 @@ class NotingEngine:
 
     config, tokens_per_block = LLAMA_3_1_8B, PAGE
     has_exchanges = has_hops = has_prefix = has_selection = True
+    kv_dtype, kv_packing = "auto", 1
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
     def __init__(self, limits):

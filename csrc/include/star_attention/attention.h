@@ -10,7 +10,8 @@
 
 namespace star_attention {
 
-enum class DType { kFloat16, kBFloat16, kFloat32 };
+// kFloat8 is e4m3.
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat8, kInt8 };
 
 // One call attends `num_seqs` sequences of query rows to the pages that each sequence lists.
 // Row i of a sequence with n rows sees the first `kv_len - (n - 1 - i)` tokens of its page list
@@ -25,8 +26,12 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 // keys of one KV head in one page, plane (page * 2) * num_kv_heads + head; the values are
 // num_kv_heads planes behind. Plane -1 - e of `other_pool` is listed as e < 0. Context kernels
 // only.
+//
+// With `kv_scales` pages have 8-bit codes; an element is its code times the scale of its page, K or
+// V, and KV head. Query kernels only, whose products are in float16: a q beyond its range surfaces
+// as NaN.
 struct PagedAttentionParams {
-  DType dtype;    // of q and kv_pool: kFloat16 or kBFloat16
+  DType dtype;    // of q, and of kv_pool without kv_scales: kFloat16 or kBFloat16
   DType o_dtype;  // dtype, or kFloat32 for partials that are merged later
   int num_q_heads;
   int num_kv_heads;      // divides num_q_heads
@@ -39,6 +44,8 @@ struct PagedAttentionParams {
   int64_t q_stride;
   const void* kv_pool;  // [num_pages, 2 (K, V), num_kv_heads, tokens_per_block, head_dim]
   int64_t num_pages;
+  const float* kv_scales;     // [num_pages, 2, num_kv_heads]; null: pages are of `dtype`
+  DType kv_dtype;             // of their codes: kFloat8 or kInt8
   const int32_t* page_table;  // [num_seqs, page_table_stride]
   int page_table_stride;
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], prefix sums of rows per sequence

@@ -21,6 +21,7 @@ from star_attention.cli.options import (
     check_text,
     engine_of,
     engine_options,
+    llm_options_of,
     model_options,
     refuse_idle,
     run_options,
@@ -142,7 +143,7 @@ def _ask(
     from star_attention.llm import LLM
 
     params, config = sampling_of(options), star_config_of(options)
-    engine = asdict(engine_of(options))
+    engine = llm_options_of(options)
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     texts_as = {name: options[name] for name in ("template", "strict", "system", "allow_special")}
     llm = LLM(model, config, context_dir=save_context or load_context, **texts_as, **engine)

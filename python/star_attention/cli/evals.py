@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,8 @@ from star_attention.cli.options import (
     check_preset,
     engine_of,
     engine_options,
+    kv_dtype_option,
+    llm_options_of,
     preset_option,
     refuse_idle,
     text_options,
@@ -140,6 +142,7 @@ def run_options(
             "--anchor-mode", type=Choice(ANCHOR_MODES), default="broadcast", show_default=True
         ),
         click.option("--tokens-per-block", type=TOKENS, default=128, show_default=True),
+        kv_dtype_option,
         click.option(
             "--ranks",
             type=click.IntRange(1),
@@ -417,10 +420,10 @@ def _answer(
 
     llm = LLM(
         options["model"],
-        StarConfig(tokens_per_block=options["tokens_per_block"]),
+        StarConfig(tokens_per_block=options["tokens_per_block"], kv_dtype=options["kv_dtype"]),
         template=options["template"],
         allow_special=options["allow_special"],
-        **asdict(engine_of(options)),
+        **llm_options_of(options),
     )
     longest = max((task.length or 0 for run in runs for task in run.tasks), default=0)
     if longest > llm.model_config.max_position:
@@ -460,6 +463,7 @@ def _prepare(
         "quantization": None if (asked := options["quantization"]) == "auto" else asked,
         **{name: options[name] for name in ("tokens_per_block", "anchor_mode")},
         "ranks": ranks,
+        **({} if options["kv_dtype"] == "auto" else {"kv_dtype": options["kv_dtype"]}),
     }
     return prompts, tasks, [{**shared, **method.configuration} for method in methods]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from star_attention.config import (
     ANCHOR_MODES,
     ATTENTION_METHODS,
+    KV_DTYPES,
     KV_PLACEMENTS,
     MAX_SELECTED_PAGES,
     MERGE_PATHS,
@@ -92,6 +93,14 @@ def _with_options(command: Callable, options: Sequence[Callable]) -> Callable:
     return command
 
 
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    type=Choice(KV_DTYPES),
+    default="auto",
+    show_default=True,
+    help="What contexts are kept in once they are read: as they were computed, or in 8 bits.",
+)
+
 # What `--preset` sets.
 PRESET_OPTIONS = ("block_size", "anchor_size", "selected_pages")
 
@@ -146,6 +155,7 @@ def division_options(command: Callable) -> Callable:
             show_default=True,
             help="Tokens a page of the KV cache holds; block and anchor are multiples of it.",
         ),
+        kv_dtype_option,
     ]
     return _with_options(command, options)
 
@@ -350,6 +360,13 @@ def check_text(option: str, text: str) -> None:
 
 def engine_of(options: dict[str, Any]) -> EngineOptions:
     return EngineOptions(**{field.name: options[field.name] for field in fields(EngineOptions)})
+
+
+def llm_options_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What `LLM` takes of `engine_options`; `kv_dtype` it takes from its config."""
+    taken = asdict(engine_of(options))
+    del taken["kv_dtype"]
+    return taken
 
 
 def sampling_of(options: dict[str, Any]) -> SamplingParams:

@@ -59,10 +59,10 @@ class _ProgressLines:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """A plan, its spans, and what each rank computes, keeps and receives (bytes of 16-bit KV; None
-    if the plan is too large to say)."""
+    """A plan, its spans, and what each rank computes, keeps and receives (bytes; what
+    arrives is of 16 bits, and None if the plan is too large to say)."""
     sizes = ("context_len", "block_size", "anchor_size", "selected_pages", "tokens_per_block")
-    names = (*sizes, "num_ranks", "attention", "anchor_mode", "notes")
+    names = (*sizes, "num_ranks", "attention", "anchor_mode", "kv_dtype", "notes")
     received, kept = predict(plan).received_bytes, _kept_tokens(plan)
     return {
         **{name: getattr(plan, name) for name in names},
@@ -75,12 +75,21 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 **cost._asdict(),
                 "flops": cost.flops(plan.model),
                 "kept_tokens": kept[rank],
+                "kept_bytes": kept_bytes(plan, kept[rank]),
                 "received_bytes": received and received[rank],
             }
             for rank, cost in enumerate(plan.rank_costs)
         ],
         "dense_flops": plan.dense_cost.flops(plan.model),
     }
+
+
+def kept_bytes(plan: Plan, tokens: int) -> int:
+    """Of the KV of so many tokens, in 16 bits or in 8 with scales."""
+    if not plan.is_quantized:
+        return plan.model.kv_bytes(tokens, 2)
+    pages = -(-tokens // plan.tokens_per_block)
+    return pages * plan.model.kept_kv_bytes(plan.tokens_per_block)
 
 
 def predictions_as_json(plan: Plan, rates: Rates) -> dict[str, Any]:
@@ -103,6 +112,9 @@ def print_plan(plan: Plan, model_name: str, rates: Rates) -> None:
         highlight=False,
     )
     predictions = _predictions(plan, rates)
+    fullest = max(_kept_tokens(plan), default=0)
+    what = plan.kv_dtype if plan.is_quantized else "16 bits"
+    console.print(f"KV cache: {size(kept_bytes(plan, fullest))} on the fullest rank, in {what}.")
     predicted, blocks = predictions[plan.attention], _blocks_by_rank(plan)
     console.print(_table_of_ranks(plan, blocks, predicted.received_bytes))
     if plan.num_ranks > _MAX_ROWS:

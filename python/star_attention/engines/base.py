@@ -19,6 +19,7 @@ from star_attention.models.config import ModelConfig
 @dataclass(frozen=True)
 class Prefix:
     """Pages that stand in front of the own ones of several sequences; their rows see them whole.
+    An engine with `kv_packing` above 1 has them in 8 bits.
 
     Attributes:
         cu_seqlens_q: int32 [G + 1], prefix sums of the rows that have each of G lists in front.
@@ -208,6 +209,8 @@ class ModelEngine(Protocol):
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
         quantization: `fp8` or `int8`: of projections, which compute in it instead; or None.
+        kv_dtype: `auto`, or what `quantize_pages` makes of KV: `fp8` or `int8`.
+        kv_packing: pages in 8 bits that share the memory of one; 1: there are none.
         has_exchanges, has_hops, has_prefix, has_selection: whether a step can have them.
         wait_seconds: how long steps have stood still so far for what other ranks send.
         graph_steps: steps that were replays of a CUDA graph so far.
@@ -218,6 +221,8 @@ class ModelEngine(Protocol):
     tokens_per_block: int
     dtype: str
     quantization: str | None
+    kv_dtype: str
+    kv_packing: int
     limits: Limits
     has_exchanges: bool
     has_hops: bool
@@ -233,6 +238,19 @@ class ModelEngine(Protocol):
     def page_bytes(self) -> int:
         """Of one page in one layer on this process: K and V of its heads."""
 
+    @property
+    def kept_page_bytes(self) -> int:
+        """Of one page in one layer on this process once its context is read: in 8 bits with its
+        scales, or `page_bytes`. It is what `read_layer` and `write_layer` copy."""
+
+    def quantize_pages(self, pages: np.ndarray, tokens: np.ndarray) -> None:
+        """Quantises pages, int32 [N], of which the first tokens, int32 [N], count, where they are,
+        in all layers: of every `kv_packing` of them, all are in the memory of the first afterwards,
+        in their order. Those of page p are `kv_packing` * p and following."""
+
+    def dequantize_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Writes pages of 8 bits, int32 [N], as pages, int32 [N]."""
+
     def reserve_pages(self, num_pages: int) -> None:
         """Makes pages below num_pages, at most `limits.pages`, usable; earlier ones stay."""
 
@@ -245,12 +263,13 @@ class ModelEngine(Protocol):
 
     def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
         """Copies these pages' KV in a layer, as the steps so far left it, into `out`, uint8
-        [len(pages), page_bytes]. On a GPU the copy may be under way when this returns, beside the
-        steps that follow; a step that overwrites the pages waits for it."""
+        [len(pages), kept_page_bytes]. On a GPU the copy may be under way when this returns, beside
+        the steps that follow; a step that overwrites the pages waits for it."""
 
     def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
-        """Copies `data`, uint8 [len(pages), page_bytes], into these pages in a layer. On a GPU the
-        copy may be under way when this returns; a step that looks at the pages waits for it."""
+        """Copies `data`, uint8 [len(pages), kept_page_bytes], into these pages in a layer. On a GPU
+        the copy may be under way when this returns; a step that looks at the pages waits for
+        it."""
 
     def finish_copies(self) -> None:
         """Waits for what `read_layer` and `write_layer` began: their host memory is free. Any

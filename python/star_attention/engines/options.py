@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from star_attention.config import MERGE_PATHS, MergePath
+from star_attention.config import KV_DTYPES, MERGE_PATHS, KvDtype, MergePath
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.models.quantization import QUANTIZATIONS, Quantization
@@ -38,6 +38,7 @@ class EngineOptions:
         quantization: `fp8`: projections compute in FP8 (on a CPU they are only rounded to it, to
             see what it does); `int8`: in INT8, on a CPU; `none`: in `dtype`; `auto`: in FP8 if the
             checkpoint's are and the GPU can.
+        kv_dtype: as in `StarConfig`.
     """
 
     device: str = "cpu"
@@ -47,6 +48,7 @@ class EngineOptions:
     merge: MergePath = "auto"
     tp: int = 1
     quantization: Quantization = "auto"
+    kv_dtype: KvDtype = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -54,6 +56,7 @@ class EngineOptions:
             ("load_format", LOAD_FORMATS),
             ("merge", MERGE_PATHS),
             ("quantization", QUANTIZATIONS),
+            ("kv_dtype", KV_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")

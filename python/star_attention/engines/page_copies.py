@@ -13,9 +13,11 @@ from star_attention.engines.base import PagedStep
 
 class PageCopies(ABC):
     """On a GPU copies have a stream of their own. They follow what was computed when they were
-    asked for, and only what concerns their pages follows them."""
+    asked for, and only what concerns their pages follows them. `packing` pages of a prefix share
+    the memory of one; copies name them by that."""
 
-    def __init__(self) -> None:
+    def __init__(self, packing: int = 1) -> None:
+        self._packing = packing
         self._under_way = PagesUnderCopy()
         self._pinned: set[int] = set()  # addresses
 
@@ -29,7 +31,9 @@ class PageCopies(ABC):
 
     def before_step(self, step: PagedStep, tokens_per_block: int) -> None:
         """The steps' stream waits for the copies that concern the step."""
-        if self._are_under_way() and self._under_way.concern_step(step, tokens_per_block):
+        if self._are_under_way() and self._under_way.concern_step(
+            step, tokens_per_block, self._packing
+        ):
             self._wait()
 
     def before(self, reads: Collection[int], writes: Collection[int]) -> None:
@@ -97,12 +101,14 @@ class PagesUnderCopy:
             and self._read.isdisjoint(writes)
         )
 
-    def concern_step(self, step: PagedStep, tokens_per_block: int) -> bool:
+    def concern_step(self, step: PagedStep, tokens_per_block: int, packing: int = 1) -> bool:
         slots = step.slot_mapping[step.slot_mapping >= 0]
         sent = [each.pages for exchange in step.exchanges for each in exchange.sends]
         received = [each.pages for exchange in step.exchanges for each in exchange.receives]
         passed_on = [hop.sends.pages for hop in step.hops]
-        tables = [step.page_table, *([step.prefix.page_table] if step.prefix else [])]
+        tables = [step.page_table]
+        if step.prefix:
+            tables.append(step.prefix.page_table // packing)
         return self.concern(
             _pages_in(*tables, *sent, *passed_on),
             _pages_in(slots // tokens_per_block, *received),

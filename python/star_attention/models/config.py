@@ -212,6 +212,10 @@ class ModelConfig:
         """Bytes of the KV of `tokens` tokens in all layers, in elements of `itemsize` bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * tokens * itemsize
 
+    def kept_kv_bytes(self, tokens_per_block: int) -> int:
+        """Bytes of a page of 8 bits in all layers, with float32 scales of K and V of each head."""
+        return self.kv_bytes(tokens_per_block, 1) + 2 * self.num_layers * self.num_kv_heads * 4
+
     def kv_shape(self, num_pages: int, tokens_per_block: int) -> tuple[int, ...]:
         """Of the KV pool of all layers."""
         page = 2, self.num_kv_heads, tokens_per_block, self.head_dim

@@ -42,6 +42,7 @@ def paged_attention(
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's query rows to the pages that it lists.
 
@@ -64,6 +65,8 @@ def paged_attention(
         max_q_len, max_kv_len: upper bounds of the lengths.
         out: o and lse to write, o in q's dtype or, for partials that are merged later, float32.
         other_pool: pages beside those of kv_pool, of the same shape but for their number.
+        kv_scales: of `quantize_pages`, float32 [num_pages, 2, Hkv]: kv_pool has 8-bit codes. Not
+            with lists of planes.
 
     Returns:
         o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores;
@@ -81,7 +84,56 @@ def paged_attention(
         max_kv_len=max_kv_len,
         out=out,
         other_pool=other_pool,
+        kv_scales=kv_scales,
     )
+
+
+def code_dtype(kv_dtype: str) -> torch.dtype:
+    """Of the codes of `fp8` (e4m3) or `int8`."""
+    return {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
+
+
+def codes_of(kv_pool: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The memory of pages [L, num_pages, ...] as `itemsize` times as many 8-bit pages; those of
+    page p are itemsize * p and following."""
+    layers, num_pages, *page = kv_pool.shape
+    return kv_pool.view(dtype).view(layers, num_pages * kv_pool.itemsize, *page)
+
+
+def quantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None:
+    """Quantises pages where they are, in all layers: of every `itemsize` of them, all are in the
+    memory of the first afterwards, in their order, and the memory of the others is free.
+
+    A scale is the largest magnitude of a page's K or V in a KV head over 448 (e4m3) or 127 (int8),
+    1 if that is 0; a code is what is nearest to value / scale, of two the even one. A NaN makes the
+    scale one.
+
+    Args:
+        kv_pool: [L, num_pages, 2, Hkv, tokens_per_block, D], read.
+        codes: `codes_of` it, written.
+        scales: float32 [L, codes.shape[1], 2, Hkv], written.
+        pages: int32 [N].
+        tokens: int32 [N], how many of each page count; the others become 0.
+    """
+    implementation(kv_pool.device).quantize_pages(kv_pool, codes, scales, pages, tokens)
+
+
+def dequantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    """Writes 8-bit pages, int32 [N] of `codes`, as pages, int32 [N] of `kv_pool`, in all layers.
+    They have no memory in common. The rest as in `quantize_pages`."""
+    implementation(kv_pool.device).dequantize_pages(kv_pool, codes, scales, sources, targets)
 
 
 def rope_append(

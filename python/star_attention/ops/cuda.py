@@ -41,6 +41,7 @@ def paged_attention(
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the
@@ -58,11 +59,12 @@ def paged_attention(
         _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
     _C.paged_attention(
         q,
-        kv_pool,
+        kv_pool if kv_scales is None else _codes(kv_pool),
         page_table,
         cu_seqlens_q,
         kv_lens,
         other_pool,
+        kv_scales,
         o,
         lse,
         _allocator(q),
@@ -74,6 +76,26 @@ def paged_attention(
         _stream(q),
     )
     return o, lse
+
+
+def quantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None:
+    _C.quantize_pages(kv_pool, _codes(codes), scales, pages, tokens, _stream(kv_pool))
+
+
+def dequantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    _C.dequantize_pages(kv_pool, _codes(codes), scales, sources, targets, _stream(kv_pool))
 
 
 def rope_append(
@@ -239,6 +261,11 @@ def _parts(rows: torch.Tensor | QuantizedRows) -> tuple[torch.Tensor, torch.Tens
     if isinstance(rows, QuantizedRows):
         return rows.values.view(torch.uint8), rows.scales
     return rows, None
+
+
+def _codes(pool: torch.Tensor) -> torch.Tensor:
+    """uint8 for e4m3, as the kernels take it."""
+    return pool if pool.dtype == torch.int8 else pool.view(torch.uint8)
 
 
 def _allocator(tensor: torch.Tensor) -> Callable[[int], torch.Tensor]:

@@ -29,6 +29,7 @@ def paged_attention(
     max_kv_len: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page = kv_pool.shape[3]
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
@@ -45,11 +46,51 @@ def paged_attention(
             begin = max(begin, end - kv_len)  # earlier rows see nothing
         if begin == end or kv_len == 0:
             continue
-        pages = page_table[sequence, : -(-kv_len // page)].tolist()
+        listed = page_table[sequence, : -(-kv_len // page)].tolist()
+        pages = _select(kv_pool, listed)
+        if kv_scales is not None:
+            pages = _values(pages, _select(kv_scales, listed)).to(q.dtype)
         o[begin:end], lse[begin:end] = _attend_pages(
-            q[begin:end], _select(kv_pool, pages), kv_len, causal and end - begin > 1, scale
+            q[begin:end], pages, kv_len, causal and end - begin > 1, scale
         )
     return o, lse
+
+
+def quantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None:
+    each, page = kv_pool.itemsize, kv_pool.shape[4]
+    counts = torch.arange(page) < tokens[:, None]
+    first = pages.long().view(-1)
+    index = torch.arange(len(first))
+    targets = first[index // each * each] * each + index % each
+    for layer in range(len(kv_pool)):
+        values = kv_pool[layer, first].float()
+        values.masked_fill_(~counts[:, None, None, :, None], 0.0)
+        largest = values.abs().amax((-2, -1))
+        scale = torch.where(largest == 0, 1.0, largest / _largest_code(codes.dtype))
+        quotients = values / scale[..., None, None]
+        if codes.dtype == torch.int8:
+            quotients = quotients.nan_to_num(0.0).round_().clamp_(-127, 127)
+        codes[layer, targets] = quotients.to(codes.dtype)
+        scales[layer, targets] = scale
+
+
+def dequantize_pages(
+    kv_pool: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+) -> None:
+    sources, targets = sources.long(), targets.long()
+    for layer in range(len(kv_pool)):
+        values = _values(codes[layer, sources], scales[layer, sources])
+        kv_pool[layer, targets] = values.to(kv_pool.dtype)
 
 
 def rope_append(
@@ -207,6 +248,15 @@ def _attend_by_head(
             out[0][rows, heads], out[1][rows, heads] = _attend_pages(
                 q[rows, heads], pages, kv_len, False, scale
             )
+
+
+def _largest_code(dtype: torch.dtype) -> float:
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def _values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [P, 2, Hkv, tokens_per_block, D] of codes and scales [P, 2, Hkv]."""
+    return codes.float() * scales[..., None, None]
 
 
 def _select(kv_pool: torch.Tensor, pages: list[int]) -> torch.Tensor:

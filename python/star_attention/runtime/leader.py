@@ -77,6 +77,7 @@ class Leader:
             shares_blocks,
             store,
             engine.has_selection,
+            engine.kv_packing,
         )
 
     def step(self, on_chunk: OnChunk = lambda chunk, share: None) -> list[NewToken] | None:

@@ -68,6 +68,21 @@ def page_count(tokens: int, tokens_per_block: int) -> int:
     return -(-tokens // tokens_per_block)
 
 
+def frame_count(tokens: int, tokens_per_block: int, packing: int) -> int:
+    """Pages of memory that the KV of so many tokens takes where `packing` pages share one."""
+    return -(-page_count(tokens, tokens_per_block) // packing)
+
+
+def packed_pages(frames: Sequence[int], count: int, packing: int) -> list[int]:
+    """The first `count` pages of 8 bits in the memory of these pages."""
+    return [frame * packing + i for frame in frames for i in range(packing)][:count]
+
+
+def frames_of(pages: Sequence[int], packing: int) -> list[int]:
+    """The pages of memory that `packed_pages` are in."""
+    return list(dict.fromkeys(page // packing for page in pages))
+
+
 def question_pages(cached: int, kept: int, tokens_per_block: int) -> int:
     """Pages of its own that a question takes on a rank that caches `cached` tokens of its context
     and keeps `kept` of the question and its answer: the context's full pages are shared, the last,

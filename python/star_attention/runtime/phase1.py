@@ -10,22 +10,73 @@ Source: Star Attention, arXiv 2411.17116, section 2.1; anchor modes: docs/archit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from star_attention.arrivals import Arrival, Arrivals
 from star_attention.engines.base import Exchange, Hop, PagedStep, PageMeans, Pages, Selection
-from star_attention.plan import Plan
-from star_attention.runtime.pages import Rows, page_count, page_table, paged_step
+from star_attention.plan import Part, Plan
+from star_attention.runtime.pages import Rows, frame_count, page_count, page_table, paged_step
 from star_attention.spans import Span, shared_in_a_pass
 
 
-def scratch_pages(plan: Plan, rank: int) -> int:
+def scratch_pages(plan: Plan, rank: int, packing: int = 1) -> int:
     """Pages that a rank takes, until phase 1 is over, for what it sees and does not keep: of the
     anchor, of the blocks that all ranks compute in one pass, and of what is cached elsewhere of the
-    blocks that it computes alone."""
+    blocks that it computes alone.
+
+    Args:
+        packing: pages that share the memory of one in the end. Above 1, what is kept takes more
+            until it is quantised, and what is cached in 8 bits and seen is there twice.
+    """
+    return _unquantized(plan, rank, packing) if packing > 1 else _missing(plan, rank)
+
+
+def _unquantized(plan: Plan, rank: int, packing: int) -> int:
+    """Pages beyond those of the quantised KV. Rows that are computed see the anchor until all is
+    over, and so all others where blocks do not end by themselves; blocks of a pass until then."""
+    page = plan.tokens_per_block
+    reads = {part.block for part in plan.parts if part.start not in plan.cached}
+    sees_anchor = any(plan.blocks[index].prefix for index in reads)
+    again = plan.anchor_mode == "recompute"
+    in_front = plan.anchor_size // page if sees_anchor else 0
+    by_block = plan.ends_by_block
+    lasting = np.zeros(page_count(plan.context_len, page), bool)
+    if by_block and not again:
+        lasting[:in_front] = True
+    frames = 0  # in the end, of what lasts
+    frames_of_block: Counter[int] = Counter()
+    seen = {part.start for part in plan.seen_parts}
+    for part in plan.parts_of(rank):
+        is_read, own = part.start not in plan.cached, frame_count(part.tokens, page, packing)
+        lasts = not by_block or (not again and part.start < in_front * page)
+        if part.start in seen or (is_read and lasts):
+            lasting[part.start // page : page_count(part.end, page)] = True
+            frames += own * is_read
+        elif is_read:
+            frames_of_block[part.block] += own
+    extra = int(lasting.sum()) - frames
+    if not by_block:
+        return extra + _missing(plan, rank)
+    together: list[tuple[int, int]] = []
+    alone: list[tuple[int, int]] = []
+    for index in sorted(reads):
+        block = plan.blocks[index]
+        if block.rank in (None, rank):
+            pages = int((~lasting[block.start // page : page_count(block.end, page)]).sum())
+            blocks = together if block.rank is None else alone
+            blocks.append((block.tokens, max(0, pages - frames_of_block[index])))
+    return (
+        extra
+        + (plan.anchor_size // page if again and reads else 0)
+        + _most_in_a_pass(together, plan.num_ranks)
+        + _most_in_a_pass(alone, 1)
+    )
+
+
+def _missing(plan: Plan, rank: int) -> int:
     page, anchor = plan.tokens_per_block, plan.anchor_size // plan.tokens_per_block
     reads = {part.block for part in plan.parts if part.start not in plan.cached}
     sees = {index for index in reads if plan.blocks[index].prefix}
@@ -85,11 +136,20 @@ class ContextPart:
     """One rank's part of a context's phase 1.
 
     Args:
-        pages: for what the rank keeps, part after part.
-        scratch: `scratch_pages` of them.
+        pages: for what the rank keeps, part after part; none where that is quantised.
+        scratch: `scratch_pages` of them; where the KV is quantised, and besides those that this
+            takes in the end.
+        packing: as in `scratch_pages`.
     """
 
-    def __init__(self, plan: Plan, rank: int, pages: Sequence[int], scratch: Sequence[int]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        pages: Sequence[int],
+        scratch: Sequence[int],
+        packing: int = 1,
+    ) -> None:
         self._plan, self._rank, self._page = plan, rank, plan.tokens_per_block
         self._arrivals = Arrivals(plan)
         self._means = PageMeans(max(map(plan.candidates, plan.blocks), default=0))
@@ -97,16 +157,72 @@ class ContextPart:
         self._done = [0] * plan.num_ranks  # tokens, for a ring
         # Where each page of the context is; -1: nowhere.
         self._where = np.full(len(self._kept), -1, np.int32)
-        self._where[self._kept] = pages
-        self._own = np.asarray(pages, np.int32)
-        # With `recompute` all of it is for the anchor in front of a block.
+        self._packing = packing
+        self._held = set(scratch)
+        self._unquantized: list[Part] = []
+        # With `recompute` the first are for the anchor in front of a block.
         self._scratch = np.asarray(scratch, np.int32)
-        self._free = [] if plan.anchor_mode == "recompute" else list(scratch)[::-1]
+        again = plan.anchor_mode == "recompute"
+        self._free = list(scratch[plan.anchor_size // self._page if again else 0 :])[::-1]
+        if packing > 1:
+            own = plan.parts_of(rank)
+            self._unquantized = [part for part in own if part.start not in plan.cached]
+            if plan.attention == "ring":
+                pages = [self._free.pop() for _ in range(int(self._kept.sum()))]
+        if len(pages):
+            self._where[self._kept] = pages
+        self._own = np.asarray(pages, np.int32)
 
     @property
     def finished(self) -> bool:
         """Whether the ranks have computed all of the context."""
         return self._arrivals.finished
+
+    @property
+    def held(self) -> list[int]:
+        """Of the scratch pages, those that are no quantised part's."""
+        return sorted(self._held)
+
+    def restore(self, cached: Mapping[int, Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Before the first pass, where the KV is quantised: pages of 8 bits that are seen here or
+        sent from here, and where they are wanted as pages, int32 [N] each.
+
+        Args:
+            cached: pages of the parts that were there before, by where these start.
+        """
+        sources: list[int] = []
+        targets: list[int] = []
+        for part in self._plan.seen_parts:
+            if part.rank == self._rank:
+                pages = cached[part.start]
+                frames = [self._free.pop() for _ in pages]
+                self._where[self._pages_of(part)] = frames
+                sources += pages
+                targets += frames
+        return np.array(sources, np.int32), np.array(targets, np.int32)
+
+    def settle(self) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+        """After a pass, where the KV is quantised: parts that no row is to see any more, their
+        pages, which are to be quantised now, and how many tokens each has. Every `packing`th of
+        these is the part's then, from the first on."""
+        in_front = 0 if self._plan.anchor_mode == "recompute" else self._plan.anchor_size
+        for part in list(self._unquantized):
+            ends_early = self._plan.ends_by_block and part.start >= in_front
+            if not (self.finished or (ends_early and self._arrivals.is_done(part.block))):
+                continue
+            self._unquantized.remove(part)
+            where = self._pages_of(part)
+            frames = self._where[where].copy()
+            self._where[where] = -1
+            kept = frames[:: self._packing].tolist()
+            self._held.difference_update(kept)
+            self._free += [frame for frame in frames.tolist()[::-1] if frame not in kept]
+            tokens = np.full(len(frames), self._page, np.int32)
+            tokens[-1] = part.tokens - (len(frames) - 1) * self._page
+            yield part, frames, tokens
+
+    def _pages_of(self, part: Part) -> slice:
+        return slice(part.start // self._page, page_count(part.end, self._page))
 
     def take(self, spans: Sequence[Span]) -> ContextPass | None:
         """The pass of these spans, of all ranks; None: nothing to do here. In one with exchanges

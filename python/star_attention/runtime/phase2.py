@@ -15,18 +15,27 @@ import numpy as np
 
 from star_attention.engines.base import PagedStep, Prefix
 from star_attention.plan import Plan
-from star_attention.runtime.pages import PagePool, Rows, page_count, page_table, paged_step
+from star_attention.runtime.pages import (
+    PagePool,
+    Rows,
+    frames_of,
+    page_count,
+    page_table,
+    paged_step,
+)
 
 
 @dataclass
 class CachedContext:
     """What this rank caches of a context: `kv_len` tokens in `pages`, rotated as the model rotates
-    long texts or not."""
+    long texts or not. In 8 bits, `packing` pages share the memory of one, and questions have pages
+    of their own."""
 
     plan: Plan
     pages: list[int]
     kv_len: int
     is_long: bool
+    packing: int = 1
 
 
 class CachedQuestion:
@@ -44,9 +53,10 @@ class CachedQuestion:
         self.context = context
         self.position = context.plan.context_len
         self._pool = pool
-        self._kv_len = context.kv_len
-        self._pages = np.array(context.pages, np.int32)
-        self._held = list(context.pages)
+        shares = context.packing == 1
+        self._kv_len = context.kv_len if shares else 0
+        self._pages = np.array(context.pages if shares else [], np.int32)
+        self._held = frames_of(context.pages, context.packing)
         pool.share(self._held)
         self._shares_last_page = True
 
@@ -85,10 +95,17 @@ def grouped_step(
     tokens_per_block: int,
 ) -> PagedStep:
     """`questions_step`, in which the full pages of a context that several questions in a row have
-    are a prefix of all of them."""
+    are a prefix of all of them; in 8 bits all pages, which are in no question's rows."""
     step = questions_step(rows, tokens_per_block)
     first = np.cumsum([0, *groups[:-1]])
     contexts = [questions[index].context for index in first]
+    if any(context.packing > 1 for context in contexts):
+        prefix = Prefix(
+            step.cu_seqlens_q[np.cumsum([0, *groups])],
+            np.array([context.kv_len for context in contexts], np.int32),
+            page_table([context.pages for context in contexts]),
+        )
+        return replace(step, prefix=prefix)
     pages = [context.kv_len // tokens_per_block for context in contexts]
     own = np.repeat(pages, groups)
     return replace(

@@ -27,7 +27,7 @@ class Division:
         known: of each part of the plan the block that is there, or which tier has it, or None.
         pages, scratch: taken on each rank, int64 [ranks]; scratch until phase 1 is over.
         new: of the pages, those of blocks that are not in pages yet.
-        tokens: that each rank caches of it.
+        tokens: that each rank caches of it in pages whose last one a question goes on in.
     """
 
     plan: Plan

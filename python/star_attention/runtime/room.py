@@ -12,7 +12,7 @@ from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.plan import Plan, make_plan
 from star_attention.runtime.blocks import Block
-from star_attention.runtime.pages import page_count, question_pages
+from star_attention.runtime.pages import frame_count, question_pages
 from star_attention.runtime.phase1 import scratch_pages
 from star_attention.runtime.placement import kept_tokens
 from star_attention.runtime.requests import Division
@@ -29,8 +29,7 @@ class Room:
     Args:
         model: weighs work, so that plans are the workers'.
         limits: what every rank's engine allows.
-        has_exchanges, has_hops, has_selection: what the engines' steps can have, as in
-            `ModelEngine`.
+        has_exchanges, has_hops, has_selection, kv_packing: as in `ModelEngine`.
     """
 
     def __init__(
@@ -42,8 +41,10 @@ class Room:
         has_exchanges: bool,
         has_hops: bool,
         has_selection: bool,
+        kv_packing: int = 1,
     ) -> None:
         self.limits = limits
+        self._packing = kv_packing
         self._model = model
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._has_exchanges, self._has_hops = has_exchanges, has_hops
@@ -77,6 +78,10 @@ class Room:
                 "--anchor-mode broadcast needs a GPU for each rank in TensorRT engines: use local"
             )
         return plan
+
+    def divide(self, plan: Plan, known: Sequence[Block | Stored | None]) -> Division:
+        """How ranks hold a context around the blocks that are `known` of its parts."""
+        return divide(plan, known, self._packing)
 
     def pass_tokens(self, plan: Plan) -> int | None:
         """Tokens of a rank in a pass of a context, at most."""
@@ -121,7 +126,7 @@ class Room:
                     larger = make_plan(plan.context_len, config, ranks, self._model)
                 except UserError:
                     return None
-                division = divide(larger, [None] * len(larger.parts))
+                division = self.divide(larger, [None] * len(larger.parts))
                 if self.fits(division.new + division.scratch):
                     return ranks
         return None
@@ -172,18 +177,18 @@ class Room:
             )
 
 
-def divide(plan: Plan, known: Sequence[Block | Stored | None]) -> Division:
+def divide(plan: Plan, known: Sequence[Block | Stored | None], packing: int) -> Division:
     """Holds a context around the blocks that are `known` of its parts, wherever these are."""
     plan = plan.beside([block.rank if block else None for block in known])
     pages, new, scratch = (np.zeros(plan.num_ranks, np.int64) for _ in range(3))
     tokens = [0] * plan.num_ranks
     for each, block in zip(plan.parts, known, strict=True):
-        count = page_count(each.tokens, plan.tokens_per_block)
+        count = frame_count(each.tokens, plan.tokens_per_block, packing)
         pages[each.rank] += count
         new[each.rank] += 0 if isinstance(block, Block) else count
-        tokens[each.rank] += each.tokens
+        tokens[each.rank] += each.tokens if packing == 1 else 0
     for rank in range(plan.num_ranks):
-        scratch[rank] = scratch_pages(plan, rank)
+        scratch[rank] = scratch_pages(plan, rank, packing)
     return Division(plan, tuple(known), pages, new, scratch, tokens)
 
 

@@ -43,10 +43,10 @@ from star_attention.runtime.orders import (
     QuestionPart,
     Release,
 )
-from star_attention.runtime.pages import page_count, question_pages
+from star_attention.runtime.pages import frame_count, question_pages
 from star_attention.runtime.placement import keeper, runs_of
 from star_attention.runtime.requests import Context, Division, FinishReason, NewToken, Question
-from star_attention.runtime.room import Room, divide, pages_of_question
+from star_attention.runtime.room import Room, pages_of_question
 from star_attention.runtime.sampling import SamplingParams, TokenLogprobs
 from star_attention.runtime.store import Store, Stored
 from star_attention.runtime.tiers import LoadState
@@ -61,7 +61,7 @@ class Scheduler:
     """See the module.
 
     Args:
-        model, limits, has_exchanges, has_hops, has_selection: as in `Room`.
+        model, limits, has_exchanges, has_hops, has_selection, kv_packing: as in `Room`.
         has_prefix: the engines' steps can have one.
         shares_blocks: contexts share blocks of the same contents, and these stay when no context
             holds them, until others need the room.
@@ -87,6 +87,7 @@ class Scheduler:
         shares_blocks: bool = False,
         store: Store | None = None,
         has_selection: bool = False,
+        kv_packing: int = 1,
     ) -> None:
         self.chunk_tokens: int | None = None
         self.question_tokens: int | None = None
@@ -94,8 +95,16 @@ class Scheduler:
         self._has_prefix = has_prefix
         self._model = model
         self._room = Room(
-            model, limits, num_ranks, tokens_per_block, has_exchanges, has_hops, has_selection
+            model,
+            limits,
+            num_ranks,
+            tokens_per_block,
+            has_exchanges,
+            has_hops,
+            has_selection,
+            kv_packing,
         )
+        self._packing = kv_packing
         self._num_ranks, self._page = num_ranks, tokens_per_block
         self._shares_blocks = shares_blocks
         self._numbers = 0
@@ -152,7 +161,7 @@ class Scheduler:
             keys,
             is_long,
             keep,
-            _even(plan),
+            self._even(plan),
             plan.passes(),
         )
         self._check(context, questions)
@@ -362,7 +371,7 @@ class Scheduler:
         around = [block if block in kept else None for block in self._known(context)]
         with contextlib.suppress(UserError):
             return self._check_division(context, context.division, pages, questions)
-        division = divide(context.plan, around)
+        division = self._room.divide(context.plan, around)
         return self._check_division(context, division, pages, questions)
 
     def _check_division(
@@ -415,7 +424,7 @@ class Scheduler:
         around = tuple(block if block in kept else None for block in found)
         # Usually they are the same.
         for known in dict.fromkeys((found, around, (None,) * len(found))):
-            division = divide(context.plan, known)
+            division = self._room.divide(context.plan, known)
             if self._fits(context, division) and self._leaves_room(context, division):
                 break
         else:
@@ -490,7 +499,7 @@ class Scheduler:
                 self._blocks.hold(known)
                 context.blocks.append(known)
                 continue
-            count = page_count(each.tokens, self._page)
+            count = frame_count(each.tokens, self._page, self._packing)
             block = self._blocks.new(key, each.rank, each.tokens, count)
             context.blocks.append(block)
             if known is None:
@@ -501,18 +510,15 @@ class Scheduler:
         context.division = division
         context.phase1 = plan.passes()
         parts = list(zip(plan.parts, context.blocks, strict=True))
-        read = {each.block for each, block in parts if block in context.reads}
-        in_front = plan.anchor_size if read else 0
-        if plan.selected_pages and read:  # what is chosen from
-            in_front = plan.blocks[max(read)].start
-        context.awaits = [
-            block
-            for each, block in parts
-            if (each.start < in_front or each.block in read) and block not in context.reads
-        ]
+        seen = {part.start for part in plan.seen_parts}
+        context.awaits = [block for each, block in parts if each.start in seen]
         context.is_open = True
         for question in self._waiting_for(context):
             question.most_pages = self._question_pages(division, question)
+
+    def _even(self, plan: Plan) -> Division:
+        """How a context is held that is read anew."""
+        return self._room.divide(plan, [None] * len(plan.parts))
 
     def _waiting_for(self, context: Context) -> list[Question]:
         return [each for each in self._waiting if each.context is context]
@@ -551,7 +557,7 @@ class Scheduler:
         for context in again:
             self._close(context)
             plan = self._room.plan(len(context.token_ids), context.config)
-            context.division = _even(plan)
+            context.division = self._even(plan)
             if context.is_released and not context.questions:
                 self._contexts.remove(context)
         again = [each for each in again if each in self._contexts]
@@ -738,11 +744,6 @@ class Scheduler:
         """The rank that keeps the last token of a running question's answer."""
         placement, index = question.context.config.kv_placement, len(question.answer) - 1
         return keeper(placement, index, self._num_ranks, self._page)
-
-
-def _even(plan: Plan) -> Division:
-    """How a context is held that is read anew."""
-    return divide(plan, [None] * len(plan.parts))
 
 
 def _lengths(question: Question) -> tuple[int, int]:

@@ -121,6 +121,7 @@ def open_store(
         if isinstance(problem, str):
             raise UserError(problem)
     num_layers = engine.config.num_layers
-    store = Store(budgets, tp, num_layers, engine.page_bytes * num_layers)
+    page_bytes = engine.kept_page_bytes * engine.kv_packing  # of what takes a page's memory
+    store = Store(budgets, tp, num_layers, page_bytes * num_layers)
     store.find_all(found)
     return store

@@ -69,8 +69,10 @@ class Tiers:
         disk_folder: Path | None,
         disk_option: str = "--context-dir",
     ) -> None:
-        if description.page_bytes != engine.page_bytes:
-            raise ValueError(f"pages of {engine.page_bytes} bytes are described as {description}")
+        if description.page_bytes != engine.kept_page_bytes:
+            raise ValueError(
+                f"pages of {engine.kept_page_bytes} bytes are described as {description}"
+            )
         self._engine = engine
         self._description = description
         self._host = self._disk = None

@@ -33,7 +33,14 @@ from star_attention.runtime.orders import (
     Saved,
     Wait,
 )
-from star_attention.runtime.pages import PagePool, Rows, page_count
+from star_attention.runtime.pages import (
+    PagePool,
+    Rows,
+    frame_count,
+    frames_of,
+    packed_pages,
+    page_count,
+)
 from star_attention.runtime.phase1 import ContextPart, scratch_pages
 from star_attention.runtime.phase2 import (
     CachedContext,
@@ -75,8 +82,10 @@ class Worker:
         self._load_seconds = load_seconds
         self.pool = PagePool(engine)
         self._reading: dict[int, _Reading] = {}
+        self._packing = engine.kv_packing
         self._blocks: dict[int, list[int]] = {}  # pages of those that this rank holds
         self._contexts: dict[int, CachedContext] = {}
+        self._numbers: dict[int, list[int]] = {}  # of contexts' blocks here
         self._questions: dict[int, CachedQuestion] = {}
         self._tiers: Tiers | None = None
         self._loads: dict[int, bytes] = {}  # keys of the blocks that are being loaded
@@ -140,33 +149,50 @@ class Worker:
         plan = plan.beside([None if part.read else part.rank for part in order.blocks])
         self.engine.reserve_positions(plan.context_len)
         parts = list(zip(plan.parts, order.blocks, strict=True))
-        self._allocate_blocks([each for each in parts if each[0].rank == rank])
-        pages = [page for _, part in parts for page in self._blocks.get(part.number, ())]
-        self.pool.share(pages)
+        own = [each for each in parts if each[0].rank == rank]
+        packing = self._packing
+        scratch_size = scratch_pages(plan, rank, packing)
+        if packing > 1:  # what is read has pages of 8 bits when it is quantised
+            page = self.engine.tokens_per_block
+            read = [each for each in own if each[1].read]
+            scratch_size += sum(frame_count(block.tokens, page, packing) for block, _ in read)
+            own = [each for each in own if not each[1].read]
+        self._allocate_blocks(own)
+        numbers = [part.number for each, part in parts if each.rank == rank]
+        pages: list[int] = []
+        if packing == 1:
+            pages = [page for number in numbers for page in self._blocks[number]]
+            self.pool.share(pages)
         kv_len = sum(part.tokens for part in plan.parts_of(rank))
-        self._contexts[order.context] = CachedContext(plan, pages, kv_len, order.is_long)
-        scratch = self.pool.allocate(scratch_pages(plan, rank))
-        part = ContextPart(plan, rank, pages, scratch)
+        context = CachedContext(plan, pages, kv_len, order.is_long, packing)
+        self._contexts[order.context] = context
+        self._numbers[order.context] = numbers
+        scratch = self.pool.allocate(scratch_size)
+        part = ContextPart(plan, rank, pages, scratch, packing)
         if not part.finished:
-            self._reading[order.context] = _Reading(order.token_ids, part, scratch)
+            starts = {each.start: number.number for each, number in parts}
+            self._reading[order.context] = _Reading(order.token_ids, part, starts)
         read = (part for part in plan.parts if part.start not in plan.cached)
         self.stats["context"].tokens += sum(part.tokens for part in read)
 
     def _allocate_blocks(self, parts: Sequence[tuple[Part, BlockPart]]) -> None:
         """Pages for blocks that are new here, together, so that they are consecutive."""
-        page = self.engine.tokens_per_block
+        page, packing = self.engine.tokens_per_block, self._packing
         new = [
-            (part.number, page_count(block.tokens, page))
-            for block, part in parts
-            if part.number not in self._blocks
+            (part.number, block.tokens) for block, part in parts if part.number not in self._blocks
         ]
-        pages = self.pool.allocate(sum(count for _, count in new))
-        for number, count in new:
-            self._blocks[number], pages = pages[:count], pages[count:]
+        frames = self.pool.allocate(sum(frame_count(tokens, page, packing) for _, tokens in new))
+        for number, tokens in new:
+            count = frame_count(tokens, page, packing)
+            self._blocks[number] = packed_pages(frames[:count], page_count(tokens, page), packing)
+            frames = frames[count:]
 
     def _chunk(self, order: Chunk, on_layer: Callable[[float], None] | None) -> None:
         reading = self._reading[order.context]
         with self._timed("context"):
+            if self._packing > 1 and not reading.restored:
+                reading.restored = True
+                self._restore(reading)
             context_pass = reading.part.take(order.spans)
             if context_pass is not None:
                 positions = context_pass.positions
@@ -179,8 +205,25 @@ class Worker:
                         NO_ROWS,
                         on_layer,
                     )
+            if self._packing > 1:
+                self._quantize(reading)
         if reading.part.finished:
             self._end_reading(order.context)
+
+    def _restore(self, reading: _Reading) -> None:
+        """Cached blocks that the context's rows see are in 8 bits."""
+        cached = {start: self._blocks.get(number, []) for start, number in reading.blocks.items()}
+        sources, targets = reading.part.restore(cached)
+        if len(sources):
+            self.engine.dequantize_pages(sources, targets)
+
+    def _quantize(self, reading: _Reading) -> None:
+        """What no row of the context is to see any more."""
+        for part, frames, tokens in reading.part.settle():
+            self.engine.quantize_pages(frames, tokens)
+            kept = frames[:: self._packing].tolist()
+            pages = packed_pages(kept, len(frames), self._packing)
+            self._blocks[reading.blocks[part.start]] = pages
 
     def _ask(self, order: Ask) -> Logits:
         questions = [self._question(part) for part in order.parts]
@@ -227,6 +270,8 @@ class Worker:
         engine.reserve_positions(max(question.position for question in questions))
         token_ids = np.concatenate(inputs).astype(np.int32)
         places = np.concatenate(positions).astype(np.int32)
+        if self._packing > 1 and not groups:
+            groups = [1] * len(rows)
         step = grouped_step(rows, questions, groups, page) if groups else questions_step(rows, page)
         with interrupts.allowed():
             return engine.step(token_ids, places, step, logit_rows)
@@ -234,6 +279,9 @@ class Worker:
     def _question(self, part: QuestionPart) -> CachedQuestion:
         if part.question not in self._questions:
             context = self._contexts[part.context]
+            if self._packing > 1:  # they are all there by now
+                numbers = self._numbers[part.context]
+                context.pages = [page for number in numbers for page in self._blocks[number]]
             self._questions[part.question] = CachedQuestion(context, self.pool)
         return self._questions[part.question]
 
@@ -244,15 +292,17 @@ class Worker:
         for number in order.contexts:
             if number in self._reading:
                 self._end_reading(number)
-            if context := self._contexts.pop(number, None):
+            self._numbers.pop(number, None)
+            context = self._contexts.pop(number, None)
+            if context and self._packing == 1:
                 self.pool.release(context.pages)
         for number in order.blocks:
             if key := self._loads.pop(number, None):
                 self._tiers.cancel(key)
-            self.pool.release(self._blocks.pop(number, []))
+            self.pool.release(frames_of(self._blocks.pop(number, []), self._packing))
 
     def _end_reading(self, context: int) -> None:
-        self.pool.release(self._reading.pop(context).scratch)
+        self.pool.release(self._reading.pop(context).part.held)
 
     def _open_store(self, order: OpenStore) -> list[dict[Tier, dict[bytes, int]] | str]:
         engine, world = self.engine, self.comm.world
@@ -260,12 +310,12 @@ class Worker:
         description = StoreDescription(
             model=order.model,
             fingerprint=order.fingerprint,
-            dtype=engine.dtype,
+            dtype=engine.dtype if self._packing == 1 else f"{engine.dtype} in {engine.kv_dtype}",
             num_layers=config.num_layers,
             num_kv_heads=config.shard(tp).num_kv_heads,
             head_dim=config.head_dim,
             tokens_per_block=engine.tokens_per_block,
-            page_bytes=engine.page_bytes,
+            page_bytes=engine.kept_page_bytes,
             rank=world.rank,
             num_ranks=self.comm.size,
             tp=tp,
@@ -327,10 +377,11 @@ class Worker:
         stats.traffic += self.comm.traffic - before
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reading:
-    """A context in phase 1."""
+    """A context in phase 1; the numbers of its blocks by where they start."""
 
     token_ids: np.ndarray
     part: ContextPart
-    scratch: list[int]
+    blocks: dict[int, int]
+    restored: bool = False  # what is cached in 8 bits and seen

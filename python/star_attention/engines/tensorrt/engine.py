@@ -63,6 +63,7 @@ class TensorRtEngine:
     """
 
     has_hops = has_prefix = has_selection = False
+    kv_dtype, kv_packing = "auto", 1
 
     def __init__(
         self,
@@ -111,6 +112,10 @@ class TensorRtEngine:
             "kv_cache": self._pool.nbytes,
             "workspace": self._workspace.nbytes,
         }
+
+    @property
+    def kept_page_bytes(self) -> int:
+        return self.page_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -25,7 +25,8 @@ PageIndex: TypeAlias = "slice | torch.Tensor"
 
 @dataclass(frozen=True)
 class PagedTables:
-    """What `ops.paged_attention` needs besides q and the pool, on the device."""
+    """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`:
+    codes and scales of all layers, whose pages are listed instead of the pool's."""
 
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -33,6 +34,7 @@ class PagedTables:
     causal: bool
     max_q_len: int
     max_kv_len: int
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def on(
@@ -42,6 +44,7 @@ class PagedTables:
         cu_seqlens_q: np.ndarray,
         kv_lens: np.ndarray,
         causal: bool = False,
+        quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> PagedTables:
         return cls(
             to_device(page_table, device),
@@ -50,15 +53,20 @@ class PagedTables:
             causal,
             int(np.diff(cu_seqlens_q).max(initial=0)),
             int(kv_lens.max(initial=0)),
+            quantized,
         )
 
     def attend(
         self,
         q: torch.Tensor,
+        layer: int,
         pool: torch.Tensor,
         scale: float,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = None
+        if self.quantized:
+            pool, scales = (each[layer] for each in self.quantized)
         return ops.paged_attention(
             q,
             pool,
@@ -70,6 +78,7 @@ class PagedTables:
             max_q_len=self.max_q_len,
             max_kv_len=self.max_kv_len,
             out=out,
+            kv_scales=scales,
         )
 
 
@@ -82,7 +91,7 @@ class Attention:
     list: there are two partials at a time, and two hops' pages.
 
     Args:
-        lists: of pages of this rank, which the rows see; with `selected`, each of its parts has one.
+        lists: of pages of this rank, which the rows see; one for each part of `selected`.
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
@@ -170,7 +179,7 @@ class Attention:
         chosen = []
         for part, tables in zip(selected.parts, self._lists, strict=True):
             rows = part.rows
-            tables.attend(q[rows], pool, self._scale, (o[0, rows], lse[0, rows]))
+            tables.attend(q[rows], layer, pool, self._scale, (o[0, rows], lse[0, rows]))
             if not chosen:
                 with self._clock:
                     selected.arrived(layer, stream)
@@ -191,8 +200,8 @@ class Attention:
         """o in `dtype`, and lse, over what this rank sees."""
         if len(self._lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
-            return self._lists[0].attend(q, pool, self._scale, out)
-        seen = _Seen(q, self._scale)
+            return self._lists[0].attend(q, self._layer, pool, self._scale, out)
+        seen = _Seen(q, self._layer, self._scale)
         lists, here = self._lists, pool
         for hop in self._hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
@@ -220,11 +229,13 @@ def attention_on(
     scale: float,
     pool: torch.Tensor,
     peers: list[int] | None = None,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Attention:
     """The attention that `step` describes, ready on the device of the pool of all layers.
 
     Args:
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
+        quantized: codes and scales of all layers, in which prefixes are.
     """
     device = pool.device
     rows = len(step.slot_mapping)
@@ -237,7 +248,11 @@ def attention_on(
         parts = [part.sequences for part in selected.parts]
     lists = [_tables_of(step, sequences, device) for sequences in parts]
     prefix = step.prefix and PagedTables.on(
-        device, step.prefix.page_table, step.prefix.cu_seqlens_q, step.prefix.kv_lens
+        device,
+        step.prefix.page_table,
+        step.prefix.cu_seqlens_q,
+        step.prefix.kv_lens,
+        quantized=quantized,
     )
     return Attention(
         [prefix, *lists] if prefix else lists,
@@ -264,8 +279,8 @@ def _tables_of(step: PagedStep, sequences: slice, device: torch.device) -> Paged
 class _Seen:
     """What rows q [T, Hq, D] see of several lists of pages."""
 
-    def __init__(self, q: torch.Tensor, scale: float) -> None:
-        self._q, self._scale = q, scale
+    def __init__(self, q: torch.Tensor, layer: int, scale: float) -> None:
+        self._q, self._layer, self._scale = q, layer, scale
         self._o, self._lse = _partials(q, 2)  # of the lists so far, and of the last one
         self._lists = 0
 
@@ -274,7 +289,8 @@ class _Seen:
             if self._lists > 1:
                 self._merge_into_first()
             this = min(self._lists, 1)
-            tables.attend(self._q, pool, self._scale, (self._o[this], self._lse[this]))
+            out = self._o[this], self._lse[this]
+            tables.attend(self._q, self._layer, pool, self._scale, out)
             self._lists += 1
 
     def merged(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

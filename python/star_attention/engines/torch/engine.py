@@ -40,6 +40,7 @@ class TorchEngine:
         comm: connects the ranks; reaches the device's memory.
         tokens_per_block: tokens a page holds.
         max_pages: pages of the KV pool, allocated at once; None: it grows (CPU only).
+        kv_dtype: `fp8` or `int8`: contexts are quantised once they are read; `auto`: not.
         group: the ranks that have the other parts of `weights`, and the same tokens (tensor
             parallelism); `comm` connects this rank with those that have the same part.
     """
@@ -54,6 +55,7 @@ class TorchEngine:
         tokens_per_block: int = 128,
         max_pages: int | None = None,
         group: Communicator | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         self.config = config
         self.tokens_per_block = tokens_per_block
@@ -73,15 +75,30 @@ class TorchEngine:
         self.has_selection = not on_gpu or tokens_per_block == ops.CUDA_SELECTED_PAGE
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
         self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
-        self._pool = KvPool(self._part, tokens_per_block, embedding.dtype, self._device, max_pages)
+        self.kv_dtype = kv_dtype
+        self.kv_packing = 1 if kv_dtype == "auto" else embedding.itemsize
+        self._pool = KvPool(
+            self._part,
+            tokens_per_block,
+            embedding.dtype,
+            self._device,
+            max_pages,
+            None if kv_dtype == "auto" else kv_dtype,
+        )
         self._peers = comm.map_peers(self._pool.data) if on_gpu and comm.size > 1 else None
-        self._copies = TorchPageCopies(self._device)
+        self._copies = TorchPageCopies(self._device, self.kv_packing)
         self.limits = Limits(pages=max_pages)
         self._graphs: DecodeGraphs | None = None
         if on_gpu and comm.capturable and self._group.capturable:
             forward = functools.partial(self._forward, is_captured=True)
             self._graphs = DecodeGraphs(
-                forward, comm, self._scale, self._device, max_pages, tokens_per_block
+                forward,
+                comm,
+                self._scale,
+                self._device,
+                max_pages,
+                tokens_per_block,
+                self._quantized,
             )
 
     @property
@@ -112,15 +129,48 @@ class TorchEngine:
             if self._graphs:
                 self._graphs.clear()
 
+    @property
+    def _quantized(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self._pool.codes, self._pool.scales) if self.kv_packing > 1 else None
+
+    @property
+    def kept_page_bytes(self) -> int:
+        if self.kv_packing == 1:
+            return self.page_bytes
+        return self._part.kept_kv_bytes(self.tokens_per_block) // self._part.num_layers
+
+    def quantize_pages(self, pages: np.ndarray, tokens: np.ndarray) -> None:
+        listed = pages.tolist()
+        self._copies.before(listed, listed)
+        device_arrays = (to_device(array, self._device) for array in (pages, tokens))
+        ops.quantize_pages(self._pool.data, self._pool.codes, self._pool.scales, *device_arrays)
+
+    def dequantize_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        self._copies.before((sources // self.kv_packing).tolist(), targets.tolist())
+        device_arrays = (to_device(array, self._device) for array in (sources, targets))
+        ops.dequantize_pages(self._pool.data, self._pool.codes, self._pool.scales, *device_arrays)
+
     def copy_page(self, source: int, target: int) -> None:
         self._copies.before([source], [target])
         self._pool.copy_page(source, target)
 
     def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
-        self._copies.read(self._pool.data[layer], pages, out)
+        for pool, host in self._kept(layer, out):
+            self._copies.read(pool, pages, host)
 
     def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
-        self._copies.write(self._pool.data[layer], pages, data)
+        for pool, host in self._kept(layer, data):
+            self._copies.write(pool, pages, host)
+
+    def _kept(self, layer: int, host: np.ndarray) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """A layer of what is kept of contexts, and where it is in `host`: codes of all pages, then
+        their scales."""
+        if self.kv_packing == 1:
+            return [(self._pool.data[layer], host)]
+        pools = [each[layer] for each in self._quantized]
+        count, flat = len(host), host.reshape(-1)
+        codes, scales = np.split(flat, [count * pools[0][0].nbytes])
+        return [(pools[0], codes.reshape(count, -1)), (pools[1], scales.reshape(count, -1))]
 
     def finish_copies(self) -> None:
         self._copies.finish()
@@ -162,7 +212,9 @@ class TorchEngine:
                 self._wait()
                 return logits
             peers = self._peers and self._peers.addresses
-            attend = attention_on(attention, self._comm, self._scale, self._pool.data, peers)
+            attend = attention_on(
+                attention, self._comm, self._scale, self._pool.data, peers, self._quantized
+            )
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
             logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
         except torch.OutOfMemoryError as error:

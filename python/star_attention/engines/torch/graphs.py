@@ -28,6 +28,7 @@ class DecodeGraphs:
     Args:
         forward: what is captured.
         max_pages, tokens_per_block: of the KV pool, whose address is fixed.
+        quantized: as in `attention_on`.
 
     Attributes:
         replays: steps that were replays so far.
@@ -41,7 +42,10 @@ class DecodeGraphs:
         device: torch.device,
         max_pages: int,
         tokens_per_block: int,
+        quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        self._quantized = quantized
+        self._prefix_width = quantized[0].shape[1] if quantized else max_pages
         self._forward = forward
         self._comm = comm
         self._scale = scale
@@ -76,16 +80,20 @@ class DecodeGraphs:
         return logits[: len(token_ids)]
 
     def _make(self, count: int, lists: int, merge: bool) -> _DecodeGraph:
-        inputs = _DecodeInputs(count, lists, self._width, self._device)
+        inputs = _DecodeInputs(count, lists, self._width, self._prefix_width, self._device)
         max_kv_len = self._width * self._tokens_per_block
         starts = torch.arange(count + 1, dtype=torch.int32, device=self._device)
         tables = [PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)]
         if lists:
-            tables.insert(0, PagedTables(*inputs.prefix, False, count, max_kv_len))
-        attention = Attention(tables, self._comm, self._scale, merge)
-        return _DecodeGraph(
-            inputs, lambda: self._forward(inputs.tokens, attention), self._comm.traffic
-        )
+            most = self._prefix_width * self._tokens_per_block
+            prefix = PagedTables(*inputs.prefix, False, count, most, self._quantized)
+            tables.insert(0, prefix)
+
+        def run() -> torch.Tensor:
+            attention = Attention(tables, self._comm, self._scale, merge)
+            return self._forward(inputs.tokens, attention)
+
+        return _DecodeGraph(inputs, run, self._comm.traffic)
 
 
 class _DecodeInputs:
@@ -97,19 +105,21 @@ class _DecodeInputs:
         prefix: page_table, cu_seqlens_q and kv_lens of the lists.
     """
 
-    def __init__(self, count: int, lists: int, width: int, device: torch.device) -> None:
-        sizes = [count] * 4 + [count * width, lists + 1, lists, lists * width]
+    def __init__(
+        self, count: int, lists: int, width: int, prefix_width: int, device: torch.device
+    ) -> None:
+        sizes = [count] * 4 + [count * width, lists + 1, lists, lists * prefix_width]
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
         self._device = self._host.to(device, copy=True)
         *columns, table, starts, lens, pages = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
         self._columns, self._table = columns, table.reshape(count, width)
-        self._starts, self._lens, self._pages = starts, lens, pages.reshape(lists, width)
+        self._starts, self._lens, self._pages = starts, lens, pages.reshape(lists, prefix_width)
         token_ids, positions, slots, self.kv_lens, table, *prefix = self._device.split(sizes)
         self.tokens = PassInputs(token_ids, positions, slots, None)
         self.page_table = table.view(count, width)
         starts, lens, pages = prefix
-        self.prefix = pages.view(lists, width), starts, lens
+        self.prefix = pages.view(lists, prefix_width), starts, lens
 
     def fill(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> None:
         """Rows beyond the sequences store nothing and see nothing."""

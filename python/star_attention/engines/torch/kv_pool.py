@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from star_attention import ops
 from star_attention.models.config import ModelConfig
 
 _GROWTH = 1.5
@@ -17,9 +18,11 @@ class KvPool:
         part: what this rank computes of the model.
         tokens_per_block: tokens a page holds.
         fixed: pages; None: it starts empty and grows.
+        kv_dtype: `fp8` or `int8`: pages may be quantised; None: not.
 
     Attributes:
         data: [num_layers, num_pages, 2, Hkv, tokens_per_block, D], not initialised.
+        codes, scales: of quantised pages; see `ops.quantize_pages`.
     """
 
     def __init__(
@@ -29,11 +32,15 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
         fixed: int | None,
+        kv_dtype: str | None = None,
     ) -> None:
         self._part = part
         self._tokens_per_block = tokens_per_block
         self._fixed = fixed
+        self._kv_dtype = kv_dtype
         self.data = torch.empty(self._shape(fixed or 0), dtype=dtype, device=device)
+        self.codes = self.scales = None
+        self._add_codes()
 
     @property
     def num_pages(self) -> int:
@@ -49,6 +56,15 @@ class KvPool:
         grown = self.data.new_empty(self._shape(max(num_pages, int(_GROWTH * have))))
         grown[:, :have] = self.data
         self.data = grown
+        self._add_codes()
+
+    def _add_codes(self) -> None:
+        if self._kv_dtype:
+            self.codes = ops.codes_of(self.data, ops.code_dtype(self._kv_dtype))
+            scales = self.data.new_empty(self.codes.shape[:4], dtype=torch.float32)
+            if self.scales is not None:
+                scales[:, : self.scales.shape[1]] = self.scales
+            self.scales = scales
 
     def copy_page(self, source: int, target: int) -> None:
         self.data[:, target] = self.data[:, source]

@@ -69,7 +69,10 @@ def load_torch_engine(
         if not on_gpu and options.kv_cache_gib is None:
             return None
         free = torch.cuda.mem_get_info()[0] // ranks_here if on_gpu else free_memory()
-        page_bytes = config.shard(options.tp).kv_bytes(tokens_per_block, dtype.itemsize)
+        part = config.shard(options.tp)
+        page_bytes = part.kv_bytes(tokens_per_block, dtype.itemsize)
+        if options.kv_dtype != "auto":  # with room for scales
+            page_bytes = dtype.itemsize * part.kept_kv_bytes(tokens_per_block)
         found = options.kv_cache_bytes(free) // page_bytes
         if not found:
             raise UserError(f"--kv-cache-gib {options.kv_cache_gib:g} holds no page: use more")
@@ -78,15 +81,24 @@ def load_torch_engine(
     def limits() -> Limits:
         free = torch.cuda.mem_get_info()[0] // ranks_here
         part = config.shard(options.tp)
-        quantized = engine.quantization is not None
+        quantized, quantized_kv = engine.quantization is not None, options.kv_dtype != "auto"
         return pass_limits(
-            part, dtype.itemsize, comm.size, max_pages, tokens_per_block, free, quantized
+            part,
+            dtype.itemsize,
+            comm.size,
+            max_pages,
+            tokens_per_block,
+            free,
+            quantized,
+            quantized_kv,
         )
 
     weights = agree(world, load)
     every = world.gather_objects(agree(world, pages))
     max_pages = min((each for each in every if each is not None), default=None)
-    engine = TorchEngine(config, weights, comm, tokens_per_block, max_pages, group)
+    engine = TorchEngine(
+        config, weights, comm, tokens_per_block, max_pages, group, options.kv_dtype
+    )
     if on_gpu:
         world.gather_objects(None)  # ranks that share a GPU have their pools
         engine.limits = agree(world, limits)

@@ -22,6 +22,7 @@ def pass_limits(
     tokens_per_block: int,
     free: int,
     quantized: bool = False,
+    quantized_kv: bool = False,
 ) -> Limits:
     """Limits of a rank that has `free` bytes of its GPU beside weights, rotary table and KV pool.
 
@@ -35,6 +36,7 @@ def pass_limits(
         part: what the GPU computes of the model, in elements of `itemsize` bytes.
         pages, tokens_per_block: of the KV pool.
         quantized: projections are.
+        quantized_kv: contexts are: partials over them and over a question's own pages are merged.
 
     Raises:
         UserError: hardly anything fits.
@@ -62,6 +64,8 @@ def pass_limits(
         question = _rows(usable, alone + partial, chunk)
         ring = _rows(usable - 3 * layer, alone + 2 * partial, chunk)
         selected = min(context, _rows(usable - layer, alone + 2 * partial, chunk))
+    if quantized_kv:
+        question = _rows(usable, alone + 3 * partial, chunk)
     if min(context, question) < _LEAST_TOKENS:
         raise UserError(
             f"beside weights and KV cache, {free / 2**30:.1f} GiB of the GPU are free, too little "

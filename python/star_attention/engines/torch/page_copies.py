@@ -14,8 +14,8 @@ from star_attention.engines.page_copies import PageCopies
 class TorchPageCopies(PageCopies):
     """See `PageCopies`. On the CPU they are done at once."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, packing: int = 1) -> None:
+        super().__init__(packing)
         self._device = device
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
@@ -51,7 +51,7 @@ class TorchPageCopies(PageCopies):
             with torch.cuda.stream(self._stream):
                 self._copy_runs(in_pool, pages, in_host, to_pool)
                 self._last.record()
-            self._under_way.add(pages, written=to_pool)
+            self._under_way.add([page // self._packing for page in pages], written=to_pool)
         else:
             self._copy_runs(in_pool, pages, in_host, to_pool)
 
