@@ -168,7 +168,9 @@ def test_long_questions_split_the_cache(rows, heads, split):
     tensors = [arguments.pop(name) for name in ("q", "kv_pool", "page_table")]
     tensors += [arguments.pop(name) for name in ("cu_seqlens_q", "kv_lens")]
     stream = torch.cuda.current_stream().cuda_stream
-    _C.paged_attention(*tensors, None, o, lse, allocate, **arguments, kernel="auto", stream=stream)
+    _C.paged_attention(
+        *tensors, None, None, o, lse, allocate, **arguments, kernel="auto", stream=stream
+    )
     assert_close(o, lse, problem)
     if torch.cuda.get_device_properties(0).multi_processor_count == 132:
         assert (workspace[0] > 4) == split

@@ -219,19 +219,17 @@ def linear(
 def _linear_fp8(
     x: QuantizedRows, weight: QuantizedRows, addend: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """By cuBLAS, which adds a bias, but nothing of more rows."""
-    is_bias = addend is not None and addend.dim() == 1
+    """By cuBLAS, which adds no rows, and for some shapes of few rows no bias."""
     product = torch._scaled_mm(
         x.values,
         weight.values.t(),
         x.scales[:, None],
         weight.scales[None],
-        addend if is_bias else None,
         out_dtype=x.dtype,
         use_fast_accum=True,
-        out=out if addend is None or is_bias else None,
+        out=out if addend is None else None,
     )
-    return product if addend is None or is_bias else torch.add(addend, product, out=out)
+    return product if addend is None else torch.add(product, addend, out=out)
 
 
 def kind_of_rows(rows: int, weight: QuantizedRows) -> RowKind | None:
