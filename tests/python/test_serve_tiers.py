@@ -41,6 +41,18 @@ def check_same(first, later):
     assert first[2] == 0 < later[2]
 
 
+@pytest.mark.parametrize(("kv_dtype", "status"), [("auto", 400), ("int8", 200)])
+def test_a_context_that_fits_in_8_bits_only(model, kv_dtype, status):
+    pages, tokens = 26, 900
+    memory = pages * 2 * 3 * 2 * 16 * 32 * 4 / 2**30  # K and V of 3 layers, 2 heads of 16
+    options = ("--kv-dtype", kv_dtype, "--kv-cache-gib", memory, *OPTIONS)
+    with Server(model, *options) as server:
+        # A text of the longest token is known to be too long before it is tokenised.
+        reply = server.ready().complete(" Indented" * tokens, max_tokens=2)
+        assert reply.status_code == status, reply.text
+    assert tokens > pages * 32
+
+
 def test_host_memory_outlives_the_ranks(model):
     with Server(model, "--ranks", 2, "--host-cache-gib", 0.1, *OPTIONS) as server:
         server.ready()

@@ -84,7 +84,7 @@ def serve_front(connection: Connection, options: RankOptions) -> None:
         dtype=engine.dtype,
         num_ranks=num_ranks,
         max_tokens=min(longest, limits.seq_len or longest),
-        kv_tokens=limits.pages * config.tokens_per_block * num_ranks,
+        kv_tokens=limits.pages * engine.kv_packing * config.tokens_per_block * num_ranks,
         tokens_per_block=config.tokens_per_block,
         page_bytes=page_bytes,
     )
