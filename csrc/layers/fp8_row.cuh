@@ -2,18 +2,15 @@
 // that lie blockDim.x packs apart.
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include <algorithm>
 
-#include "common/numeric.cuh"
+#include "common/eight_bits.cuh"
 
 namespace star_attention {
 
 constexpr int kRowPacks = 4;  // that a thread holds at most
 constexpr int kMaxRowWidth = 8 * kRowPacks * 1024;
 
-constexpr float kFp8Max = 448.f;
 constexpr float kLeastMagnitude = 1e-12f;  // a row of less is scaled as if it had this
 
 // Threads of a block for rows of `width` elements.
@@ -61,7 +58,7 @@ __device__ void store_fp8_row(const Pack<T, 8> (&packs)[kRowPacks], int width, u
   }
   most = block_reduce(most, Largest{});
   if (most < kLeastMagnitude) most = kLeastMagnitude;
-  const float inverse = kFp8Max / most;
+  const float inverse = Float8::kLargest / most;
 #pragma unroll
   for (int k = 0; k < kRowPacks; ++k) {
     const int i = 8 * (threadIdx.x + k * blockDim.x);
@@ -75,7 +72,7 @@ __device__ void store_fp8_row(const Pack<T, 8> (&packs)[kRowPacks], int width, u
     }
     store_pack(reinterpret_cast<uint16_t*>(out + i), bytes);
   }
-  if (threadIdx.x == 0) *scale = most / kFp8Max;
+  if (threadIdx.x == 0) *scale = most / Float8::kLargest;
 }
 
 }  // namespace star_attention

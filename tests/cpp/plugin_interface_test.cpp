@@ -8,11 +8,12 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "testing.h"
 
 namespace {
 
@@ -21,10 +22,6 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 using Fields = std::vector<PluginField>;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::runtime_error("expected " + what);
-}
 
 nvinfer1::PluginFieldCollection collect(const Fields& fields) {
   return {static_cast<int32_t>(fields.size()), fields.data()};
@@ -325,17 +322,6 @@ void test_build_phase() {
       const int status = enqueue(copy(plugin), descs, inputs.data(), outputs.data());
       expect(status == 0, name + " does nothing");
     }
-  }
-}
-
-bool passes(const char* name, const std::function<void()>& test) {
-  try {
-    test();
-    std::printf("%s: ok\n", name);
-    return true;
-  } catch (const std::exception& error) {
-    std::printf("%s: FAILED: %s\n", name, error.what());
-    return false;
   }
 }
 

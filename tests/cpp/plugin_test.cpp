@@ -23,6 +23,7 @@
 #include "star_attention/paged_attention.h"
 #include "star_attention/rope.h"
 #include "star_attention/session.h"
+#include "testing.h"
 
 namespace star_attention {
 namespace {
@@ -32,10 +33,6 @@ constexpr int kLayer = 1, kLayers = 2, kPages = 8, kPositions = 512;
 constexpr int kMaxTokens = 256, kMaxSeqs = 2, kMaxPages = 4;
 constexpr int kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim, kOutWidth = kQHeads * kHeadDim;
 constexpr size_t kLayerElements = size_t{kPages} * 2 * kKvHeads * kTokensPerBlock * kHeadDim;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::runtime_error("expected " + what);
-}
 
 // The exception's text.
 std::string expect_failure(const std::function<void()>& function) {
@@ -628,17 +625,6 @@ void test_bad_engines(const std::string& file) {
   }
   std::remove(bad.c_str());
   expect_text(expect_failure([&] { Session(bad, 0, &keep_errors); }), "No such file");
-}
-
-bool passes(const char* name, const std::function<void()>& test) {
-  try {
-    test();
-    std::printf("%s: ok\n", name);
-    return true;
-  } catch (const std::exception& error) {
-    std::printf("%s: FAILED: %s\n", name, error.what());
-    return false;
-  }
 }
 
 int run(const std::string& folder) {

@@ -47,7 +47,7 @@ def scaled(weight, by):
     padded = torch.zeros(-(-rows // height) * height, -(-columns // width) * width)
     padded[:rows, :columns] = weight
     blocks = padded.view(len(padded) // height, height, -1, width)
-    scales = blocks.abs().amax((1, 3), keepdim=True) / LARGEST["fp8"]
+    scales = blocks.abs().amax((1, 3), keepdim=True) / LARGEST[FP8]
     values = (blocks / scales).to(FP8)
     wide = (values.float() * scales).view(padded.shape)[:rows, :columns]
     values = values.view(torch.uint8).view(padded.shape)[:rows, :columns].contiguous().view(FP8)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from star_attention.ops.quantized import QuantizedRows, RowKind
+from star_attention.ops.quantized import DTYPES, QuantizedRows, RowKind
 
 # Tokens of a page that can be selected on a GPU: kSelectionPage of the kernels.
 CUDA_SELECTED_PAGE = 128
@@ -90,7 +90,7 @@ def paged_attention(
 
 def code_dtype(kv_dtype: str) -> torch.dtype:
     """Of the codes of `fp8` (e4m3) or `int8`."""
-    return {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
+    return DTYPES[kv_dtype]
 
 
 def codes_of(kv_pool: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 RowKind = Literal["fp8", "int8"]
 
 FP8 = torch.float8_e4m3fn
-_DTYPES: dict[RowKind, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
-# What the largest magnitude of a row becomes.
-LARGEST: dict[RowKind, float] = {"fp8": 448.0, "int8": 127.0}
+DTYPES: dict[RowKind, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
+# What the largest magnitude that shares a scale becomes.
+LARGEST: dict[torch.dtype, float] = {FP8: 448.0, torch.int8: 127.0}
 _LEAST_MAGNITUDE = 1e-12  # rows of less are scaled as if they had this
 _ROWS = 2048  # that are quantised at a time, in float32
 
@@ -50,7 +50,7 @@ class QuantizedRows:
     def empty(
         cls, rows: int, width: int, kind: RowKind, dtype: torch.dtype, device: torch.device
     ) -> QuantizedRows:
-        values = torch.empty(rows, width, dtype=_DTYPES[kind], device=device)
+        values = torch.empty(rows, width, dtype=DTYPES[kind], device=device)
         return cls(values, torch.empty(rows, dtype=torch.float32, device=device), dtype)
 
     def to(self, device: torch.device) -> QuantizedRows:
@@ -74,7 +74,8 @@ def quantize_rows(x: torch.Tensor, kind: RowKind) -> QuantizedRows:
     ):
         rows = rows.float()
         most = rows.abs().amax(1).clamp(min=_LEAST_MAGNITUDE)
-        full = torch.full_like(most, LARGEST[kind])  # by a number torch divides less exactly
+        # A tensor: by a number torch divides less exactly.
+        full = torch.full_like(most, LARGEST[values.dtype])
         rows = rows * (full / most)[:, None]
         values.copy_(rows.round_() if kind == "int8" else rows)
         scales.copy_(most / full)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from star_attention.ops import select_reference
-from star_attention.ops.quantized import QuantizedRows, RowKind, quantize_rows
+from star_attention.ops.quantized import LARGEST, QuantizedRows, RowKind, quantize_rows
 
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
@@ -72,7 +72,7 @@ def quantize_pages(
         values = kv_pool[layer, first].float()
         values.masked_fill_(~counts[:, None, None, :, None], 0.0)
         largest = values.abs().amax((-2, -1))
-        scale = torch.where(largest == 0, 1.0, largest / _largest_code(codes.dtype))
+        scale = torch.where(largest == 0, 1.0, largest / LARGEST[codes.dtype])
         quotients = values / scale[..., None, None]
         if codes.dtype == torch.int8:
             quotients = quotients.nan_to_num(0.0).round_().clamp_(-127, 127)
@@ -248,10 +248,6 @@ def _attend_by_head(
             out[0][rows, heads], out[1][rows, heads] = _attend_pages(
                 q[rows, heads], pages, kv_len, False, scale
             )
-
-
-def _largest_code(dtype: torch.dtype) -> float:
-    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
 def _values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
