@@ -1,18 +1,20 @@
 // Two kernels. The first has a block for each KV head: it marks the pages that any tile chose,
 // numbers those of other ranks, and turns lists of pages into lists of planes. The second copies
-// what was numbered out of the other ranks' memory, a plane a block at a time.
+// what was numbered out of the other ranks' memory: NVLink is its limit, which a few
+// multiprocessors reach, while the others compute.
 #include <algorithm>
 
 #include "common/check.h"
-#include "common/device.h"
 #include "star_attention/selection.h"
 
 namespace star_attention {
 namespace {
 
 constexpr int kLocateThreads = 1024;
-constexpr int kCopyThreads = 256;
-constexpr int kCopyUnroll = 8;  // 16-byte loads that a thread has under way
+// A block fills a multiprocessor, so that few of them are taken from what runs meanwhile.
+constexpr int kCopyThreads = 1024;
+constexpr int kCopyBlocks = 32;
+constexpr int kCopyUnroll = 4;  // 16-byte loads that a thread has under way
 
 struct Arguments {
   FetchPagesParams p;
@@ -85,28 +87,35 @@ __global__ void __launch_bounds__(kLocateThreads)
   });
 }
 
-// blockIdx: places from here on in steps of the grid, KV head, K or V.
+// A block copies a KV head's part of a page at a time, K and V.
 __global__ void __launch_bounds__(kCopyThreads) fetch_kernel(const __grid_constant__ Arguments a) {
   const FetchPagesParams& p = a.p;
-  const int head = blockIdx.y, which = blockIdx.z, packs = p.plane_bytes / 16;
-  const int wanted = a.num_wanted[head];
-  for (int place = blockIdx.x; place < wanted; place += gridDim.x) {
-    const int page = a.wanted[int64_t{head} * p.num_fetched + place];
-    const auto plane_of = [&](int of) { return (int64_t{of} * 2 + which) * p.num_kv_heads + head; };
-    const uint4* from =
-        static_cast<const uint4*>(p.pools[p.owners[page]]) + plane_of(p.pages[page]) * packs;
-    uint4* to = static_cast<uint4*>(p.fetched) + plane_of(place) * packs;
-    for (int first = threadIdx.x; first < packs; first += kCopyThreads * kCopyUnroll) {
-      uint4 moving[kCopyUnroll];
+  const int packs = p.plane_bytes / 16;
+  const auto first_pack = [&](int page, int head) {
+    return (int64_t{page} * 2 * p.num_kv_heads + head) * packs;
+  };
+  int wanted = 0;  // of the heads so far
+  for (int head = 0, mine = blockIdx.x; head < p.num_kv_heads; ++head) {
+    const int first = wanted;
+    wanted += a.num_wanted[head];
+    for (; mine < wanted; mine += gridDim.x) {
+      const int place = mine - first;
+      const int page = a.wanted[int64_t{head} * p.num_fetched + place];
+      const uint4* from =
+          static_cast<const uint4*>(p.pools[p.owners[page]]) + first_pack(p.pages[page], head);
+      uint4* to = static_cast<uint4*>(p.fetched) + first_pack(place, head);
+      for (int begin = threadIdx.x; begin < 2 * packs; begin += kCopyThreads * kCopyUnroll) {
+        const auto for_each_pack = [&](auto&& f) {
 #pragma unroll
-      for (int i = 0; i < kCopyUnroll; ++i) {
-        const int at = first + i * kCopyThreads;
-        if (at < packs) moving[i] = from[at];
-      }
-#pragma unroll
-      for (int i = 0; i < kCopyUnroll; ++i) {
-        const int at = first + i * kCopyThreads;
-        if (at < packs) to[at] = moving[i];
+          for (int i = 0; i < kCopyUnroll; ++i) {
+            const int at = begin + i * kCopyThreads;
+            const int in_page = at < packs ? at : at + (p.num_kv_heads - 1) * packs;
+            if (at < 2 * packs) f(i, in_page);
+          }
+        };
+        uint4 moving[kCopyUnroll];
+        for_each_pack([&](int i, int at) { moving[i] = from[at]; });
+        for_each_pack([&](int i, int at) { to[at] = moving[i]; });
       }
     }
   }
@@ -148,9 +157,7 @@ void fetch_pages(const FetchPagesParams& p, void* workspace, cudaStream_t stream
   locate_kernel<<<p.num_kv_heads, kLocateThreads, a.words * 8, stream>>>(a);
   check_launch("locate_pages");
   if (p.num_fetched == 0) return;
-  const int blocks = std::max(1, 2 * current_device().num_sms / (2 * p.num_kv_heads));
-  fetch_kernel<<<dim3(std::min(blocks, p.num_fetched), p.num_kv_heads, 2), kCopyThreads, 0,
-                 stream>>>(a);
+  fetch_kernel<<<kCopyBlocks, kCopyThreads, 0, stream>>>(a);
   check_launch("fetch_pages");
 }
 

@@ -23,6 +23,7 @@ from star_attention.engines.base import Limits
 from star_attention.engines.loader import load_engine
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.torch.engine import TorchEngine
+from star_attention.engines.torch.selection import SelectedPages
 from star_attention.models.checkpoint import find_model
 from star_attention.runtime.leader import lead_together
 
@@ -36,23 +37,29 @@ class Chosen:
         self.lists = {}
         self._page, self._first = page, anchor // page
         self._choose, self._step = ops.select_pages, TorchEngine.step
+        self._stored = SelectedPages.stored
         ops.select_pages = self._choosing
         chosen = self
         TorchEngine.step = lambda engine, *arguments: chosen._stepping(engine, *arguments)
+        SelectedPages.stored = lambda step, *arguments: chosen._storing(step, *arguments)
 
     def _stepping(self, engine, token_ids, positions, *arguments):
-        self._layer, self._positions = 0, positions
+        self._positions = positions
         return self._step(engine, token_ids, positions, *arguments)
+
+    def _storing(self, step, layer, stream):
+        self._layer, self._row = layer, 0
+        self._stored(step, layer, stream)
 
     def _choosing(self, q, lse, tiles, *arguments, **options):
         lists, counts = self._choose(q, lse, tiles, *arguments, **options)
+        first, self._row = self._row, self._row + len(q)
         for tile, row in enumerate(tiles[:-1].tolist()):
             for head, (pages, count) in enumerate(zip(lists[tile], counts[tile], strict=True)):
-                key = self._layer, head, int(self._positions[row]) // self._page
+                key = self._layer, head, int(self._positions[first + row]) // self._page
                 assert key not in self.lists
                 if count:
                     self.lists[key] = [self._first + page for page in pages[:count].tolist()]
-        self._layer += 1
         return lists, counts
 
 

@@ -91,7 +91,7 @@ class Attention:
     list: there are two partials at a time, and two hops' pages.
 
     Args:
-        lists: of pages of this rank, which the rows see.
+        lists: of pages of this rank, which the rows see; one for each part of `selected`.
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
@@ -173,14 +173,26 @@ class Attention:
     def _attend_selected(
         self, selected: SelectedPages, q: torch.Tensor, pool: torch.Tensor
     ) -> torch.Tensor:
-        """Where pages are selected there is one list of pages, without hops."""
-        stream = stream_of(self._device)
-        selected.stored(self._layer, stream)
-        o, lse = _partials(q, 2)
-        self._lists[0].attend(q, self._layer, pool, self._scale, (o[0], lse[0]))
-        with self._clock:
-            selected.arrived(self._layer, stream)
-        return selected.attend(q, self._layer, o, lse, self._scale, stream)
+        layer, stream = self._layer, stream_of(self._device)
+        selected.stored(layer, stream)
+        o, lse = _partials(q, 2)  # over anchor and own block, and over what is chosen
+        chosen = []
+        for part, tables in zip(selected.parts, self._lists, strict=True):
+            rows = part.rows
+            tables.attend(q[rows], layer, pool, self._scale, (o[0, rows], lse[0, rows]))
+            if not chosen:
+                with self._clock:
+                    selected.arrived(layer, stream)
+            each = selected.choose(part, q[rows], lse[0, rows], layer, self._scale, stream)
+            chosen.append(each)
+        for part, each in zip(selected.parts, chosen, strict=True):
+            rows = part.rows
+            with self._clock:
+                selected.arrive(each)
+            selected.attend(part, each, q[rows], layer, self._scale, (o[1, rows], lse[1, rows]))
+        if not len(q):
+            return q
+        return ops.merge_lse(o, lse, out_dtype=q.dtype)[0]
 
     def _attend(
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
@@ -230,7 +242,11 @@ def attention_on(
     for exchange in step.exchanges:
         if exchange.rows > rows:
             raise ValueError(f"an exchange follows {exchange.rows} rows of {rows}")
-    tables = PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
+    selected, parts = None, [slice(0, len(step.kv_lens))]
+    if step.selection:
+        selected = SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers)
+        parts = [part.sequences for part in selected.parts]
+    lists = [_tables_of(step, sequences, device) for sequences in parts]
     prefix = step.prefix and PagedTables.on(
         device,
         step.prefix.page_table,
@@ -239,13 +255,24 @@ def attention_on(
         quantized=quantized,
     )
     return Attention(
-        (prefix, tables) if prefix else (tables,),
+        [prefix, *lists] if prefix else lists,
         comm,
         scale,
         step.merge,
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
-        step.selection and SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers),
+        selected,
+    )
+
+
+def _tables_of(step: PagedStep, sequences: slice, device: torch.device) -> PagedTables:
+    starts = step.cu_seqlens_q[sequences.start : sequences.stop + 1]
+    return PagedTables.on(
+        device,
+        step.page_table[sequences],
+        starts - starts[0],
+        step.kv_lens[sequences],
+        step.causal,
     )
 
 

@@ -9,11 +9,18 @@ A tile is a page of rows. In each layer, once its rows are stored:
     chosen pages of other ranks, each once: read from their memory, or sent by them
     attention over the lists, merged with the own
 
+Over several ranks a step has two parts. What one chose is read from other ranks' memory while the
+other part attends:
+
+    | own 1 | choose 1 | own 2   | choose 2 | lists 1 | lists 2 |
+                       | fetch 1 |          | fetch 2 |
+
 Why so: docs/selection.md.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +49,38 @@ class _Known:
         return cls(means, np.empty(0, np.int32))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive sequences of a step.
+
+    Attributes:
+        sequences, rows: of the step.
+        tiles: int32 [N + 1], where its tiles begin and the last one ends, from its first row on.
+        candidates: int32 [N], pages that each tile may choose from.
+    """
+
+    sequences: slice
+    rows: slice
+    tiles: torch.Tensor
+    candidates: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the tiles of a part see besides, in a layer.
+
+    Attributes:
+        planes, counts: int32 [N, Hkv, count] and [N, Hkv], lists of planes and their lengths.
+        fetched: the other pool that planes are in.
+        ready: after which this can be read.
+    """
+
+    planes: torch.Tensor
+    counts: torch.Tensor
+    fetched: torch.Tensor
+    ready: torch.cuda.Event | None
+
+
 class SelectedPages:
     """The choice of one step, layer by layer.
 
@@ -50,6 +89,9 @@ class SelectedPages:
         cu_seqlens_q: int32 [S + 1], the step's.
         pool: [num_layers, num_pages, 2, Hkv, tokens_per_block, D].
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
+
+    Attributes:
+        parts: of the step; every rank has as many, if need be without rows.
     """
 
     def __init__(
@@ -63,11 +105,10 @@ class SelectedPages:
         device, page = pool.device, pool.shape[4]
         self._comm, self._pool, self._peers = comm, pool, peers
         self._count, self._means = selection.count, selection.means
-        starts = cu_seqlens_q.tolist()
-        tiles = [range(begin, end, page) for begin, end in itertools.pairwise(starts)]
-        candidates = selection.counts.repeat([len(each) for each in tiles])
-        self._tiles = _ints([*itertools.chain(*tiles), starts[-1]], device)
-        self._candidates = _ints(candidates, device)
+        self.parts = [
+            _part(sequences, cu_seqlens_q, selection.counts, page, device)
+            for sequences in _cut(cu_seqlens_q, 2 if comm.size > 1 else 1)
+        ]
 
         known, means = selection.means.known, selection.means
         if means.data is None:
@@ -82,9 +123,6 @@ class SelectedPages:
         owners = selection.owners[known:]
         self._new = {rank: _ints(new[owners == rank], device) for rank in range(comm.size)}
         self._new_here = _ints(new_pages[owners == comm.rank], device)
-        # Room for the union of what a KV head's tiles choose; the same in all steps of a context,
-        # so that it is the same memory.
-        self._most = min(len(candidates) * self._count, means.count)
         self._under_way: tuple[Request, list[tuple[torch.Tensor, int]]] | None = None
 
     def stored(self, layer: int, stream: int) -> None:
@@ -109,55 +147,80 @@ class SelectedPages:
                 self._known.means[layer][self._new[rank].long()] = means
             self._under_way = None
 
-    def attend(
+    def choose(
         self,
+        part: Part,
         q: torch.Tensor,
-        layer: int,
-        o: torch.Tensor,
         lse: torch.Tensor,
+        layer: int,
         scale: float,
         stream: int,
-    ) -> torch.Tensor:
-        """Attention over what the rows choose, merged with what they see anyway. Every rank takes
-        part, without rows if need be.
+    ) -> Chosen:
+        """Chooses for a part's rows, and begins to bring what they chose. Every rank takes part.
 
         Args:
-            q: [T, Hq, D].
-            o, lse: float32 [2, T, Hq, D] and [2, T, Hq], the first over anchor and own block; the
-                second ones are written.
-
-        Returns:
-            [T, Hq, D], in q's dtype.
+            q: [T, Hq, D], the part's.
+            lse: float32 [T, Hq], of their attention over anchor and own block.
         """
-        means = self._known.means[layer][: len(self._pages)]
-        page = self._pool.shape[4]
         lists, counts = ops.select_pages(
             q,
-            lse[0],
-            self._tiles,
-            self._candidates,
-            means,
+            lse,
+            part.tiles,
+            part.candidates,
+            self._known.means[layer][: len(self._pages)],
             count=self._count,
-            page=page,
+            page=self._pool.shape[4],
             scale=scale,
         )
-        planes, fetched = self._fetch(layer, lists, counts, stream)
+        if self._peers:
+            return self._fetch(layer, lists, counts)
+        pool = self._pool[layer]
+        places, sent = self._pages.long(), pool[:0]
+        if self._comm.size > 1:
+            places, sent = self._send_chosen(pool, lists, counts, stream)
+        kv_heads = pool.shape[2]
+        heads = torch.arange(kv_heads, device=pool.device)[:, None]
+        listed = lists.long()
+        plane = places[listed] * (2 * kv_heads) + heads
+        is_here = (self._owners == self._comm.rank)[listed]
+        return Chosen(torch.where(is_here, plane, ~plane).int(), counts, sent, None)
+
+    def arrive(self, chosen: Chosen) -> None:
+        """Waits for what was chosen."""
+        if chosen.ready:
+            torch.cuda.current_stream().wait_event(chosen.ready)
+
+    def attend(
+        self,
+        part: Part,
+        chosen: Chosen,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Attention of a part's rows over what they chose and has arrived.
+
+        Args:
+            q: [T, Hq, D], the part's.
+            out: float32 o [T, Hq, D] and lse [T, Hq], written.
+        """
         if not len(q):
-            return q
+            return
+        page = self._pool.shape[4]
         ops.paged_attention(
             q,
             self._pool[layer],
-            planes,
-            self._tiles,
-            counts * page,
+            chosen.planes,
+            part.tiles,
+            chosen.counts * page,
             causal=False,
             scale=scale,
             max_q_len=page,
             max_kv_len=self._count * page,
-            out=(o[1], lse[1]),
-            other_pool=fetched,
+            out=out,
+            other_pool=chosen.fetched,
         )
-        return ops.merge_lse(o, lse, out_dtype=q.dtype)[0]
 
     def finish(self) -> None:
         """The step is done, on this rank."""
@@ -165,30 +228,25 @@ class SelectedPages:
         if self._peers:  # no page is given away while another rank still reads it
             self._comm.gather_objects(None)
 
-    def _fetch(
-        self, layer: int, lists: torch.Tensor, counts: torch.Tensor, stream: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lists as planes of the layer's pool and of another, and that."""
-        pool, comm = self._pool[layer], self._comm
-        if self._peers:
-            from star_attention.ops.cuda import fetch_pages
+    def _fetch(self, layer: int, lists: torch.Tensor, counts: torch.Tensor) -> Chosen:
+        """Begins to read the chosen pages of other ranks, each KV head's part of a page once."""
+        from star_attention.ops.cuda import fetch_pages
 
-            fetched = pool.new_empty(self._most, *pool.shape[1:])
-            offset = pool.data_ptr() - self._pool.data_ptr()
-            pools = [address + offset for address in self._peers]
+        pool = self._pool[layer]
+        # Room for all that a KV head's tiles may choose: its size must not depend on the choice.
+        most = min(len(lists) * self._count, self._means.count)
+        fetched = pool.new_empty(most, *pool.shape[1:])
+        offset = pool.data_ptr() - self._pool.data_ptr()
+        pools = [address + offset for address in self._peers]
+        side = _side_stream(pool.device)
+        # Also for what was read into the same memory earlier.
+        side.wait_stream(torch.cuda.current_stream())
+        lists.record_stream(side)  # read there after its memory is given away here
+        with torch.cuda.stream(side):
             planes = fetch_pages(
-                lists, counts, self._pages, self._owners, pools, comm.rank, fetched
+                lists, counts, self._pages, self._owners, pools, self._comm.rank, fetched
             )
-            return planes, fetched
-        places, fetched = self._pages.long(), pool[:0]
-        if comm.size > 1:
-            places, fetched = self._send_chosen(pool, lists, counts, stream)
-        kv_heads = pool.shape[2]
-        heads = torch.arange(kv_heads, device=pool.device)[:, None]
-        listed = lists.long()
-        plane = places[listed] * (2 * kv_heads) + heads
-        is_here = (self._owners == comm.rank)[listed]
-        return torch.where(is_here, plane, ~plane).int(), fetched
+            return Chosen(planes, counts, fetched, side.record_event())
 
     def _send_chosen(
         self, pool: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, stream: int
@@ -238,6 +296,34 @@ class SelectedPages:
         receives = [(arriving(rank), rank) for rank in others]
         moved = ([each for each in way if each[0].numel()] for way in (sends, receives))
         return self._comm.exchange(*moved, stream), receives
+
+
+def _cut(cu_seqlens_q: np.ndarray, parts: int) -> list[slice]:
+    """The sequences in consecutive parts of about as many rows; some may be empty."""
+    rows = cu_seqlens_q[-1] * np.arange(parts + 1) / parts
+    cuts = [int(np.abs(cu_seqlens_q - row).argmin()) for row in rows]
+    return [slice(*each) for each in itertools.pairwise(cuts)]
+
+
+def _part(
+    sequences: slice,
+    cu_seqlens_q: np.ndarray,
+    counts: np.ndarray,
+    page: int,
+    device: torch.device,
+) -> Part:
+    starts = cu_seqlens_q[sequences.start : sequences.stop + 1].tolist()
+    tiles = [range(begin, end, page) for begin, end in itertools.pairwise(starts)]
+    bounds = np.array([*itertools.chain(*tiles), starts[-1]]) - starts[0]
+    candidates = counts[sequences].repeat([len(each) for each in tiles])
+    rows = slice(starts[0], starts[-1])
+    return Part(sequences, rows, _ints(bounds, device), _ints(candidates, device))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Goes before what the current stream has started."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _ints(values: np.ndarray | list[int], device: torch.device) -> torch.Tensor:
