@@ -37,10 +37,11 @@ void check(const SkinnyLinearParams& p) {
 void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
   check(p);
   if (p.num_tokens == 0) return;
-  if (p.scales) return skinny_linear_fp8(p, stream);
 #ifdef STAR_ATTENTION_SM90
-  skinny_linear_sm90(p, stream);
+  // Rows in FP8 are then aligned in any case.
+  if (p.num_tokens <= max_skinny_tokens(p.in_features)) return skinny_linear_sm90(p, stream);
 #endif
+  skinny_linear_fp8(p, stream);
 }
 
 }  // namespace star_attention

@@ -1,10 +1,14 @@
-// A product with the few rows of a decode step, where reading the weights takes all the time. Every
+// A product with the few rows of a decode step, where reading the weights, in x's type or in FP8,
+// takes all the time. Every
 // warp of the GPU takes rows of the weights in turn, and streams them through two chunks of shared
 // memory that the copy engine fills, always ahead, across rows: there is no moment without loads on
 // their way. The first are on their way before the kernel in front, which makes x, has ended; then
 // x comes to shared memory too. A multiprocessor has room for one block only, so that the blocks of
 // a kernel that starts early are spread over all of them.
+#include <cuda_fp8.h>
+
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
@@ -18,13 +22,14 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kStages = 2;
-constexpr int kPacks = 8;                // of 8 elements, that a lane reads of a chunk
-constexpr int kChunk = kPacks * 32 * 8;  // elements
-constexpr int kRingBytes = kWarps * kStages * kChunk * 2;
+constexpr int kPacks = 8;  // of 16 bytes, that a lane reads of a chunk
+constexpr int kChunkBytes = kPacks * 32 * 16;
+constexpr int kRingBytes = kWarps * kStages * kChunkBytes;
 constexpr int kStaticBytes = 512;  // of shared memory, at most: the barriers
 constexpr int kMaxTokens = 2;      // with three cuBLAS is as fast
 
 // Walks over the chunks of a warp's rows.
+template <int kChunk>
 struct Place {
   int row, begin = 0;
 
@@ -36,25 +41,44 @@ struct Place {
   }
 };
 
-template <typename T, int kTokens>
+template <typename T>
+__device__ inline void widen(const Pack<T, 8>& pack, float (&out)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) out[j] = to_float(pack.v[j]);
+}
+__device__ inline void widen(const Pack<__nv_fp8x2_storage_t, 8>& pack, float (&out)[16]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 pair = __half22float2(__nv_cvt_fp8x2_to_halfraw2(pack.v[j], __NV_E4M3));
+    out[2 * j] = pair.x;
+    out[2 * j + 1] = pair.y;
+  }
+}
+
+template <typename T, bool kFp8, int kTokens>
 __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const SkinnyLinearParams p) {
+  using Weights = Pack<std::conditional_t<kFp8, __nv_fp8x2_storage_t, T>, 8>;  // 16 bytes
+  constexpr int kEach = kFp8 ? 16 : 8;                                         // elements of these
+  constexpr int kChunk = kPacks * 32 * kEach;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t chunk_barriers[kWarps][kStages], x_barrier;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  T* const ring = reinterpret_cast<T*>(shared) + warp * kStages * kChunk;
+  uint8_t* const ring = shared + warp * kStages * kChunkBytes;
   T* const x = reinterpret_cast<T*>(shared + kRingBytes);  // [kTokens, in_features]
   uint64_t* const barriers = chunk_barriers[warp];
 
   allow_next_kernel();
-  Place next{static_cast<int>(blockIdx.x) * kWarps + warp};
-  Place here = next;
+  Place<kChunk> next{static_cast<int>(blockIdx.x) * kWarps + warp};
+  Place<kChunk> here = next;
   const auto load = [&](int stage) {
     if (next.row >= p.out_features) return;
     if (lane == 0) {
-      const T* source = static_cast<const T*>(p.weight) + int64_t{next.row} * p.in_features;
-      const uint32_t bytes = min(kChunk, p.in_features - next.begin) * sizeof(T);
+      constexpr int kElementBytes = 16 / kEach;
+      const uint8_t* source = static_cast<const uint8_t*>(p.weight) +
+                              (int64_t{next.row} * p.in_features + next.begin) * kElementBytes;
+      const uint32_t bytes = min(kChunk, p.in_features - next.begin) * kElementBytes;
       sm90::barrier_arrive_expect(&barriers[stage], bytes);
-      sm90::bulk_load(ring + stage * kChunk, source + next.begin, bytes, &barriers[stage]);
+      sm90::bulk_load(ring + stage * kChunkBytes, source, bytes, &barriers[stage]);
     }
     next.advance(p);
   };
@@ -81,22 +105,28 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
   float sums[kTokens] = {};
   for (int stage = 0, parity = 0; here.row < p.out_features;) {
     sm90::barrier_wait(&barriers[stage], parity);
-    Pack<T, 8> weights[kPacks];
+    Weights weights[kPacks];
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      weights[k] = load_pack<T, 8>(ring + stage * kChunk + 8 * (k * 32 + lane));
+      weights[k] =
+          *reinterpret_cast<const Weights*>(ring + stage * kChunkBytes + 16 * (k * 32 + lane));
     }
     __syncwarp();  // all have read the chunk
     load(stage);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const int i = here.begin + 8 * (k * 32 + lane);
+      const int i = here.begin + kEach * (k * 32 + lane);
       if (i >= p.in_features) break;
+      float widened[kEach];
+      widen(weights[k], widened);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const auto xs = load_pack<T, 8>(x + t * p.in_features + i);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sums[t] += to_float(xs.v[j]) * to_float(weights[k].v[j]);
+        for (int first = 0; first < kEach; first += 8) {
+          const auto xs = load_pack<T, 8>(x + t * p.in_features + i + first);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sums[t] += to_float(xs.v[j]) * widened[first + j];
+        }
       }
     }
     if (++stage == kStages) {
@@ -111,6 +141,7 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
     for (int t = 0; t < kTokens; ++t) {
       for (int mask = 16; mask > 0; mask /= 2) sums[t] += __shfl_xor_sync(~0u, sums[t], mask);
       if (lane == 0) {
+        if constexpr (kFp8) sums[t] *= p.scales[row];
         const T* const addend = static_cast<const T*>(p.addend);
         if (addend) sums[t] += to_float(addend[t * p.addend_stride + row]);
         static_cast<T*>(p.out)[int64_t{t} * p.out_features + row] = from_float<T>(sums[t]);
@@ -120,9 +151,10 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
   }
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 void launch(const SkinnyLinearParams& p, cudaStream_t stream) {
-  const auto kernel = p.num_tokens == 1 ? skinny_linear_kernel<T, 1> : skinny_linear_kernel<T, 2>;
+  const auto kernel =
+      p.num_tokens == 1 ? skinny_linear_kernel<T, kFp8, 1> : skinny_linear_kernel<T, kFp8, 2>;
   const int shared_bytes = kRingBytes + p.num_tokens * p.in_features * 2;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
@@ -139,7 +171,10 @@ int max_skinny_tokens_sm90(int in_features, int smem_per_block) {
 }
 
 void skinny_linear_sm90(const SkinnyLinearParams& p, cudaStream_t stream) {
-  dispatch_16bit(p.dtype, [&](auto element) { launch<decltype(element)>(p, stream); });
+  dispatch_16bit(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.scales ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+  });
 }
 
 }  // namespace star_attention
