@@ -56,6 +56,7 @@ from star_attention.runtime.worker import Worker
 METHODS = {
     "broadcast": {"anchor_mode": "broadcast"},
     "selected": {"selected_pages": 16},
+    "selected-64": {"selected_pages": 64},
     "local": {"anchor_mode": "local"},
     "recompute": {"anchor_mode": "recompute"},
     "ring": {"attention": "ring"},
@@ -64,6 +65,7 @@ METHODS = {
 LABELS = {
     "broadcast": "star (ours)",
     "selected": "star, 16 selected pages",
+    "selected-64": "star, 64 selected pages",
     "local": "star, anchor once a rank",
     "recompute": "star as in the paper",
     "ring": "ring (exact)",
@@ -104,7 +106,8 @@ def token_ids(model: ModelConfig, length: int) -> np.ndarray:
 def star_config(method: str, length: int, block_size: int | None) -> StarConfig:
     """Of blocks of so many tokens, or, with None, of a quarter of the context."""
     block_size = None if method in EXACT else min(block_size or length // 4, length)
-    anchor_size = min(SELECTED_ANCHOR, block_size) if method == "selected" else None
+    selects = "selected_pages" in METHODS[method]
+    anchor_size = min(SELECTED_ANCHOR, block_size) if selects else None
     return StarConfig(block_size=block_size, anchor_size=anchor_size, **METHODS[method])
 
 

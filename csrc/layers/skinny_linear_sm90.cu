@@ -1,10 +1,9 @@
 // A product with the few rows of a decode step, where reading the weights, in x's type or in FP8,
-// takes all the time. Every
-// warp of the GPU takes rows of the weights in turn, and streams them through two chunks of shared
-// memory that the copy engine fills, always ahead, across rows: there is no moment without loads on
-// their way. The first are on their way before the kernel in front, which makes x, has ended; then
-// x comes to shared memory too. A multiprocessor has room for one block only, so that the blocks of
-// a kernel that starts early are spread over all of them.
+// takes all the time. Every warp of the GPU takes rows of the weights in turn, and streams them
+// through two chunks of shared memory that the copy engine fills, always ahead, across rows: there
+// is no moment without loads on their way. The first are on their way before the kernel in front,
+// which makes x, has ended; then x comes to shared memory too. A multiprocessor has room for one
+// block only, so that the blocks of a kernel that starts early are spread over all of them.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -22,8 +21,8 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kStages = 2;
-constexpr int kPacks = 8;  // of 16 bytes, that a lane reads of a chunk
-constexpr int kChunkBytes = kPacks * 32 * 16;
+constexpr int kEach = 8;  // elements that a lane reads at a time
+constexpr int kChunkBytes = 4096;
 constexpr int kRingBytes = kWarps * kStages * kChunkBytes;
 constexpr int kStaticBytes = 512;  // of shared memory, at most: the barriers
 constexpr int kMaxTokens = 2;      // with three cuBLAS is as fast
@@ -42,13 +41,15 @@ struct Place {
 };
 
 template <typename T>
-__device__ inline void widen(const Pack<T, 8>& pack, float (&out)[8]) {
+__device__ inline void widen(const Pack<T, kEach>& pack, float (&out)[kEach]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) out[j] = to_float(pack.v[j]);
+  for (int j = 0; j < kEach; ++j) out[j] = to_float(pack.v[j]);
 }
-__device__ inline void widen(const Pack<__nv_fp8x2_storage_t, 8>& pack, float (&out)[16]) {
+// Pairs of e4m3.
+__device__ inline void widen(const Pack<__nv_fp8x2_storage_t, kEach / 2>& pack,
+                             float (&out)[kEach]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < kEach / 2; ++j) {
     const float2 pair = __half22float2(__nv_cvt_fp8x2_to_halfraw2(pack.v[j], __NV_E4M3));
     out[2 * j] = pair.x;
     out[2 * j + 1] = pair.y;
@@ -57,9 +58,10 @@ __device__ inline void widen(const Pack<__nv_fp8x2_storage_t, 8>& pack, float (&
 
 template <typename T, bool kFp8, int kTokens>
 __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const SkinnyLinearParams p) {
-  using Weights = Pack<std::conditional_t<kFp8, __nv_fp8x2_storage_t, T>, 8>;  // 16 bytes
-  constexpr int kEach = kFp8 ? 16 : 8;                                         // elements of these
-  constexpr int kChunk = kPacks * 32 * kEach;
+  using Weights = std::conditional_t<kFp8, Pack<__nv_fp8x2_storage_t, kEach / 2>, Pack<T, kEach>>;
+  constexpr int kElementBytes = sizeof(Weights) / kEach;
+  constexpr int kChunk = kChunkBytes / kElementBytes;  // elements
+  constexpr int kPacks = kChunk / (32 * kEach);
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t chunk_barriers[kWarps][kStages], x_barrier;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -73,7 +75,6 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
   const auto load = [&](int stage) {
     if (next.row >= p.out_features) return;
     if (lane == 0) {
-      constexpr int kElementBytes = 16 / kEach;
       const uint8_t* source = static_cast<const uint8_t*>(p.weight) +
                               (int64_t{next.row} * p.in_features + next.begin) * kElementBytes;
       const uint32_t bytes = min(kChunk, p.in_features - next.begin) * kElementBytes;
@@ -108,8 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
     Weights weights[kPacks];
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      weights[k] =
-          *reinterpret_cast<const Weights*>(ring + stage * kChunkBytes + 16 * (k * 32 + lane));
+      weights[k] = reinterpret_cast<const Weights*>(ring + stage * kChunkBytes)[k * 32 + lane];
     }
     __syncwarp();  // all have read the chunk
     load(stage);
@@ -121,12 +121,9 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const Skinny
       widen(weights[k], widened);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
+        const auto xs = load_pack<T, kEach>(x + t * p.in_features + i);
 #pragma unroll
-        for (int first = 0; first < kEach; first += 8) {
-          const auto xs = load_pack<T, 8>(x + t * p.in_features + i + first);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sums[t] += to_float(xs.v[j]) * widened[first + j];
-        }
+        for (int j = 0; j < kEach; ++j) sums[t] += to_float(xs.v[j]) * widened[j];
       }
     }
     if (++stage == kStages) {
