@@ -11,6 +11,7 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "star_attention/builder.h"
+#include "star_attention/plugin.h"
 #include "star_attention/session.h"
 
 namespace star_attention {
@@ -305,8 +306,10 @@ PYBIND11_MODULE(_trt, m) {
 #endif
 #ifdef STAR_ATTENTION_CUBLAS
   m.attr("HAS_CUBLAS") = true;
+  m.attr("HAS_FP8") = has_fp8_products();
 #else
   m.attr("HAS_CUBLAS") = false;
+  m.attr("HAS_FP8") = false;
 #endif
   m.def("load", &load_tensorrt, arg("folder") = "", ReleaseGil());
   m.def("register_plugins", &register_plugins_globally);

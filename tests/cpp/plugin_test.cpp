@@ -4,7 +4,10 @@
 //   plugin_test [folder of TensorRT's libraries]
 //
 // Exit status 77: there is no TensorRT.
+#include "star_attention/plugin.h"
+
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -289,6 +292,13 @@ class Network {
     return tensor;
   }
 
+  // Of `values`, which have to stay until the engine is built.
+  ITensor* constant(DataType type, const Shape& shape, const void* values) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    return network_->addConstant(to_dims(shape), {type, values, count})->getOutput(0);
+  }
+
   ITensor* plugin(const char* name, const std::vector<Field>& fields,
                   const std::vector<ITensor*>& inputs) {
     nvinfer1::IPluginRegistry& registry = builder_->getPluginRegistry();
@@ -465,6 +475,79 @@ void test_layer_operators(const std::string& file) {
   }
   const double relative = std::sqrt(errors / sizes);
   expect(relative < 2e-3, "an error under 2e-3, not " + std::to_string(relative));
+}
+
+// x weight^T + bias, and x weight^T + addend, the weight being a constant in FP8.
+struct Fp8Products {
+  static constexpr int kMaxRows = 40, kIn = 256, kOut = 320;
+
+  std::vector<__half> x = random_halfs(kMaxRows * kIn), bias = random_halfs(kOut);
+  std::vector<__half> addend = random_halfs(kMaxRows * kOut);
+  std::vector<uint8_t> weight;  // [kOut, kIn]
+  std::vector<float> scales;
+
+  Fp8Products() {
+    for (const __half value : random_halfs(kOut * kIn)) {
+      weight.push_back(__nv_cvt_float_to_fp8(100 * __half2float(value), __NV_SATFINITE, __NV_E4M3));
+    }
+    for (int i = 0; i < kOut; ++i) scales.push_back(1e-3f + 1e-5f * static_cast<float>(i));
+  }
+
+  void build(const std::string& file, bool with_bias) const {
+    using DataType = nvinfer1::DataType;
+    Network network;
+    auto* const x = network.input("x", DataType::kHALF, {1, kIn}, {kMaxRows, kIn});
+    auto* const added = with_bias
+                            ? network.constant(DataType::kHALF, {kOut}, bias.data())
+                            : network.input("addend", DataType::kHALF, {1, kOut}, {kMaxRows, kOut});
+    network.build(
+        *network.plugin("StarLinearFp8Add", {},
+                        {x, network.constant(DataType::kINT32, {kOut, kIn / 4}, weight.data()),
+                         network.constant(DataType::kINT32, {kOut}, scales.data()), added}),
+        file);
+  }
+
+  double at(int row, int column, bool with_bias) const {
+    double sum = 0;
+    for (int k = 0; k < kIn; ++k) {
+      const __half_raw w = __nv_cvt_fp8_to_halfraw(weight[column * kIn + k], __NV_E4M3);
+      sum += double(__half2float(x[row * kIn + k])) * __half2float(__half(w));
+    }
+    const __half& other = with_bias ? bias[column] : addend[row * kOut + column];
+    return sum * scales[column] + __half2float(other);
+  }
+};
+
+// Of few rows, which are not quantised, and of many.
+void test_fp8_products(const std::string& file) {
+  const Fp8Products products;
+  const DeviceArray<__half> x(products.x), addend(products.addend);
+  for (const bool with_bias : {false, true}) {
+    products.build(file, with_bias);
+    Session session(file, 0, &keep_errors);
+    Execution execution(session, 0);
+    for (const int rows : {1, 3, Fp8Products::kMaxRows - 3, Fp8Products::kMaxRows}) {
+      const DeviceArray<__half> out(size_t(rows) * Fp8Products::kOut);
+      execution.set_input("x", {rows, Fp8Products::kIn}, x.data());
+      if (!with_bias) execution.set_input("addend", {rows, Fp8Products::kOut}, addend.data());
+      execution.set_output("out", {rows, Fp8Products::kOut}, out.data());
+      execution.enqueue(nullptr);
+      check_cuda(cudaDeviceSynchronize(), "engine");
+      const std::vector<char> bytes = out.host();
+      const auto* halfs = reinterpret_cast<const __half*>(bytes.data());
+      double errors = 0, sizes = 0;
+      for (int i = 0; i < rows * Fp8Products::kOut; ++i) {
+        const double expected =
+            products.at(i / Fp8Products::kOut, i % Fp8Products::kOut, with_bias);
+        errors += std::pow(__half2float(halfs[i]) - expected, 2);
+        sizes += expected * expected;
+      }
+      const double relative = std::sqrt(errors / sizes), most = rows > 8 ? 0.04 : 1e-3;
+      std::printf("FP8, %d rows, %s: error %.1e\n", rows, with_bias ? "bias" : "sum", relative);
+      expect(relative < most, "an error under " + std::to_string(most));
+      expect(rows <= 8 || relative > 2e-3, "rows in FP8");
+    }
+  }
 }
 
 void expect_equal(const Engine& engine, const Direct& direct) {
@@ -658,6 +741,13 @@ int run(const std::string& folder) {
   }
 #ifdef STAR_ATTENTION_CUBLAS
   ok &= passes("layer operators", [&] { test_layer_operators(file); });
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "device");
+  if (has_fp8_products() && major >= 9) {
+    ok &= passes("FP8", [&] { test_fp8_products(file); });
+  } else {
+    std::printf("FP8: skipped, it needs compute capability 9.0 and cuBLAS 12.9\n");
+  }
 #else
   std::printf("layer operators: skipped, compiled without cuBLASLt\n");
 #endif

@@ -79,7 +79,7 @@ class TensorRtEngine:
         self._check_machine(config, device)
         self.config, self._built = config.model, config.limits
         self.tokens_per_block, self.dtype = config.limits.tokens_per_block, config.dtype
-        self.quantization = None
+        self.quantization = config.quantization
         self.has_exchanges = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
         self.graph_steps = 0
