@@ -23,7 +23,9 @@
 #include <vector>
 
 #include "common/check.h"
+#include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
+#include "star_attention/quantize_pages.h"
 #include "star_attention/rope.h"
 #include "star_attention/session.h"
 #include "testing.h"
@@ -136,7 +138,8 @@ Step decode_step() { return Step({1, 1}, {151, 51}); }
 // What the plugin should do, by the library.
 class Direct {
  public:
-  void run(const Step& step, const RankMerge* merge = nullptr) {
+  void run(const Step& step, const RankMerge* merge = nullptr,
+           const QuantizedPrefix* prefix = nullptr) {
     RopeAppendParams r{};
     r.dtype = DType::kFloat16;
     r.num_q_heads = kQHeads;
@@ -176,8 +179,7 @@ class Direct {
     p.max_kv_len = step.max_kv_len;
     p.o = merge ? static_cast<void*>(partials_.data()) : out.data();
     p.lse = lse_.data();
-    const DeviceArray<char> workspace(paged_attention_workspace(p) + 1);
-    paged_attention(p, workspace.data(), workspace.bytes(), nullptr);
+    prefix ? attend_behind(*prefix, p) : attend(p);
     if (merge) {
       PeerMergeParams m{};
       m.dtype = DType::kFloat32;
@@ -206,6 +208,49 @@ class Direct {
   DeviceArray<__half> out{size_t{kMaxTokens} * kOutWidth};
 
  private:
+  static void attend(const PagedAttentionParams& p) {
+    const DeviceArray<char> workspace(paged_attention_workspace(p) + 1);
+    paged_attention(p, workspace.data(), workspace.bytes(), nullptr);
+  }
+
+  static void attend_behind(const QuantizedPrefix& prefix, const PagedAttentionParams& own) {
+    const int rows = own.num_tokens * kQHeads;
+    const DeviceArray<float> o(size_t(2) * rows * kHeadDim), lse(size_t(2) * rows);
+    PagedAttentionParams p = own;
+    p.o_dtype = DType::kFloat32;
+    p.o = o.data() + rows * kHeadDim;
+    p.lse = lse.data() + rows;
+    attend(p);
+    p.causal = false;
+    p.num_pages = 2 * kPages;
+    p.kv_scales = prefix.scales + size_t{kLayer} * 2 * kPages * 2 * kKvHeads;
+    p.kv_dtype = prefix.kv_dtype;
+    p.page_table = prefix.page_table;
+    p.page_table_stride = prefix.page_table_stride;
+    p.kv_lens = prefix.kv_lens;
+    p.max_kv_len = prefix.max_kv_len;
+    p.o = o.data();
+    p.lse = lse.data();
+    attend(p);
+    MergeLseParams m{};
+    m.dtype = DType::kFloat32;
+    m.out_dtype = own.o_dtype;
+    m.num_shards = 2;
+    m.num_tokens = own.num_tokens;
+    m.num_heads = kQHeads;
+    m.head_dim = kHeadDim;
+    m.o = o.data();
+    m.o_shard_stride = int64_t{rows} * kHeadDim;
+    m.o_token_stride = kOutWidth;
+    m.lse = lse.data();
+    m.lse_shard_stride = rows;
+    m.lse_token_stride = kQHeads;
+    m.out = own.o;
+    m.out_lse = own.lse;
+    merge_lse(m, nullptr);
+    check_cuda(cudaDeviceSynchronize(), "attention");
+  }
+
   DeviceArray<__half> q_{size_t{kMaxTokens} * kOutWidth};
   DeviceArray<float> partials_{size_t{kMaxTokens} * kOutWidth};
   DeviceArray<float> lse_{size_t{kMaxTokens} * kQHeads};
@@ -266,7 +311,7 @@ class Engine {
   Execution execution_;
   DeviceArray<float> rotary_{random_rotary()};
   DeviceArray<char> workspace_{
-      step_workspace_bytes(kQHeads, kKvHeads, kHeadDim, kMaxTokens, kMaxTokens)};
+      step_workspace_bytes(kQHeads, kKvHeads, kHeadDim, kMaxTokens, kMaxTokens, true)};
   cudaStream_t stream_ = nullptr;
 };
 
@@ -627,6 +672,46 @@ void test_exchange(Engine& engine) {
   expect_text(expect_failure([&] { PageExchange(nccl, {}, {{1, 0, 1}}); }), "receives: got 1");
 }
 
+// A question over contexts in 8 bits, its own pages in 16. Sequence 0 has pages 0 to 2, sequence 1
+// page 4; of pages 6 and 7 there are 8-bit pages 12 and 13.
+void test_prefix(Engine& engine, const RankMerge* merge) {
+  constexpr int kPadded = 2 * kPages, kPerPage = 2 * kKvHeads;
+  Direct direct;
+  const DeviceArray<__half> values(random_halfs(kLayers * kLayerElements));
+  for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
+    check_cuda(cudaMemcpy(pool->data(), values.data(), pool->bytes(), cudaMemcpyDefault), "copy");
+  }
+  const DeviceArray<float> scales(size_t{kLayers} * kPadded * kPerPage);
+  const DeviceArray<int> pages(std::vector<int>{6, 7}), tokens(std::vector<int>{64, 40});
+  const DeviceArray<int> table(std::vector<int>{12, 13, 13, 0}), lens(std::vector<int>{104, 33});
+  for (const DType kv_dtype : {DType::kFloat8, DType::kInt8}) {
+    QuantizePagesParams q{};
+    q.dtype = DType::kFloat16;
+    q.kv_dtype = kv_dtype;
+    q.num_layers = kLayers;
+    q.num_kv_heads = kKvHeads;
+    q.head_dim = kHeadDim;
+    q.tokens_per_block = kTokensPerBlock;
+    q.num_pages = kPages;
+    q.scales = scales.data();
+    q.pages = pages.data();
+    q.others = tokens.data();
+    q.count = 2;
+    for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
+      q.kv_pool = pool->data();
+      quantize_pages(q, nullptr);
+    }
+    QuantizedPrefix& prefix = engine.context.prefix;
+    prefix = {kv_dtype, scales.data(), table.data(), 2, lens.data(), 104};
+    engine.context.merge = merge;
+    for (const Step& step : {context_step(), decode_step()}) {
+      direct.run(step, merge, &prefix);
+      engine.run(step);
+      expect_equal(engine, direct);
+    }
+  }
+}
+
 void test_storing_layer(Engine& engine) {
   engine.context.attending_layers = kLayer;
   Direct direct;
@@ -657,6 +742,9 @@ void test_workspace_bound() {
   alignas(256) static char somewhere[256];  // the checks want addresses
   for (const auto& heads : kHeads) {
     const size_t bound = step_workspace_bytes(heads[0], heads[1], 128, kMaxRows, 0);
+    const size_t bound_8bit =
+        step_workspace_bytes(heads[0], heads[1], 128, kMaxRows, kMaxRows, true);
+    const size_t partials = sizeof(float) * kMaxRows * heads[0] * (3 * 128 + 2);
     PagedAttentionParams p{};
     p.dtype = DType::kFloat16;
     p.o_dtype = DType::kFloat32;
@@ -679,6 +767,11 @@ void test_workspace_bound() {
           const size_t needed = paged_attention_workspace(p);
           expect(needed <= bound, "at most " + std::to_string(bound) + " bytes for " +
                                       std::to_string(rows) + " rows: " + std::to_string(needed));
+          PagedAttentionParams in_8_bits = p;
+          in_8_bits.causal = false;
+          in_8_bits.kv_scales = p.lse;
+          in_8_bits.kv_dtype = DType::kInt8;
+          expect(partials + paged_attention_workspace(in_8_bits) <= bound_8bit, "enough in 8 bits");
         }
       }
     }
@@ -727,6 +820,14 @@ int run(const std::string& folder) {
     with_engine("context and decode", test_context_and_decode);
     with_engine("CUDA graph", test_graph);
     with_engine("merge", test_merge);
+    with_engine("prefix", [](Engine& engine) { test_prefix(engine, nullptr); });
+    with_engine("prefix and merge", [](Engine& engine) {
+      PeerMerge peers(/*rank=*/0, /*size=*/1, /*capacity=*/1 << 20, /*timeout_seconds=*/10, 0);
+      const PeerMemory::Handle handle = peers.peers().handle();
+      peers.peers().open(&handle);
+      const RankMerge merge(peers);
+      test_prefix(engine, &merge);
+    });
     try {
       load_nccl("");
       with_engine("exchange", test_exchange);

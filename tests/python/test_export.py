@@ -36,7 +36,7 @@ class StarAttention(OpRun):
     op_domain = "star_attention"
 
     def _run(self, qkv, positions, starts, kv_lens, table, slots, rotary, address, **attributes):
-        pools, causal = STEPS[int(address.view(np.int64)[0])]
+        pools, causal, prefix = STEPS[int(address.view(np.int64)[0])]
         tensors = [
             torch.from_numpy(array.copy())
             for array in (qkv, positions, rotary, slots, table, starts, kv_lens)
@@ -46,7 +46,14 @@ class StarAttention(OpRun):
         q = qkv.new_empty(len(qkv), attributes["num_q_heads"], attributes["head_dim"])
         reference.rope_append(qkv, positions, rotary, pool, slots, q)
         options = {"scale": attributes["head_dim"] ** -0.5, "max_q_len": 0, "max_kv_len": 0}
-        o, _ = reference.paged_attention(q, pool, table, starts, kv_lens, causal=causal, **options)
+        seen = [(pool, table, starts, kv_lens, {"causal": causal})]
+        if prefix:
+            codes, scales, table, kv_lens = prefix
+            scales = scales[attributes["layer"]]
+            more = {"causal": False, "kv_scales": scales}
+            seen.append((codes[attributes["layer"]], table, starts, kv_lens, more))
+        parts = [reference.paged_attention(q, *each, **more, **options) for *each, more in seen]
+        o, _ = reference.merge_lse(*map(torch.stack, zip(*parts, strict=True)))
         return (o.flatten(1).numpy(),)
 
 
@@ -98,7 +105,7 @@ class OnnxEngine:
         self._pools[:, target] = self._pools[:, source]
 
     def step(self, token_ids, positions, attention, logit_rows, on_layer=None):
-        STEPS[7 << 32] = self._pools, attention.causal
+        STEPS[7 << 32] = self._pools, attention.causal, None
         feeds = {
             "input_ids": token_ids,
             "position_ids": positions,

@@ -275,7 +275,6 @@ def test_division_of_an_engine(tmp_path):
     for options, message in (
         (EngineOptions("cuda", "bfloat16"), "the engine computes in float16: leave it away"),
         (EngineOptions(load_format="dummy"), "an engine has its weights"),
-        (EngineOptions(kv_dtype="fp8"), "--kv-dtype is fp8: TensorRT engines keep KV in 16 bits"),
         (EngineOptions(tp=2), "TensorRT engines have no tensor parallelism"),
         (
             EngineOptions(quantization="fp8"),

@@ -43,8 +43,6 @@ def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarC
         )
     if options.tp > 1:
         raise UserError(f"--tp is {options.tp}: TensorRT engines have no tensor parallelism")
-    if options.kv_dtype != "auto":
-        raise UserError(f"--kv-dtype is {options.kv_dtype}: TensorRT engines keep KV in 16 bits")
     if options.load_format != "auto":
         raise UserError(f"--load-format is {options.load_format}: an engine has its weights")
     built = engine.quantization or "none"
