@@ -678,9 +678,6 @@ void test_prefix(Engine& engine, const RankMerge* merge) {
   constexpr int kPadded = 2 * kPages, kPerPage = 2 * kKvHeads;
   Direct direct;
   const DeviceArray<__half> values(random_halfs(kLayers * kLayerElements));
-  for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
-    check_cuda(cudaMemcpy(pool->data(), values.data(), pool->bytes(), cudaMemcpyDefault), "copy");
-  }
   const DeviceArray<float> scales(size_t{kLayers} * kPadded * kPerPage);
   const DeviceArray<int> pages(std::vector<int>{6, 7}), tokens(std::vector<int>{64, 40});
   const DeviceArray<int> table(std::vector<int>{12, 13, 13, 0}), lens(std::vector<int>{104, 33});
@@ -698,6 +695,7 @@ void test_prefix(Engine& engine, const RankMerge* merge) {
     q.others = tokens.data();
     q.count = 2;
     for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
+      check_cuda(cudaMemcpy(pool->data(), values.data(), pool->bytes(), cudaMemcpyDefault), "copy");
       q.kv_pool = pool->data();
       quantize_pages(q, nullptr);
     }

@@ -38,7 +38,7 @@ _MAX_MERGE_TOKENS = 4096
 
 class _Inputs(NamedTuple):
     """Of each of a step's int32 inputs something: values, a shape, a piece of memory. Those of the
-    prefix are the step's context's, empty without one; all others the engine's."""
+    prefix are the step's context's, and mean nothing without one; all others the engine's."""
 
     input_ids: Any
     position_ids: Any
@@ -141,7 +141,7 @@ class TensorRtEngine:
         # Nobody but the kernels knows the type of its 16-bit elements.
         self._pool = self._cupy.empty(shape, self._cupy.uint16)
         self._codes = self._scales = None
-        if self.kv_packing > 1:
+        if self.kv_packing > 1 and num_pages:
             layers, pages, *page = shape
             self._codes = self._pool.view(self._cupy.uint8).reshape(layers, 2 * pages, *page)
             self._scales = self._cupy.empty(self._codes.shape[:4], self._cupy.float32)
@@ -330,7 +330,7 @@ class TensorRtEngine:
     def _prefix(self, step: PagedStep) -> tuple[np.ndarray, np.ndarray]:
         """Lengths and pages of what stands in front of each sequence's."""
         if step.prefix is None:
-            return np.zeros(0, np.int32), np.zeros((0, 0), np.int32)
+            return np.zeros(1, np.int32), np.zeros((1, 1), np.int32)
         assert np.array_equal(step.prefix.cu_seqlens_q, step.cu_seqlens_q)
         return step.prefix.kv_lens, step.prefix.page_table
 
@@ -464,6 +464,9 @@ def _not_empty(inputs: _Inputs) -> _Inputs:
         inputs = inputs._replace(logit_rows=np.zeros(1, np.int32))
     if not inputs.page_table.shape[1]:
         inputs = inputs._replace(page_table=np.zeros((len(inputs.kv_lens), 1), np.int32))
+    if not inputs.prefix_page_table.shape[1]:
+        none = np.zeros((len(inputs.prefix_kv_lens), 1), np.int32)
+        inputs = inputs._replace(prefix_page_table=none)
     return inputs
 
 
@@ -504,7 +507,7 @@ class _DecodeGraph:
     def __init__(self, engine: TensorRtEngine, count: int, step: PagedStep) -> None:
         page = engine.tokens_per_block
         width = min(engine.limits.pages, engine._built.max_pages_of_sequence)
-        each, prefixes, prefix_width = (count,), 0, 0
+        each, prefixes, prefix_width = (count,), 1, 1
         if step.prefix:
             prefixes = count
             prefix_width = min(
