@@ -40,7 +40,7 @@ nvinfer1::DimsExprs AttentionOp::output_dims(const nvinfer1::DimsExprs* inputs,
   return out;
 }
 
-size_t AttentionOp::workspace_bytes(int64_t num_tokens) const {
+size_t AttentionOp::workspace_bytes(int64_t num_tokens, int64_t) const {
   return q_bytes(num_tokens, attributes()) + sizeof(float) * num_tokens * attributes().num_q_heads;
 }
 

@@ -23,7 +23,7 @@ class AttentionOp : public Operator<AttentionLayer> {
   nvinfer1::DataType input_type(int input, nvinfer1::DataType dtype) const;
   nvinfer1::DimsExprs output_dims(const nvinfer1::DimsExprs* inputs,
                                   nvinfer1::IExprBuilder& builder) const;
-  size_t workspace_bytes(int64_t num_tokens) const;
+  size_t workspace_bytes(int64_t num_tokens, int64_t width) const;
   void run(const PluginCall& call);
 
  private:

@@ -11,6 +11,8 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "star_attention/builder.h"
+#include "star_attention/plugin.h"
+#include "star_attention/quantize_pages.h"
 #include "star_attention/session.h"
 
 namespace star_attention {
@@ -71,6 +73,43 @@ ScalarType scalar_type(nvinfer1::DataType type) {
   }
 }
 
+DType code_dtype(const std::string& name) {
+  require(name == "fp8" || name == "int8", "kv_dtype", name, "fp8 or int8");
+  return name == "fp8" ? DType::kFloat8 : DType::kInt8;
+}
+
+// Pages of kv_pool, whose elements have no type here but are of `dtype`; others as in
+// QuantizePagesParams.
+template <typename Function>
+void with_quantized_pages(Function function, py::object kv_pool_, py::object scales_,
+                          py::object pages_, py::object others_, const std::string& dtype,
+                          const std::string& kv_dtype, uintptr_t stream) {
+  const TensorView kv_pool("kv_pool", kv_pool_), scales("scales", scales_), pages("pages", pages_),
+      others("others", others_);
+  kv_pool.rank(6).shape({-1, -1, 2, -1, -1, -1}).contiguous();
+  const int64_t layers = kv_pool.size(0), num_pages = kv_pool.size(1), heads = kv_pool.size(3);
+  scales.dtype({kFloat32}).shape({layers, 2 * num_pages, 2, heads}).contiguous();
+  pages.dtype({kInt32}).rank(1).contiguous();
+  others.dtype({kInt32}).shape({pages.size(0)}).contiguous();
+  require(dtype == "float16" || dtype == "bfloat16", "dtype", dtype, "float16 or bfloat16");
+
+  QuantizePagesParams p{};
+  p.dtype = dtype == "float16" ? DType::kFloat16 : DType::kBFloat16;
+  p.kv_dtype = code_dtype(kv_dtype);
+  p.num_layers = to_int(layers, "kv_pool.shape[0]");
+  p.num_kv_heads = to_int(heads, "kv_pool.shape[3]");
+  p.head_dim = to_int(kv_pool.size(5), "kv_pool.shape[5]");
+  p.tokens_per_block = to_int(kv_pool.size(4), "kv_pool.shape[4]");
+  p.num_pages = num_pages;
+  p.kv_pool = kv_pool.data();
+  p.scales = static_cast<float*>(scales.data());
+  p.pages = static_cast<const int32_t*>(pages.data());
+  p.others = static_cast<const int32_t*>(others.data());
+  p.count = to_int(pages.size(0), "pages.shape[0]");
+  const DeviceGuard guard(kv_pool.device());
+  function(p, to_stream(stream));
+}
+
 // A StepContext together with the Python objects that it points into.
 class PyStepContext {
  public:
@@ -99,6 +138,25 @@ class PyStepContext {
     exchange_ = std::move(exchange);
   }
 
+  // Codes are in kv_pool's memory.
+  void set_prefix(py::object scales_, const std::string& kv_dtype, py::object page_table_,
+                  py::object kv_lens_, int max_kv_len) {
+    const TensorView scales("scales", scales_), page_table("page_table", page_table_),
+        kv_lens("kv_lens", kv_lens_);
+    scales.dtype({kFloat32}).shape({context.num_layers, 2 * context.num_pages, 2, -1});
+    scales.contiguous().device();
+    page_table.dtype({kInt32}).rank(2).contiguous().device();
+    kv_lens.dtype({kInt32}).shape({page_table.size(0)}).contiguous().device();
+    QuantizedPrefix& prefix = context.prefix;
+    prefix.kv_dtype = code_dtype(kv_dtype);
+    prefix.scales = static_cast<const float*>(scales.data());
+    prefix.page_table = static_cast<const int32_t*>(page_table.data());
+    prefix.page_table_stride = to_int(page_table.size(1), "page_table.shape[1]");
+    prefix.kv_lens = static_cast<const int32_t*>(kv_lens.data());
+    prefix.max_kv_len = max_kv_len;
+    prefix_ = py::make_tuple(scales_, page_table_, kv_lens_);
+  }
+
   py::object workspace() const { return workspace_; }
   void set_workspace(py::object tensor) {
     if (tensor.is_none()) {
@@ -114,7 +172,8 @@ class PyStepContext {
   }
 
  private:
-  py::object kv_pool_, merge_ = py::none(), exchange_ = py::none(), workspace_ = py::none();
+  py::object kv_pool_, merge_ = py::none(), exchange_ = py::none(), workspace_ = py::none(),
+                       prefix_ = py::none();
 };
 
 // An Execution together with what is bound to it.
@@ -252,18 +311,33 @@ void bind_step(py::module_& m) {
       .def_property("attending_layers", layers, set_layers)
       .def_property("merge", &Context::merge, &Context::set_merge)
       .def_property("exchange", &Context::exchange, &Context::set_exchange)
-      .def_property("workspace", &Context::workspace, &Context::set_workspace);
+      .def_property("workspace", &Context::workspace, &Context::set_workspace)
+      .def("set_prefix", &Context::set_prefix, py::kw_only(), arg("scales"), arg("kv_dtype"),
+           arg("page_table"), arg("kv_lens"), arg("max_kv_len"));
+
+  const auto bind_pages = [&m](const char* name, auto function, const char* others) {
+    m.def(
+        name,
+        [function](py::object kv_pool, py::object scales, py::object pages, py::object to,
+                   const std::string& dtype, const std::string& kv_dtype, uintptr_t stream) {
+          with_quantized_pages(function, kv_pool, scales, pages, to, dtype, kv_dtype, stream);
+        },
+        py::kw_only(), arg("kv_pool"), arg("scales"), arg("pages"), arg(others), arg("dtype"),
+        arg("kv_dtype"), arg("stream"));
+  };
+  bind_pages("quantize_pages", &quantize_pages, "tokens");
+  bind_pages("dequantize_pages", &dequantize_pages, "targets");
 
   m.def(
       "step_workspace_bytes",
       [](int num_q_heads, int num_kv_heads, int head_dim, int max_q_len, int max_merge_tokens,
-         int device) {
+         bool has_prefix, int device) {
         const DeviceGuard guard(device);
         return step_workspace_bytes(num_q_heads, num_kv_heads, head_dim, max_q_len,
-                                    max_merge_tokens);
+                                    max_merge_tokens, has_prefix);
       },
       py::kw_only(), arg("num_q_heads"), arg("num_kv_heads"), arg("head_dim"), arg("max_q_len"),
-      arg("max_merge_tokens"), arg("device"));
+      arg("max_merge_tokens"), arg("has_prefix"), arg("device"));
 }
 
 void bind_session(py::module_& m) {
@@ -305,8 +379,10 @@ PYBIND11_MODULE(_trt, m) {
 #endif
 #ifdef STAR_ATTENTION_CUBLAS
   m.attr("HAS_CUBLAS") = true;
+  m.attr("HAS_FP8") = has_fp8_products();
 #else
   m.attr("HAS_CUBLAS") = false;
+  m.attr("HAS_FP8") = false;
 #endif
   m.def("load", &load_tensorrt, arg("folder") = "", ReleaseGil());
   m.def("register_plugins", &register_plugins_globally);

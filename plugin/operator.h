@@ -41,7 +41,7 @@ struct NoAttributes {};
 //   num_inputs()
 //   input_type(i, dtype)      the type of input i, if the first input's is dtype
 //   output_dims(inputs, builder)
-//   workspace_bytes(rows)     for up to so many rows of the first input
+//   workspace_bytes(rows, width)  for up to so many rows of the first input
 //   run(PluginCall)           launches and returns; may throw
 // Tensors are linear; the first input is of a 16-bit type, which the output has too.
 template <typename AttributesOf>
@@ -54,7 +54,7 @@ class Operator {
 
   const Attributes& attributes() const { return attributes_; }
   nvinfer1::DataType input_type(int, nvinfer1::DataType dtype) const { return dtype; }
-  size_t workspace_bytes(int64_t) const { return 0; }
+  size_t workspace_bytes(int64_t, int64_t) const { return 0; }
 
  private:
   Attributes attributes_;

@@ -50,7 +50,7 @@ std::array<Creator*, sizeof...(Ops)> make_creators() {
 const auto& creators() {
   static const auto creators = make_creators<
 #ifdef STAR_ATTENTION_CUBLAS
-      LinearOp, LinearAddOp,
+      LinearOp, LinearAddOp, LinearFp8Op, LinearFp8AddOp,
 #endif
       AttentionOp, GatherRowsOp, RmsNormOp, SiluMulOp>();
   return creators;

@@ -36,7 +36,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
                        const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {}
   size_t getWorkspaceSize(const TensorDesc* inputs, int32_t, const TensorDesc*,
                           int32_t) const noexcept override {
-    return op_.workspace_bytes(inputs[0].dims.d[0]);
+    return op_.workspace_bytes(inputs[0].dims.d[0], inputs[0].dims.d[1]);
   }
   int32_t enqueue(const TensorDesc* descs, const TensorDesc*, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {

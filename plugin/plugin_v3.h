@@ -73,8 +73,10 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
   size_t getWorkspaceSize(const TensorRange* inputs, int32_t, const TensorRange*,
                           int32_t) const noexcept override {
-    // A size that varies is -1 in `desc`.
-    return op_.workspace_bytes(std::max<int64_t>(inputs[0].desc.dims.d[0], inputs[0].max.d[0]));
+    const auto most = [&](int axis) {  // a size that varies is -1 in `desc`
+      return std::max<int64_t>(inputs[0].desc.dims.d[axis], inputs[0].max.d[axis]);
+    };
+    return op_.workspace_bytes(most(0), most(1));
   }
 
   // Runtime

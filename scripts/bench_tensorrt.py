@@ -29,7 +29,12 @@ from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.loader import dummy_engine, load_engine
 from star_attention.engines.options import EngineOptions
-from star_attention.engines.tensorrt.build import GEMM_PLUGIN, BuildOptions, build_folder
+from star_attention.engines.tensorrt.build import (
+    BUILD_QUANTIZATIONS,
+    GEMM_PLUGIN,
+    BuildOptions,
+    build_folder,
+)
 from star_attention.engines.tensorrt.folder import EngineLimits
 from star_attention.models.checkpoint import is_engine_folder
 from star_attention.models.config import LLAMA_3_1_8B, ModelConfig
@@ -113,6 +118,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--length", type=parse_tokens, default=1 << 17)
     parser.add_argument("--gemm_plugin", choices=GEMM_PLUGIN, default=GEMM_PLUGIN[0])
+    parser.add_argument("--quantization", choices=BUILD_QUANTIZATIONS, default="none")
     parser.add_argument("--optimization_level", type=int, default=3)
     parser.add_argument("--engine_dir", type=Path, default=Path("engines/bench"))
     parser.add_argument("--timing_cache", type=Path)
@@ -122,11 +128,13 @@ def main() -> None:
     model = replace(LLAMA_3_1_8B, num_layers=options.layers)
     build_options = BuildOptions(
         gemm_plugin=options.gemm_plugin,
+        quantization=options.quantization,
         optimization_level=options.optimization_level,
         timing_cache=options.timing_cache,
     )
     result: dict[str, Any] = {"config": asdict(model), "environment": environment("auto")}
     result["gemm_plugin"] = options.gemm_plugin
+    result["quantization"] = options.quantization
     result["optimization_level"] = options.optimization_level
     if options.rebuild:
         shutil.rmtree(options.engine_dir, ignore_errors=True)
@@ -135,6 +143,7 @@ def main() -> None:
         print(f"built in {result['build_s']:.0f} s", flush=True)
 
     comm, cuda = SingleProcess(), EngineOptions("cuda", "float16", kv_cache_gib=8)
+    cuda = replace(cuda, quantization=options.quantization)
     page = StarConfig.tokens_per_block
     engine = load_engine(options.engine_dir, comm, page, cuda)
     leader, _ = lead_together(engine, comm)

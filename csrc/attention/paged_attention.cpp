@@ -150,7 +150,8 @@ size_t most_paged_attention_workspace(PagedAttentionParams p) {
   const int max_q_len = p.max_q_len;
   for (p.max_q_len = 1; p.max_q_len <= max_q_len; ++p.max_q_len) {
     const QueryPlan plan = query_plan(p, query_kernel(p));
-    if (plan.shares == 1 && !is_memory_bound(p)) break;  // nor are there more with more rows
+    const bool takes_query_kernel = is_memory_bound(p) || p.kv_scales != nullptr;
+    if (plan.shares == 1 && !takes_query_kernel) break;  // nor are there more with more rows
     most = std::max(most, plan.workspace);
   }
   return most;

@@ -4,6 +4,7 @@
 #include <NvInfer.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
@@ -115,9 +116,10 @@ DataType output_type(const Plugin& plugin, const std::vector<DataType>& inputs) 
 }
 
 // For a first input of up to `rows` rows.
-size_t workspace(const Plugin& plugin, int rows, int num_inputs) {
+size_t workspace(const Plugin& plugin, int rows, int num_inputs, int width = 1) {
   std::vector<nvinfer1::DynamicPluginTensorDesc> inputs(num_inputs), outputs(1);
   inputs[0].desc.dims.nbDims = inputs[0].max.nbDims = 2;
+  inputs[0].desc.dims.d[1] = inputs[0].max.d[1] = width;
   inputs[0].desc.dims.d[0] = -1;
   inputs[0].max.d[0] = rows;
   return build(plugin).getWorkspaceSize(inputs.data(), num_inputs, outputs.data(), 1);
@@ -184,9 +186,10 @@ DataType output_type(const Plugin& plugin, const std::vector<DataType>& inputs) 
   return plugin->getOutputDataType(0, inputs.data(), static_cast<int32_t>(inputs.size()));
 }
 
-size_t workspace(const Plugin& plugin, int rows, int num_inputs) {
+size_t workspace(const Plugin& plugin, int rows, int num_inputs, int width = 1) {
   std::vector<PluginTensorDesc> inputs(num_inputs), outputs(1);
   inputs[0].dims.nbDims = 2;
+  inputs[0].dims.d[1] = width;
   inputs[0].dims.d[0] = rows;
   return plugin->getWorkspaceSize(inputs.data(), num_inputs, outputs.data(), 1);
 }
@@ -301,6 +304,27 @@ void test_workspace() {
   expect(workspace(create(find_creator("StarSiluMul"), {}), 100, 1) == 0, "none");
 }
 
+// Weights in FP8 come as int32, four of them each, as do the bits of their scales.
+void test_fp8() {
+  const Plugin plugin = create(find_creator("StarLinearFp8Add"), {});
+  std::vector<PluginTensorDesc> tensors(5);
+  for (PluginTensorDesc& tensor : tensors) {
+    tensor.type = DataType::kHALF;
+    tensor.format = nvinfer1::TensorFormat::kLINEAR;
+  }
+  tensors[1].type = tensors[2].type = DataType::kINT32;
+  for (int i = 0; i < 5; ++i) expect(supports(plugin, i, tensors), "the types of a product");
+  tensors[1].type = DataType::kINT8;
+  expect(!supports(plugin, 1, tensors), "no other weights");
+  tensors[3].type = DataType::kINT32;
+  expect(!supports(plugin, 3, tensors), "no other addend");
+
+  const Plugin wide = create(find_creator("StarLinear"), {});
+  const Plugin narrow = create(find_creator("StarLinearFp8"), {});
+  const size_t rows = workspace(narrow, 128, 3, 512) - workspace(wide, 128, 2, 512);
+  expect(rows == 128 * (512 + 4 + 4), "x in FP8, its scales, and rows of a bias");
+}
+
 // Every address is one that nobody may read: TensorRT times plugins with tensors of any content.
 void test_build_phase() {
   std::vector<const void*> inputs(8, reinterpret_cast<const void*>(0x100));
@@ -350,5 +374,9 @@ int main(int argc, char** argv) {
   ok &= passes("formats", test_formats);
   ok &= passes("workspace", test_workspace);
   ok &= passes("build phase", test_build_phase);
+  const auto is_fp8 = [](Creator* each) {
+    return each->getPluginName() == std::string("StarLinearFp8");
+  };
+  if (std::any_of(creators.begin(), creators.end(), is_fp8)) ok &= passes("FP8", test_fp8);
   return ok ? 0 : 1;
 }

@@ -4,7 +4,10 @@
 //   plugin_test [folder of TensorRT's libraries]
 //
 // Exit status 77: there is no TensorRT.
+#include "star_attention/plugin.h"
+
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,7 +23,9 @@
 #include <vector>
 
 #include "common/check.h"
+#include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
+#include "star_attention/quantize_pages.h"
 #include "star_attention/rope.h"
 #include "star_attention/session.h"
 #include "testing.h"
@@ -133,7 +138,8 @@ Step decode_step() { return Step({1, 1}, {151, 51}); }
 // What the plugin should do, by the library.
 class Direct {
  public:
-  void run(const Step& step, const RankMerge* merge = nullptr) {
+  void run(const Step& step, const RankMerge* merge = nullptr,
+           const QuantizedPrefix* prefix = nullptr) {
     RopeAppendParams r{};
     r.dtype = DType::kFloat16;
     r.num_q_heads = kQHeads;
@@ -173,8 +179,7 @@ class Direct {
     p.max_kv_len = step.max_kv_len;
     p.o = merge ? static_cast<void*>(partials_.data()) : out.data();
     p.lse = lse_.data();
-    const DeviceArray<char> workspace(paged_attention_workspace(p) + 1);
-    paged_attention(p, workspace.data(), workspace.bytes(), nullptr);
+    prefix ? attend_behind(*prefix, p) : attend(p);
     if (merge) {
       PeerMergeParams m{};
       m.dtype = DType::kFloat32;
@@ -203,6 +208,49 @@ class Direct {
   DeviceArray<__half> out{size_t{kMaxTokens} * kOutWidth};
 
  private:
+  static void attend(const PagedAttentionParams& p) {
+    const DeviceArray<char> workspace(paged_attention_workspace(p) + 1);
+    paged_attention(p, workspace.data(), workspace.bytes(), nullptr);
+  }
+
+  static void attend_behind(const QuantizedPrefix& prefix, const PagedAttentionParams& own) {
+    const int rows = own.num_tokens * kQHeads;
+    const DeviceArray<float> o(size_t(2) * rows * kHeadDim), lse(size_t(2) * rows);
+    PagedAttentionParams p = own;
+    p.o_dtype = DType::kFloat32;
+    p.o = o.data() + rows * kHeadDim;
+    p.lse = lse.data() + rows;
+    attend(p);
+    p.causal = false;
+    p.num_pages = 2 * kPages;
+    p.kv_scales = prefix.scales + size_t{kLayer} * 2 * kPages * 2 * kKvHeads;
+    p.kv_dtype = prefix.kv_dtype;
+    p.page_table = prefix.page_table;
+    p.page_table_stride = prefix.page_table_stride;
+    p.kv_lens = prefix.kv_lens;
+    p.max_kv_len = prefix.max_kv_len;
+    p.o = o.data();
+    p.lse = lse.data();
+    attend(p);
+    MergeLseParams m{};
+    m.dtype = DType::kFloat32;
+    m.out_dtype = own.o_dtype;
+    m.num_shards = 2;
+    m.num_tokens = own.num_tokens;
+    m.num_heads = kQHeads;
+    m.head_dim = kHeadDim;
+    m.o = o.data();
+    m.o_shard_stride = int64_t{rows} * kHeadDim;
+    m.o_token_stride = kOutWidth;
+    m.lse = lse.data();
+    m.lse_shard_stride = rows;
+    m.lse_token_stride = kQHeads;
+    m.out = own.o;
+    m.out_lse = own.lse;
+    merge_lse(m, nullptr);
+    check_cuda(cudaDeviceSynchronize(), "attention");
+  }
+
   DeviceArray<__half> q_{size_t{kMaxTokens} * kOutWidth};
   DeviceArray<float> partials_{size_t{kMaxTokens} * kOutWidth};
   DeviceArray<float> lse_{size_t{kMaxTokens} * kQHeads};
@@ -263,7 +311,7 @@ class Engine {
   Execution execution_;
   DeviceArray<float> rotary_{random_rotary()};
   DeviceArray<char> workspace_{
-      step_workspace_bytes(kQHeads, kKvHeads, kHeadDim, kMaxTokens, kMaxTokens)};
+      step_workspace_bytes(kQHeads, kKvHeads, kHeadDim, kMaxTokens, kMaxTokens, true)};
   cudaStream_t stream_ = nullptr;
 };
 
@@ -287,6 +335,13 @@ class Network {
       profile_.setDimensions(name, nvinfer1::OptProfileSelector::kMAX, to_dims(most));
     }
     return tensor;
+  }
+
+  // Of `values`, which have to stay until the engine is built.
+  ITensor* constant(DataType type, const Shape& shape, const void* values) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    return network_->addConstant(to_dims(shape), {type, values, count})->getOutput(0);
   }
 
   ITensor* plugin(const char* name, const std::vector<Field>& fields,
@@ -467,6 +522,79 @@ void test_layer_operators(const std::string& file) {
   expect(relative < 2e-3, "an error under 2e-3, not " + std::to_string(relative));
 }
 
+// x weight^T + bias, and x weight^T + addend, the weight being a constant in FP8.
+struct Fp8Products {
+  static constexpr int kMaxRows = 40, kIn = 256, kOut = 320;
+
+  std::vector<__half> x = random_halfs(kMaxRows * kIn), bias = random_halfs(kOut);
+  std::vector<__half> addend = random_halfs(kMaxRows * kOut);
+  std::vector<uint8_t> weight;  // [kOut, kIn]
+  std::vector<float> scales;
+
+  Fp8Products() {
+    for (const __half value : random_halfs(kOut * kIn)) {
+      weight.push_back(__nv_cvt_float_to_fp8(100 * __half2float(value), __NV_SATFINITE, __NV_E4M3));
+    }
+    for (int i = 0; i < kOut; ++i) scales.push_back(1e-3f + 1e-5f * static_cast<float>(i));
+  }
+
+  void build(const std::string& file, bool with_bias) const {
+    using DataType = nvinfer1::DataType;
+    Network network;
+    auto* const x = network.input("x", DataType::kHALF, {1, kIn}, {kMaxRows, kIn});
+    auto* const added = with_bias
+                            ? network.constant(DataType::kHALF, {kOut}, bias.data())
+                            : network.input("addend", DataType::kHALF, {1, kOut}, {kMaxRows, kOut});
+    network.build(
+        *network.plugin("StarLinearFp8Add", {},
+                        {x, network.constant(DataType::kINT32, {kOut, kIn / 4}, weight.data()),
+                         network.constant(DataType::kINT32, {kOut}, scales.data()), added}),
+        file);
+  }
+
+  double at(int row, int column, bool with_bias) const {
+    double sum = 0;
+    for (int k = 0; k < kIn; ++k) {
+      const __half_raw w = __nv_cvt_fp8_to_halfraw(weight[column * kIn + k], __NV_E4M3);
+      sum += double(__half2float(x[row * kIn + k])) * __half2float(__half(w));
+    }
+    const __half& other = with_bias ? bias[column] : addend[row * kOut + column];
+    return sum * scales[column] + __half2float(other);
+  }
+};
+
+// Of few rows, which are not quantised, and of many.
+void test_fp8_products(const std::string& file) {
+  const Fp8Products products;
+  const DeviceArray<__half> x(products.x), addend(products.addend);
+  for (const bool with_bias : {false, true}) {
+    products.build(file, with_bias);
+    Session session(file, 0, &keep_errors);
+    Execution execution(session, 0);
+    for (const int rows : {1, 3, Fp8Products::kMaxRows - 3, Fp8Products::kMaxRows}) {
+      const DeviceArray<__half> out(size_t(rows) * Fp8Products::kOut);
+      execution.set_input("x", {rows, Fp8Products::kIn}, x.data());
+      if (!with_bias) execution.set_input("addend", {rows, Fp8Products::kOut}, addend.data());
+      execution.set_output("out", {rows, Fp8Products::kOut}, out.data());
+      execution.enqueue(nullptr);
+      check_cuda(cudaDeviceSynchronize(), "engine");
+      const std::vector<char> bytes = out.host();
+      const auto* halfs = reinterpret_cast<const __half*>(bytes.data());
+      double errors = 0, sizes = 0;
+      for (int i = 0; i < rows * Fp8Products::kOut; ++i) {
+        const double expected =
+            products.at(i / Fp8Products::kOut, i % Fp8Products::kOut, with_bias);
+        errors += std::pow(__half2float(halfs[i]) - expected, 2);
+        sizes += expected * expected;
+      }
+      const double relative = std::sqrt(errors / sizes), most = rows > 8 ? 0.04 : 1e-3;
+      std::printf("FP8, %d rows, %s: error %.1e\n", rows, with_bias ? "bias" : "sum", relative);
+      expect(relative < most, "an error under " + std::to_string(most));
+      expect(rows <= 8 || relative > 2e-3, "rows in FP8");
+    }
+  }
+}
+
 void expect_equal(const Engine& engine, const Direct& direct) {
   expect(engine.out.host() == direct.out.host(), "the library's output");
   expect(engine.kv_pool.host() == direct.kv_pool.host(), "the library's KV");
@@ -544,6 +672,44 @@ void test_exchange(Engine& engine) {
   expect_text(expect_failure([&] { PageExchange(nccl, {}, {{1, 0, 1}}); }), "receives: got 1");
 }
 
+// A question over contexts in 8 bits, its own pages in 16. Sequence 0 has pages 0 to 2, sequence 1
+// page 4; of pages 6 and 7 there are 8-bit pages 12 and 13.
+void test_prefix(Engine& engine, const RankMerge* merge) {
+  constexpr int kPadded = 2 * kPages, kPerPage = 2 * kKvHeads;
+  Direct direct;
+  const DeviceArray<__half> values(random_halfs(kLayers * kLayerElements));
+  const DeviceArray<float> scales(size_t{kLayers} * kPadded * kPerPage);
+  const DeviceArray<int> pages(std::vector<int>{6, 7}), tokens(std::vector<int>{64, 40});
+  const DeviceArray<int> table(std::vector<int>{12, 13, 13, 0}), lens(std::vector<int>{104, 33});
+  for (const DType kv_dtype : {DType::kFloat8, DType::kInt8}) {
+    QuantizePagesParams q{};
+    q.dtype = DType::kFloat16;
+    q.kv_dtype = kv_dtype;
+    q.num_layers = kLayers;
+    q.num_kv_heads = kKvHeads;
+    q.head_dim = kHeadDim;
+    q.tokens_per_block = kTokensPerBlock;
+    q.num_pages = kPages;
+    q.scales = scales.data();
+    q.pages = pages.data();
+    q.others = tokens.data();
+    q.count = 2;
+    for (const auto* pool : {&direct.kv_pool, &engine.kv_pool}) {
+      check_cuda(cudaMemcpy(pool->data(), values.data(), pool->bytes(), cudaMemcpyDefault), "copy");
+      q.kv_pool = pool->data();
+      quantize_pages(q, nullptr);
+    }
+    QuantizedPrefix& prefix = engine.context.prefix;
+    prefix = {kv_dtype, scales.data(), table.data(), 2, lens.data(), 104};
+    engine.context.merge = merge;
+    for (const Step& step : {context_step(), decode_step()}) {
+      direct.run(step, merge, &prefix);
+      engine.run(step);
+      expect_equal(engine, direct);
+    }
+  }
+}
+
 void test_storing_layer(Engine& engine) {
   engine.context.attending_layers = kLayer;
   Direct direct;
@@ -574,6 +740,9 @@ void test_workspace_bound() {
   alignas(256) static char somewhere[256];  // the checks want addresses
   for (const auto& heads : kHeads) {
     const size_t bound = step_workspace_bytes(heads[0], heads[1], 128, kMaxRows, 0);
+    const size_t bound_8bit =
+        step_workspace_bytes(heads[0], heads[1], 128, kMaxRows, kMaxRows, true);
+    const size_t partials = sizeof(float) * kMaxRows * heads[0] * (3 * 128 + 2);
     PagedAttentionParams p{};
     p.dtype = DType::kFloat16;
     p.o_dtype = DType::kFloat32;
@@ -596,6 +765,11 @@ void test_workspace_bound() {
           const size_t needed = paged_attention_workspace(p);
           expect(needed <= bound, "at most " + std::to_string(bound) + " bytes for " +
                                       std::to_string(rows) + " rows: " + std::to_string(needed));
+          PagedAttentionParams in_8_bits = p;
+          in_8_bits.causal = false;
+          in_8_bits.kv_scales = p.lse;
+          in_8_bits.kv_dtype = DType::kInt8;
+          expect(partials + paged_attention_workspace(in_8_bits) <= bound_8bit, "enough in 8 bits");
         }
       }
     }
@@ -644,6 +818,14 @@ int run(const std::string& folder) {
     with_engine("context and decode", test_context_and_decode);
     with_engine("CUDA graph", test_graph);
     with_engine("merge", test_merge);
+    with_engine("prefix", [](Engine& engine) { test_prefix(engine, nullptr); });
+    with_engine("prefix and merge", [](Engine& engine) {
+      PeerMerge peers(/*rank=*/0, /*size=*/1, /*capacity=*/1 << 20, /*timeout_seconds=*/10, 0);
+      const PeerMemory::Handle handle = peers.peers().handle();
+      peers.peers().open(&handle);
+      const RankMerge merge(peers);
+      test_prefix(engine, &merge);
+    });
     try {
       load_nccl("");
       with_engine("exchange", test_exchange);
@@ -658,6 +840,13 @@ int run(const std::string& folder) {
   }
 #ifdef STAR_ATTENTION_CUBLAS
   ok &= passes("layer operators", [&] { test_layer_operators(file); });
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "device");
+  if (has_fp8_products() && major >= 9) {
+    ok &= passes("FP8", [&] { test_fp8_products(file); });
+  } else {
+    std::printf("FP8: skipped, it needs compute capability 9.0 and cuBLAS 12.9\n");
+  }
 #else
   std::printf("layer operators: skipped, compiled without cuBLASLt\n");
 #endif

@@ -1,6 +1,7 @@
 """The ONNX graph, run by ONNX's reference evaluator, computes what the torch engine does."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -10,16 +11,19 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from safetensors.torch import load_file, save_file
 
+from fp8_files import quantize_folder
 from helpers import MODELS, forced_logits, save_tiny_model
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import Limits
 from star_attention.engines.loader import load_engine
 from star_attention.engines.options import EngineOptions
-from star_attention.engines.tensorrt.onnx import export_graph
+from star_attention.engines.tensorrt.onnx import GRAPH, export_graph, write_graph
 from star_attention.errors import UserError
+from star_attention.models.checkpoint import open_checkpoint
 from star_attention.models.rotary import rotary_table
 from star_attention.ops import reference
+from star_attention.ops.quantized import FP8, QuantizedRows, quantize_rows
 from star_attention.runtime.leader import lead_together
 
 PAGE = 8
@@ -32,7 +36,7 @@ class StarAttention(OpRun):
     op_domain = "star_attention"
 
     def _run(self, qkv, positions, starts, kv_lens, table, slots, rotary, address, **attributes):
-        pools, causal = STEPS[int(address.view(np.int64)[0])]
+        pools, causal, prefix = STEPS[int(address.view(np.int64)[0])]
         tensors = [
             torch.from_numpy(array.copy())
             for array in (qkv, positions, rotary, slots, table, starts, kv_lens)
@@ -42,8 +46,35 @@ class StarAttention(OpRun):
         q = qkv.new_empty(len(qkv), attributes["num_q_heads"], attributes["head_dim"])
         reference.rope_append(qkv, positions, rotary, pool, slots, q)
         options = {"scale": attributes["head_dim"] ** -0.5, "max_q_len": 0, "max_kv_len": 0}
-        o, _ = reference.paged_attention(q, pool, table, starts, kv_lens, causal=causal, **options)
+        seen = [(pool, table, starts, kv_lens, {"causal": causal})]
+        if prefix:
+            codes, scales, table, kv_lens = prefix
+            scales = scales[attributes["layer"]]
+            more = {"causal": False, "kv_scales": scales}
+            seen.append((codes[attributes["layer"]], table, starts, kv_lens, more))
+        parts = [reference.paged_attention(q, *each, **more, **options) for *each, more in seen]
+        o, _ = reference.merge_lse(*map(torch.stack, zip(*parts, strict=True)))
         return (o.flatten(1).numpy(),)
+
+
+class StarLinearFp8(OpRun):
+    op_domain = "star_attention"
+
+    def _run(self, x, weight, scales, addend=None, **attributes):
+        values = torch.from_numpy(weight.copy()).view(FP8)
+        rows = QuantizedRows(
+            values, torch.from_numpy(scales.copy()).view(torch.float32), torch.float32
+        )
+        quantized = quantize_rows(torch.from_numpy(x.copy()), "fp8")
+        added = None if addend is None else torch.from_numpy(addend.copy())
+        return (reference.linear(quantized, rows, added).numpy(),)
+
+
+class StarLinearFp8Add(StarLinearFp8):
+    pass
+
+
+PLUGINS = [StarAttention, StarLinearFp8, StarLinearFp8Add]  # nodes without a definition
 
 
 class OnnxEngine:
@@ -57,7 +88,7 @@ class OnnxEngine:
 
     def __init__(self, graph, config):
         self.config, self.tokens_per_block = config, PAGE
-        self._evaluator = ReferenceEvaluator(str(graph), new_ops=[StarAttention])
+        self._evaluator = ReferenceEvaluator(str(graph), new_ops=PLUGINS)
         self._rotary = rotary_table(config.rope, config.head_dim, 512, torch.device("cpu")).numpy()
         self._pools = None
 
@@ -74,7 +105,7 @@ class OnnxEngine:
         self._pools[:, target] = self._pools[:, source]
 
     def step(self, token_ids, positions, attention, logit_rows, on_layer=None):
-        STEPS[7 << 32] = self._pools, attention.causal
+        STEPS[7 << 32] = self._pools, attention.causal, None
         feeds = {
             "input_ids": token_ids,
             "position_ids": positions,
@@ -99,14 +130,44 @@ def test_same_logits_as_torch(tmp_path, name, gemm_plugin):
     projections = {node.op_type for node in onnx.load(graph).graph.node}
     assert ("Gemm" in projections) == (not gemm_plugin)
     engine = load_engine(tmp_path / "model", SingleProcess(), PAGE, EngineOptions())
+    found = logits_of(OnnxEngine(graph, engine.config))
+    np.testing.assert_allclose(found, logits_of(engine), atol=2e-5)
+
+
+def logits_of(engine):
     tokens = np.random.default_rng(6).integers(0, 97, 80).astype(np.int32)
     context, question, answer = np.split(tokens, [70, 76])
-    logits = []
-    for each in (engine, OnnxEngine(graph, engine.config)):
-        leader, _ = lead_together(each, SingleProcess())
-        encoded = leader.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
-        logits.append(forced_logits(leader, encoded, question, answer))
-    np.testing.assert_allclose(*logits, atol=2e-5)
+    leader, _ = lead_together(engine, SingleProcess())
+    encoded = leader.encode(context, StarConfig(16, 8, "local", tokens_per_block=PAGE))
+    return forced_logits(leader, encoded, question, answer)
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["quantised", "stored"])
+@pytest.mark.parametrize("name", ["llama", "biases", "qwen3"])
+def test_projections_in_fp8(tmp_path, name, is_stored):
+    """Those of 16 bits quantised, those that are stored in FP8 as they are."""
+    architecture, overrides = MODELS[name]
+    save_tiny_model(tmp_path, architecture, **overrides)
+    if is_stored:
+        quantize_folder(tmp_path, "compressed-dynamic")
+    checkpoint, folder = open_checkpoint(tmp_path), tmp_path / "graph"
+    folder.mkdir()
+    write_graph(checkpoint, folder, folder, "float32", gemm_plugin=True, fp8=True)
+    onnx.checker.check_model(str(folder / GRAPH))
+    layers = checkpoint.config.num_layers
+    operators = Counter(node.op_type for node in onnx.load(folder / GRAPH).graph.node)
+    assert operators["StarLinearFp8"] + operators["StarLinearFp8Add"] == 4 * layers
+    assert operators["StarLinear"] == 1  # the last
+    engine = load_engine(tmp_path, SingleProcess(), PAGE, EngineOptions(quantization="fp8"))
+    found = logits_of(OnnxEngine(folder / GRAPH, engine.config))
+    np.testing.assert_allclose(found, logits_of(engine), atol=2e-5)
+
+
+def test_projections_that_fp8_does_not_take(tmp_path):
+    save_tiny_model(tmp_path, intermediate_size=72)
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="FP8 on a GPU needs multiples of 16"):
+        write_graph(checkpoint, tmp_path, tmp_path, "float16", gemm_plugin=True, fp8=True)
 
 
 def test_experts_are_refused(tmp_path):

@@ -291,7 +291,7 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"^down and .* 64 rows of 40, FP8 on a GPU needs multiples"
     ):
-        loading._check_fp8("down", 64, 40)
+        loading.check_fp8("down", 64, 40, "another --tp")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     cuda = EngineOptions("cuda", quantization="fp8")
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_refusals(tmp_path, monkeypatch):
     assert torch_load._quantization(replace(cuda, quantization="auto")) == "auto"
     save_tiny_model(tmp_path)
     quantize_folder(tmp_path, "modelopt")
-    with pytest.raises(UserError, match="weights are in FP8, which TensorRT engines do not have"):
+    with pytest.raises(UserError, match="are in FP8: use star-attn build with --quantization fp8"):
         export_graph(tmp_path, tmp_path / "graph")
 
 

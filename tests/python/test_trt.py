@@ -37,7 +37,7 @@ from thread_ranks import ThreadRanks
 class TensorRt:
     """Stands for star_attention._trt."""
 
-    HAS_CUBLAS = True
+    HAS_CUBLAS = HAS_FP8 = True
 
     def __init__(self, error=None):
         self.error = error
@@ -179,6 +179,35 @@ def test_who_computes_projections(tmp_path, tensorrt, model, gemm_plugin, has_cu
     assert tensorrt.operators & {"StarLinear", "Gemm"} == {operator}
 
 
+def test_projections_in_fp8(tmp_path, tensorrt, model):
+    limits, options = EngineLimits(2, 900, 1024, 512, 64), BuildOptions(quantization="fp8")
+    written = build_engine(model, tmp_path / "engine", limits, options)
+    assert {"StarLinearFp8", "StarLinearFp8Add", "StarLinear"} <= tensorrt.operators
+    assert written.quantization == "fp8"
+    assert read_engine_config(tmp_path / "engine") == written
+    assert written.weights_sha256 != build_engine(model, tmp_path / "engine", limits).weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_fp8", "message"),
+    [
+        ("8.9", True, "needs a GPU of compute capability 9.0 or newer, this one has 8.9"),
+        ("12.0", False, "needs cuBLAS 12.9 or newer"),
+    ],
+)
+def test_where_fp8_is_not(monkeypatch, tmp_path, tensorrt, model, capability, has_fp8, message):
+    tensorrt.HAS_FP8 = has_fp8
+    monkeypatch.setattr(trt_build, "gpu_of", lambda: ("a GPU", capability))
+    limits = EngineLimits(2, 900, 1024, 512, 64)
+    with pytest.raises(UserError, match=message):
+        build_engine(model, tmp_path / "engine", limits, BuildOptions(quantization="fp8"))
+
+
+def test_fp8_is_of_cublas():
+    with pytest.raises(UserError, match="--gemm_plugin is 'disable': with --quantization fp8"):
+        BuildOptions(gemm_plugin="disable", quantization="fp8")
+
+
 def cli_config(model):
     from star_attention.models.checkpoint import open_checkpoint
 
@@ -228,9 +257,10 @@ def test_other_folders_are_not_overwritten(tmp_path, tensorrt, model):
         build_engine(model, model, limits_for(cli_config(model)))
 
 
-def engine_folder(tmp_path, **limits):
+def engine_folder(tmp_path, quantization=None, **limits):
     limits = EngineLimits(2, 900, 1024, 512, 64, **limits)
-    config = EngineConfig(LLAMA_3_1_8B, limits, "float16", "8.6.0", "a GPU", "9.0", "abc", "0.1")
+    versions = "8.6.0", "a GPU", "9.0", "abc", "0.1"
+    config = EngineConfig(LLAMA_3_1_8B, limits, "float16", *versions, quantization)
     (tmp_path / "engine.plan").touch()
     config.write(tmp_path)
     return tmp_path
@@ -245,14 +275,32 @@ def test_division_of_an_engine(tmp_path):
     for options, message in (
         (EngineOptions("cuda", "bfloat16"), "the engine computes in float16: leave it away"),
         (EngineOptions(load_format="dummy"), "an engine has its weights"),
-        (EngineOptions(kv_dtype="fp8"), "--kv-dtype is fp8: TensorRT engines keep KV in 16 bits"),
         (EngineOptions(tp=2), "TensorRT engines have no tensor parallelism"),
-        (EngineOptions(quantization="fp8"), "TensorRT engines have 16-bit weights"),
+        (
+            EngineOptions(quantization="fp8"),
+            "but the engine was built with --quantization none: leave it away",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             division_of(folder, config, options)
     with pytest.raises(UserError, match="use --tokens-per-block 64"):
         division_of(folder, StarConfig(), EngineOptions())
+
+
+def test_quantization_of_an_engine(tmp_path):
+    folder, config = engine_folder(tmp_path, "fp8"), StarConfig(tokens_per_block=64)
+    for given in ("auto", "fp8"):
+        division_of(folder, config, EngineOptions(quantization=given))
+    with pytest.raises(UserError, match="is none, but the engine was built with --quantization fp"):
+        division_of(folder, config, EngineOptions(quantization="none"))
+
+
+def test_engines_from_before_there_was_fp8(tmp_path):
+    path = engine_folder(tmp_path) / "config.json"
+    content = json.loads(path.read_text())
+    del content["quantization"]
+    path.write_text(json.dumps(content))
+    assert read_engine_config(tmp_path).quantization is None
 
 
 @pytest.mark.parametrize(

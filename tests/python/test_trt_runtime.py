@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from engine_steps import ints, step_of
 from helpers import forced_logits, save_tiny_model
+from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess, Traffic
 from star_attention.engines.base import Exchange, Limits, Pages
@@ -83,6 +84,30 @@ class Device:
         pass
 
 
+class StepContext(SimpleNamespace):
+    prefix = None
+
+    def set_prefix(self, *, scales, kv_dtype, page_table, kv_lens, max_kv_len):
+        pool, *arrays = (
+            torch.from_numpy(each.view(np.ndarray))
+            for each in (self.kv_pool, scales, page_table, kv_lens)
+        )
+        self.prefix = ops.codes_of(pool, ops.code_dtype(kv_dtype)), *arrays
+        self.most = max_kv_len
+
+
+def quantizer(function):
+    """As star_attention._trt has it."""
+
+    def convert(*, kv_pool, scales, dtype, kv_dtype, stream, **lists):
+        pool = torch.from_numpy(kv_pool.view(np.ndarray))
+        codes = ops.codes_of(pool, ops.code_dtype(kv_dtype))
+        lists = (torch.from_numpy(each) for each in lists.values())
+        function(pool, codes, torch.from_numpy(scales.view(np.ndarray)), *lists)
+
+    return convert
+
+
 class Execution:
     def __init__(self, evaluator, profile):
         self.evaluator, self.profile = evaluator, profile
@@ -95,10 +120,10 @@ class Execution:
         self.context = context
 
     def enqueue(self, stream):
-        STEPS[ADDRESS] = (
-            torch.from_numpy(self.context.kv_pool.view(np.ndarray)),
-            self.context.causal,
-        )
+        context = self.context
+        pool = torch.from_numpy(context.kv_pool.view(np.ndarray))
+        wide = pool.float()  # itself, unless it is of 16 bits
+        STEPS[ADDRESS] = wide, context.causal, context.prefix
         feeds = {name: np.array(array) for name, array in self.tensors.items()}
         logits = feeds.pop("logits")
         for name, (least, _, most) in self.profile.items():
@@ -106,6 +131,9 @@ class Execution:
             assert np.all(np.less_equal(least, shape) & np.less_equal(shape, most)), (name, shape)
         feeds["runtime_context"] = np.array([ADDRESS]).view(np.int32)
         self.tensors["logits"][...] = self.evaluator.run(None, feeds)[0]
+        slots = np.asarray(self.tensors["slot_mapping"])
+        stored = np.unique(slots[slots >= 0] // PAGE)
+        pool[:, stored] = wide[:, stored].to(pool.dtype)
         assert self.tensors["logits"].shape == logits.shape
 
     def capture(self, stream):
@@ -120,7 +148,13 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def engine(tmp_path, monkeypatch, model):
+def engine(make_engine):
+    return make_engine()
+
+
+@pytest.fixture
+def make_engine(tmp_path, monkeypatch, model):
+    waits.clear()
     graph = export_graph(model, tmp_path / "graph", "float32")
     evaluator = ReferenceEvaluator(str(graph), new_ops=[StarAttention])
     config = open_checkpoint(model).config
@@ -139,7 +173,9 @@ def engine(tmp_path, monkeypatch, model):
     trt = SimpleNamespace(
         version=lambda: "8.6.0",
         Session=session,
-        StepContext=SimpleNamespace,
+        StepContext=StepContext,
+        quantize_pages=quantizer(ops.quantize_pages),
+        dequantize_pages=quantizer(ops.dequantize_pages),
         step_workspace_bytes=lambda **_: 10,
     )
     cupy = SimpleNamespace(
@@ -166,9 +202,15 @@ def engine(tmp_path, monkeypatch, model):
     monkeypatch.setattr(trt_engine, "gpu_of", lambda device: ("a GPU", "9.0"))
     write_rotary(config, LIMITS.max_seq_len, tmp_path / ROTARY)
     about = EngineConfig(config, LIMITS, "float16", "8.6.0", "a GPU", "9.0", "abc", "0.1")
-    engine = TensorRtEngine(tmp_path, about, SingleProcess(), 0)
-    engine.allocate_pool(32)
-    return engine
+
+    def make(kv_dtype="auto"):
+        if kv_dtype != "auto":
+            cupy.uint16 = np.float16
+        engine = TensorRtEngine(tmp_path, about, SingleProcess(), 0, kv_dtype)
+        engine.allocate_pool(32)
+        return engine
+
+    return make
 
 
 @pytest.mark.parametrize("mode", ["recompute", "local"])
@@ -202,6 +244,48 @@ def test_several_questions(engine, model):
     np.testing.assert_allclose(*logits, atol=2e-5)
     assert engine._graphs.keys() == {1, 2, 3}
     assert engine.graph_steps == 2
+
+
+def test_contexts_in_8_bits(make_engine, model):
+    """Nearer to the torch engine's, whose pages are of float32 before, than these are to those of
+    float32; and steps of several questions."""
+    tokens = np.random.default_rng(6).integers(0, 97, 280).astype(np.int32)
+    context, question, answer = np.split(tokens, [270, 276])
+    found = []
+    for kind, make in (("auto", load), ("fp8", load), ("fp8", make_engine)):
+        engine = load(model, kind) if make is load else make_engine(kind)
+        leader, worker = lead_together(engine, SingleProcess())
+        config = StarConfig(64, 64, "local", tokens_per_block=PAGE, kv_dtype=kind)
+        encoded = leader.encode(context, config)
+        logits = [forced_logits(leader, encoded, question, answer)]
+        parts = [QuestionPart(i, encoded.number, tokens[i : i + 3], 0) for i in range(3)]
+        for order in (Ask(tuple(parts)), Decode((0, 1), (7, 8), (0, 0)), Decode((2,), (9,), (0,))):
+            logits.append(to_numpy(leader.execute(order)).copy())
+        found.append(np.concatenate(logits))
+    whole, theirs, ours = found
+    of_8_bits = np.linalg.norm(theirs - whole, axis=1)
+    assert (np.linalg.norm(ours - theirs, axis=1) < 0.8 * of_8_bits).all()
+    assert np.linalg.norm(ours - theirs) < 0.4 * np.linalg.norm(of_8_bits)
+    assert engine.graph_steps > 3
+    assert worker.pool.pages_in_use == 5 + 3  # a page of each block, and of each question
+
+
+def load(model, kv_dtype):
+    return load_engine(model, SingleProcess(), PAGE, EngineOptions(kv_dtype=kv_dtype))
+
+
+def test_kept_pages_in_8_bits(make_engine):
+    """What was written is read again, codes and scales."""
+    engine = make_engine("fp8")
+    assert engine.kept_page_bytes == engine.page_bytes // 2 + 2 * 2 * 4  # with scales
+    pages, random = [5, 6, 9, 2], np.random.default_rng(8)
+    given = random.integers(0, 256, (4, engine.kept_page_bytes), np.uint8)
+    engine.write_layer(1, pages, given)
+    out = np.zeros_like(given)
+    engine.read_layer(1, pages, out)
+    np.testing.assert_array_equal(out, given)
+    in_pool = engine._codes.view(np.ndarray)[1, pages].reshape(4, -1)
+    np.testing.assert_array_equal(in_pool, given.reshape(-1)[: in_pool.size].reshape(4, -1))
 
 
 def test_a_rank_without_blocks(engine):

@@ -561,7 +561,7 @@ class StepContext:
     address = 9 << 32
 
     def __init__(self, kv_pool, causal, **_):
-        STEPS[self.address] = torch.zeros(kv_pool.shape), causal
+        STEPS[self.address] = torch.zeros(kv_pool.shape), causal, None
 
 
 def test_script_answers_as_star_attn_does(monkeypatch, capsys, tmp_path, tiny_chat_model):

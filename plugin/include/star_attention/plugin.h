@@ -15,4 +15,8 @@ namespace star_attention {
 // runtime's or TensorRT's global one. Nothing changes where they are known.
 STAR_ATTENTION_EXPORT void register_plugins(nvinfer1::IPluginRegistry& registry);
 
+// Whether cuBLAS, as compiled with and as loaded, multiplies in FP8 as StarLinearFp8 needs it. Not
+// in a library that was compiled without cuBLAS.
+STAR_ATTENTION_EXPORT bool has_fp8_products();
+
 }  // namespace star_attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from star_attention.cli.options import TOKENS, Choice, Number
 from star_attention.engines.tensorrt.build import (
     BUILD_DTYPES,
+    BUILD_QUANTIZATIONS,
     GEMM_PLUGIN,
     BuildOptions,
     build_engine,
@@ -39,6 +41,13 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
     default="auto",
     show_default=True,
     help="Projections by cuBLAS where TensorRT adds up in float16, or always by TensorRT.",
+)
+@click.option(
+    "--quantization",
+    type=Choice(BUILD_QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="fp8: projections compute in it, and take half of the memory.",
 )
 @click.option("--max_batch_size", type=int, default=8, show_default=True, help="Questions at once.")
 @click.option(
@@ -87,15 +96,16 @@ from star_attention.models.checkpoint import find_model, open_checkpoint
 @click.option("--workers", type=int, help="Threads that build.")
 def build(model: str, output_dir: Path, **options: Any) -> None:
     """Build a TensorRT engine: one for all ranks, to be asked with `ask --engine_dir`."""
-    how = ("dtype", "gemm_plugin", "optimization_level", "timing_cache", "workspace_gib", "workers")
-    build_options = BuildOptions(**{name: options.pop(name) for name in how})
+    how = {field.name: options.pop(field.name) for field in fields(BuildOptions)}
+    build_options = BuildOptions(**how)
     path = find_model(model)
     limits = limits_for(open_checkpoint(path).config, **options)
     console = Console(stderr=True)
     with console.status("reading the model") as status:
         config = build_engine(path, output_dir, limits, build_options, status.update)
+    projections = "projections in FP8, " if build_options.is_fp8 else ""
     click.echo(
         f"Written: {output_dir}, for {config.gpu}, TensorRT {config.tensorrt}, {config.dtype}, "
-        f"up to {limits.max_seq_len:,} tokens\n"
+        f"{projections}up to {limits.max_seq_len:,} tokens\n"
         f"Ask it: star-attn ask --engine_dir {output_dir} --context-file ... --question ..."
     )

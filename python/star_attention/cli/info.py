@@ -101,7 +101,8 @@ def _tensorrt() -> str:
         trt = load_tensorrt()
     except UserError as error:
         return f"no: {error}" if _module("star_attention._trt") else ""
-    return f"{trt.version()}, plugin compiled with {trt.HEADERS_VERSION}"
+    fp8 = "" if trt.HAS_FP8 else ", no FP8: its cuBLAS is older than 12.9"
+    return f"{trt.version()}, plugin compiled with {trt.HEADERS_VERSION}{fp8}"
 
 
 def _mpirun() -> str:

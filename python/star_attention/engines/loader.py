@@ -43,13 +43,13 @@ def division_of(path: Path, config: StarConfig, options: EngineOptions) -> StarC
         )
     if options.tp > 1:
         raise UserError(f"--tp is {options.tp}: TensorRT engines have no tensor parallelism")
-    if options.kv_dtype != "auto":
-        raise UserError(f"--kv-dtype is {options.kv_dtype}: TensorRT engines keep KV in 16 bits")
     if options.load_format != "auto":
         raise UserError(f"--load-format is {options.load_format}: an engine has its weights")
-    if options.quantization not in ("auto", "none"):
+    built = engine.quantization or "none"
+    if options.quantization not in ("auto", built):
         raise UserError(
-            f"--quantization is {options.quantization}: TensorRT engines have 16-bit weights"
+            f"--quantization is {options.quantization}, but the engine was built with "
+            f"--quantization {built}: leave it away"
         )
     return engine.limits.divide(config)
 

@@ -75,6 +75,13 @@ class PageCopies(ABC):
         self._under_way.clear()  # what the stream gets from here on is behind them
 
 
+def split_kept(host: np.ndarray, code_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where codes of all pages are, and behind them their scales, in uint8 [P, kept page bytes]:
+    [P, code_bytes] and [P, the rest]."""
+    codes, scales = np.split(host.reshape(-1), [len(host) * code_bytes])
+    return codes.reshape(len(host), -1), scales.reshape(len(host), -1)
+
+
 class PagesUnderCopy:
     """Pages that copies beside the steps still read or write: which steps must wait for them."""
 

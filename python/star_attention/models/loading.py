@@ -112,48 +112,27 @@ def _load(
     config.shard(parts)  # raises if it is not possible
 
     def own(weight: Weight, whole: torch.Tensor) -> torch.Tensor:
-        if weight.split is not None and parts > 1:
-            return whole.chunk(parts, weight.split)[part]
-        return whole
+        return _own(weight, whole, part, parts)
 
     def widened(whole: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        if isinstance(whole, QuantizedRows):
-            return replace(whole, dtype=dtype).to(device).widened()
-        return whole
-
-    def part_shape(weight: Weight) -> tuple[int, ...]:
-        shape = enumerate(weight.shape)
-        return tuple(size // parts if dim == weight.split else size for dim, size in shape)
-
-    def quantized(weights: Sequence[Weight], kind: RowKind) -> QuantizedRows:
-        """Rows are quantised whole, so that the parts of several GPUs are those of one model."""
-        shapes = [part_shape(weight) for weight in weights]
-        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
-        if device.type == "cuda":
-            _check_fp8(weights[0].name, sum(rows), columns)
-        made = QuantizedRows.empty(sum(rows), columns, kind, dtype, device)
-        places = zip(made.values.split(rows), made.scales.split(rows), strict=True)
-        for weight, (values, scales) in zip(weights, places, strict=True):
-            whole = read(weight)
-            if isinstance(whole, torch.Tensor) or whole.kind != kind:
-                whole = quantize_rows(widened(whole).to(device), kind)
-            values.copy_(own(weight, whole.values))
-            scales.copy_(own(weight, whole.scales) if weight.split == 0 else whole.scales)
-        return made
+        return _widened(whole, dtype, device)
 
     def make(weights: Sequence[Weight]) -> torch.Tensor | QuantizedRows:
         """One that is stored as it is wanted stays in the file's memory; others are copied, a
         stored one at a time."""
-        kinds = {kind_of(weight) if _is_projection(config, weight) else None for weight in weights}
+        kinds = {kind_of(weight) if is_projection(config, weight) else None for weight in weights}
         if len(kinds) == 1 and (kind := kinds.pop()):
-            return quantized(weights, kind)
+            if device.type == "cuda":
+                rows, columns = _stacked_shape(weights, parts)
+                check_fp8(weights[0].name, rows, columns, "another --tp")
+            return quantized_rows(weights, read, kind, dtype, device, part, parts)
         if len(weights) == 1:
             return (
                 own(weights[0], widened(read(weights[0])))
                 .to(device=device, dtype=dtype)
                 .contiguous()
             )
-        shapes = [part_shape(weight) for weight in weights]
+        shapes = [_part_shape(weight, parts) for weight in weights]
         rows = [shape[0] for shape in shapes]
         made = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
         for weight, place in zip(weights, made.split(rows), strict=True):
@@ -163,17 +142,71 @@ def _load(
     return assemble(config, make, lambda embedding: embedding.chunk(parts)[part])
 
 
-def _is_projection(config: ModelConfig, weight: Weight) -> bool:
+def quantized_rows(
+    weights: Sequence[Weight],
+    read: Callable[[Weight], torch.Tensor | QuantizedRows],
+    kind: RowKind,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: int = 0,
+    parts: int = 1,
+) -> QuantizedRows:
+    """Matrices stacked, or one of `parts` GPUs' part of them. Rows are quantised whole, so that the
+    parts of several GPUs are those of one model."""
+    rows = [_part_shape(weight, parts)[0] for weight in weights]
+    made = QuantizedRows.empty(*_stacked_shape(weights, parts), kind, dtype, device)
+    places = zip(made.values.split(rows), made.scales.split(rows), strict=True)
+    for weight, (values, scales) in zip(weights, places, strict=True):
+        whole = read(weight)
+        if isinstance(whole, torch.Tensor) or whole.kind != kind:
+            whole = quantize_rows(_widened(whole, dtype, device).to(device), kind)
+        values.copy_(_own(weight, whole.values, part, parts))
+        of_rows = _own(weight, whole.scales, part, parts) if weight.split == 0 else whole.scales
+        scales.copy_(of_rows)
+    return made
+
+
+def _own(weight: Weight, whole: torch.Tensor, part: int, parts: int) -> torch.Tensor:
+    if weight.split is not None and parts > 1:
+        return whole.chunk(parts, weight.split)[part]
+    return whole
+
+
+def _widened(
+    whole: torch.Tensor | QuantizedRows, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if isinstance(whole, QuantizedRows):
+        return replace(whole, dtype=dtype).to(device).widened()
+    return whole
+
+
+def _part_shape(weight: Weight, parts: int) -> tuple[int, ...]:
+    shape = enumerate(weight.shape)
+    return tuple(size // parts if dim == weight.split else size for dim, size in shape)
+
+
+def _stacked_shape(weights: Sequence[Weight], parts: int) -> tuple[int, int]:
+    """Rows and columns of matrices one over the other."""
+    shapes = [_part_shape(weight, parts) for weight in weights]
+    return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
+def is_projection(config: ModelConfig, weight: Weight) -> bool:
     """Of a layer, but none of experts, their router included."""
     if weight.field in ("qkv", "out"):
         return True
     return weight.field in ("gate_up", "down") and config.layers[weight.layer].experts is None
 
 
-def _check_fp8(name: str, rows: int, columns: int) -> None:
+def check_fp8(name: str, rows: int, columns: int, otherwise: str) -> None:
+    """Raises UserError for a matrix that no GPU multiplies in FP8.
+
+    Args:
+        otherwise: what to use instead, beside no FP8.
+    """
     if rows % _FP8_MULTIPLE or columns % _FP8_MULTIPLE or columns > _MOST_FP8_COLUMNS:
         raise UserError(
             f"{name} and what is fused with it are {rows} rows of {columns}, FP8 on a GPU needs "
             f"multiples of {_FP8_MULTIPLE}, and rows up to {_MOST_FP8_COLUMNS}: "
-            "use --quantization none, or another --tp"
+            f"use --quantization none, or {otherwise}"
         )

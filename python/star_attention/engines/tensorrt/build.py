@@ -30,6 +30,8 @@ from star_attention.models.weights import Checkpoint
 
 BUILD_DTYPES = ("float16", "bfloat16")
 GEMM_PLUGIN = ("auto", "disable")
+BUILD_QUANTIZATIONS = ("none", "fp8")
+_FP8_CAPABILITY = 9.0  # where cuBLAS takes scales of rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class BuildOptions:
         dtype: of weights and computation; TensorRT before 9 knows no bfloat16.
         gemm_plugin: "auto": projections by cuBLAS where TensorRT's own kernels add up in float16
             (before 9); "disable": always by TensorRT.
+        quantization: "fp8": of projections, as in `EngineOptions`; "none": all in `dtype`.
         optimization_level: TensorRT's, 0 to 5: how long it looks for the fastest kernels.
         timing_cache: file of what it has timed, read and written; None: in the user's cache folder.
         workspace_gib: memory that a kernel may use beside its tensors; None: any.
@@ -48,6 +51,7 @@ class BuildOptions:
 
     dtype: str = "float16"
     gemm_plugin: str = "auto"
+    quantization: str = "none"
     optimization_level: int = 3
     timing_cache: Path | None = None
     workspace_gib: float | None = None
@@ -59,12 +63,24 @@ class BuildOptions:
         if self.gemm_plugin not in GEMM_PLUGIN:
             choices = " or ".join(GEMM_PLUGIN)
             raise UserError(f"--gemm_plugin is {self.gemm_plugin!r}: use {choices}")
+        if self.quantization not in BUILD_QUANTIZATIONS:
+            choices = " or ".join(BUILD_QUANTIZATIONS)
+            raise UserError(f"--quantization is {self.quantization!r}: use {choices}")
+        if self.is_fp8 and self.gemm_plugin == "disable":
+            raise UserError(
+                "--gemm_plugin is 'disable': with --quantization fp8, which is cuBLAS's, leave it "
+                "away"
+            )
         if not 0 <= self.optimization_level <= 5:
             raise UserError(f"--optimization_level is {self.optimization_level}: use 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:
             raise UserError(f"--workspace_gib is {self.workspace_gib}: use more than 0")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers is {self.workers}: use 1 or more")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.quantization == "fp8"
 
 
 def limits_for(model: ModelConfig, **given: int | None) -> EngineLimits:
@@ -122,6 +138,8 @@ def build_folder(
     check_gpu_model(checkpoint.config)
     trt = load_tensorrt()
     gpu, capability = gpu_of()
+    if options.is_fp8:
+        _check_fp8(trt, capability)
     log = LogFile(folder.with_name(f"{folder.name}.build.log"), on_progress=on_progress)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     graph = unfinished / "graph"
@@ -131,7 +149,9 @@ def build_folder(
         add(unfinished)
         on_progress("writing the graph")
         gemm_plugin = options.gemm_plugin == "auto" and trt.HAS_CUBLAS
-        write_graph(checkpoint, graph, graph, options.dtype, gemm_plugin=gemm_plugin)
+        write_graph(
+            checkpoint, graph, graph, options.dtype, gemm_plugin=gemm_plugin, fp8=options.is_fp8
+        )
         weights_sha256 = _sha256(graph / WEIGHTS)
         on_progress("building the engine")
         _build_plan(trt, checkpoint.config, limits, options, graph, unfinished, log)
@@ -146,6 +166,7 @@ def build_folder(
             compute_capability=capability,
             weights_sha256=weights_sha256,
             built_by=version("star-attention-trt"),
+            quantization=options.quantization if options.is_fp8 else None,
         )
         config.write(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,6 +176,19 @@ def build_folder(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return config
+
+
+def _check_fp8(trt: Any, capability: str) -> None:
+    if float(capability) < _FP8_CAPABILITY:
+        raise UserError(
+            f"--quantization fp8 of an engine needs a GPU of compute capability {_FP8_CAPABILITY} "
+            f"or newer, this one has {capability}: leave it away"
+        )
+    if not trt.HAS_FP8:
+        raise UserError(
+            "--quantization fp8 of an engine needs cuBLAS 12.9 or newer: reinstall "
+            "star-attention-trt with a newer CUDA toolkit, or leave it away"
+        )
 
 
 # The least, the usual and the largest shape of an input.

@@ -22,6 +22,7 @@ from star_attention.engines.base import (
     runs_of,
 )
 from star_attention.engines.options import EngineOptions
+from star_attention.engines.page_copies import split_kept
 from star_attention.engines.tensorrt.folder import ROTARY, EngineConfig, plan_file
 from star_attention.engines.tensorrt.library import gpu_of, load_tensorrt, require_cupy, session_log
 from star_attention.engines.tensorrt.page_copies import CupyPageCopies
@@ -36,7 +37,8 @@ _MAX_MERGE_TOKENS = 4096
 
 
 class _Inputs(NamedTuple):
-    """Of each of a step's int32 inputs something: values, a shape, a piece of memory."""
+    """Of each of a step's int32 inputs something: values, a shape, a piece of memory. Those of the
+    prefix are the step's context's, and mean nothing without one; all others the engine's."""
 
     input_ids: Any
     position_ids: Any
@@ -45,6 +47,11 @@ class _Inputs(NamedTuple):
     kv_lens: Any
     page_table: Any
     logit_rows: Any
+    prefix_kv_lens: Any
+    prefix_page_table: Any
+
+    def of_engine(self) -> dict[str, Any]:
+        return {name: x for name, x in self._asdict().items() if not name.startswith("prefix_")}
 
 
 class TensorRtEngine:
@@ -57,13 +64,14 @@ class TensorRtEngine:
         folder: the engine's.
         comm: connects the ranks; a `GpuCommunicator` if there are several.
         device: this rank's GPU, CuPy's current one.
+        kv_dtype: `fp8` or `int8`: contexts are quantised once they are read; `auto`: not.
 
     Raises:
         UserError: the engine cannot run here.
     """
 
+    # A prefix in 8 bits is one of each sequence, not of several.
     has_hops = has_prefix = has_selection = False
-    kv_dtype, kv_packing = "auto", 1
 
     def __init__(
         self,
@@ -71,6 +79,7 @@ class TensorRtEngine:
         config: EngineConfig,
         comm: Communicator,
         device: int,
+        kv_dtype: str = "auto",
     ) -> None:
         import cupy
 
@@ -79,7 +88,9 @@ class TensorRtEngine:
         self._check_machine(config, device)
         self.config, self._built = config.model, config.limits
         self.tokens_per_block, self.dtype = config.limits.tokens_per_block, config.dtype
-        self.quantization = None
+        self.quantization = config.quantization
+        self.kv_dtype = kv_dtype
+        self.kv_packing = 1 if kv_dtype == "auto" else 2
         self.has_exchanges = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
         self.graph_steps = 0
@@ -94,7 +105,7 @@ class TensorRtEngine:
             raise self._log.explain(error) from None
         self._rotary = self._read_rotary(folder / ROTARY)
         self._workspace = self._make_workspace()
-        self._copies = CupyPageCopies(cupy, device, self._stream)
+        self._copies = CupyPageCopies(cupy, device, self._stream, self.kv_packing)
         self.allocate_pool(0)
         self._graphs: dict[int, _DecodeGraph] = {}  # by sequences
 
@@ -109,13 +120,15 @@ class TensorRtEngine:
         return {
             "weights": self._session.weight_bytes,
             "activations": self._session.activation_bytes,
-            "kv_cache": self._pool.nbytes,
+            "kv_cache": self._pool.nbytes + (0 if self._scales is None else self._scales.nbytes),
             "workspace": self._workspace.nbytes,
         }
 
     @property
     def kept_page_bytes(self) -> int:
-        return self.page_bytes
+        if self.kv_packing == 1:
+            return self.page_bytes
+        return self.config.kept_kv_bytes(self.tokens_per_block) // self.config.num_layers
 
     @property
     def page_bytes(self) -> int:
@@ -127,9 +140,14 @@ class TensorRtEngine:
         shape = self.config.kv_shape(num_pages, self.tokens_per_block)
         # Nobody but the kernels knows the type of its 16-bit elements.
         self._pool = self._cupy.empty(shape, self._cupy.uint16)
+        self._codes = self._scales = None
+        if self.kv_packing > 1 and num_pages:
+            layers, pages, *page = shape
+            self._codes = self._pool.view(self._cupy.uint8).reshape(layers, 2 * pages, *page)
+            self._scales = self._cupy.empty(self._codes.shape[:4], self._cupy.float32)
         built = self._built
         questions = built.max_num_tokens
-        if self._comm.size > 1:
+        if self._merges:
             questions = min(questions, _MAX_MERGE_TOKENS)
         self.limits = Limits(
             pages=num_pages,
@@ -140,6 +158,31 @@ class TensorRtEngine:
             input_len=built.max_input_len,
             seq_len=built.max_seq_len,
         )
+
+    @property
+    def _merges(self) -> bool:
+        """Whether questions' attention is merged, over ranks or with a prefix."""
+        return self._comm.size > 1 or self.kv_packing > 1
+
+    def quantize_pages(self, pages: np.ndarray, tokens: np.ndarray) -> None:
+        listed = pages.tolist()
+        self._copies.before(listed, listed)
+        self._convert(self._trt.quantize_pages, pages=pages, tokens=tokens)
+
+    def dequantize_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        self._copies.before((sources // self.kv_packing).tolist(), targets.tolist())
+        self._convert(self._trt.dequantize_pages, pages=sources, targets=targets)
+
+    def _convert(self, convert: Callable[..., None], **lists: np.ndarray) -> None:
+        with self._stream:
+            convert(
+                kv_pool=self._pool,
+                scales=self._scales,
+                **{name: self._cupy.asarray(each) for name, each in lists.items()},
+                dtype=self.dtype,
+                kv_dtype=self.kv_dtype,
+                stream=self._stream.ptr,
+            )
 
     def reserve_pages(self, num_pages: int) -> None:
         if num_pages > self._pool.shape[1]:
@@ -154,7 +197,8 @@ class TensorRtEngine:
     def close(self) -> None:
         self.finish_copies()
         self._graphs.clear()
-        self._execution = self._session = self._pool = self._workspace = self._rotary = None
+        self._execution = self._session = self._workspace = self._rotary = None
+        self._pool = self._codes = self._scales = None
         self._comm.close()
         self._cupy.get_default_memory_pool().free_all_blocks()
 
@@ -164,10 +208,19 @@ class TensorRtEngine:
             self._pool[:, target] = self._pool[:, source]
 
     def read_layer(self, layer: int, pages: Sequence[int], out: np.ndarray) -> None:
-        self._copies.read(self._pool[layer], pages, out)
+        for pool, host in self._kept(layer, out):
+            self._copies.read(pool, pages, host)
 
     def write_layer(self, layer: int, pages: Sequence[int], data: np.ndarray) -> None:
-        self._copies.write(self._pool[layer], pages, data)
+        for pool, host in self._kept(layer, data):
+            self._copies.write(pool, pages, host)
+
+    def _kept(self, layer: int, host: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+        """A layer of what is kept of contexts, and where it is in `host`."""
+        if self.kv_packing == 1:
+            return [(self._pool[layer], host)]
+        pools = self._codes[layer], self._scales[layer]
+        return list(zip(pools, split_kept(host, pools[0][0].nbytes), strict=True))
 
     def finish_copies(self) -> None:
         self._copies.finish()
@@ -219,6 +272,7 @@ class TensorRtEngine:
                 step.kv_lens,
                 step.page_table,
                 logit_rows,
+                *self._prefix(step),
             )
         )
         exchange = self._page_exchange(step.exchanges)
@@ -229,6 +283,8 @@ class TensorRtEngine:
         for array, value in zip(arrays.host, inputs, strict=True):
             array[...] = value
         logits = self._bind(self._execution, arrays, context)
+        if step.prefix:
+            self._set_prefix(context, arrays, int(inputs.prefix_kv_lens.max()))
         arrays.upload()
         self._execution.enqueue(self._stream.ptr)
         self._stream.synchronize()
@@ -249,7 +305,7 @@ class TensorRtEngine:
     def _bind(self, execution: Any, inputs: _InputArrays, context: Any) -> Any:
         """Gives a step its tensors and returns the one for its logits."""
         cupy = self._cupy
-        for name, array in inputs.device._asdict().items():
+        for name, array in inputs.device.of_engine().items():
             execution.bind(name, array)
         execution.bind("rotary", self._rotary)
         execution.bind_context(context)
@@ -271,6 +327,22 @@ class TensorRtEngine:
             workspace=self._workspace,
         )
 
+    def _prefix(self, step: PagedStep) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and pages of what stands in front of each sequence's."""
+        if step.prefix is None:
+            return np.zeros(1, np.int32), np.zeros((1, 1), np.int32)
+        assert np.array_equal(step.prefix.cu_seqlens_q, step.cu_seqlens_q)
+        return step.prefix.kv_lens, step.prefix.page_table
+
+    def _set_prefix(self, context: Any, inputs: _InputArrays, max_kv_len: int) -> None:
+        context.set_prefix(
+            scales=self._scales,
+            kv_dtype=self.kv_dtype,
+            page_table=inputs.device.prefix_page_table,
+            kv_lens=inputs.device.prefix_kv_lens,
+            max_kv_len=max_kv_len,
+        )
+
     def _page_exchange(self, exchanges: Sequence[Exchange]) -> Any:
         if not exchanges or self._comm.size == 1:
             return None
@@ -281,7 +353,7 @@ class TensorRtEngine:
     ) -> None:
         """Raises ValueError for a step beyond `limits`, which no rank may be given."""
         built, limits = self._built, self.limits
-        merges = step.merge and self._comm.size > 1
+        merges = step.merge and self._merges
         if step.exchanges and not self.has_exchanges:
             raise UserError(
                 "TensorRT engines share phase 1 among ranks with a GPU each only: use as many GPUs "
@@ -337,7 +409,8 @@ class TensorRtEngine:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             max_q_len=self._built.max_num_tokens,
-            max_merge_tokens=_MAX_MERGE_TOKENS if self._comm.size > 1 else 0,
+            max_merge_tokens=_MAX_MERGE_TOKENS if self._merges else 0,
+            has_prefix=self.kv_packing > 1,
             device=self._device,
         )
         return self._cupy.empty(size, self._cupy.uint8)
@@ -378,11 +451,22 @@ def _not_empty(inputs: _Inputs) -> _Inputs:
     if not len(inputs.input_ids):
         zero = np.zeros(1, np.int32)
         nowhere, starts = np.full(1, -1, np.int32), np.array([0, 1], np.int32)
-        return _Inputs(zero, zero, nowhere, starts, zero, zero[None], zero)
+        return inputs._replace(
+            input_ids=zero,
+            position_ids=zero,
+            slot_mapping=nowhere,
+            cu_seqlens_q=starts,
+            kv_lens=zero,
+            page_table=zero[None],
+            logit_rows=zero,
+        )
     if not len(inputs.logit_rows):
         inputs = inputs._replace(logit_rows=np.zeros(1, np.int32))
     if not inputs.page_table.shape[1]:
         inputs = inputs._replace(page_table=np.zeros((len(inputs.kv_lens), 1), np.int32))
+    if not inputs.prefix_page_table.shape[1]:
+        none = np.zeros((len(inputs.prefix_kv_lens), 1), np.int32)
+        inputs = inputs._replace(prefix_page_table=none)
     return inputs
 
 
@@ -421,15 +505,33 @@ class _DecodeGraph:
     TensorRT for its shapes, and is captured then; the others replay it."""
 
     def __init__(self, engine: TensorRtEngine, count: int, step: PagedStep) -> None:
+        page = engine.tokens_per_block
         width = min(engine.limits.pages, engine._built.max_pages_of_sequence)
-        each = (count,)
-        shapes = _Inputs(each, each, each, (count + 1,), each, (count, width), each)
+        each, prefixes, prefix_width = (count,), 1, 1
+        if step.prefix:
+            prefixes = count
+            prefix_width = min(
+                engine.kv_packing * engine.limits.pages, engine._built.max_pages_of_sequence
+            )
+        shapes = _Inputs(
+            each,
+            each,
+            each,
+            (count + 1,),
+            each,
+            (count, width),
+            each,
+            (prefixes,),
+            (prefixes, prefix_width),
+        )
         self._engine, self._stream = engine, engine._stream
         self._execution = engine._session.execution(GENERATION)
         self._inputs = _InputArrays(engine._cupy, shapes)
         self._context = engine._context(step, attends_last=True)
         self._context.causal = False  # a row is the last of what it sees
-        self._context.max_kv_len = width * engine.tokens_per_block
+        self._context.max_kv_len = width * page
+        if step.prefix:
+            engine._set_prefix(self._context, self._inputs, prefix_width * page)
         self._graph: Any = None
         self._logits = engine._bind(self._execution, self._inputs, self._context)
         self._inputs.host.cu_seqlens_q[:] = np.arange(count + 1)
@@ -446,6 +548,10 @@ class _DecodeGraph:
             array[:count] = given
             array[count:] = beyond
         host.page_table[:count, : step.page_table.shape[1]] = step.page_table
+        if step.prefix:
+            lens, table = self._engine._prefix(step)
+            host.prefix_kv_lens[:count], host.prefix_kv_lens[count:] = lens, 0
+            host.prefix_page_table[:count, : table.shape[1]] = table
         self._inputs.upload()
         if self._graph:
             self._graph.launch(self._stream.ptr)
@@ -492,8 +598,10 @@ def load_trt_engine(folder: Path, comm: Communicator, options: EngineOptions) ->
         comm = GpuCommunicator(comm, device, merge=options.merge)
         agree(comm, lambda: _check_merge(comm))
         ranks_here = comm.ranks_here
-    engine = agree(comm, lambda: TensorRtEngine(folder, config, comm, device))
+    engine = agree(comm, lambda: TensorRtEngine(folder, config, comm, device, options.kv_dtype))
     page_bytes = config.model.kv_bytes(config.limits.tokens_per_block, itemsize=2)
+    if engine.kv_packing > 1:  # with room for scales
+        page_bytes = engine.kv_packing * config.model.kept_kv_bytes(config.limits.tokens_per_block)
     free, _ = cupy.cuda.runtime.memGetInfo()
     pages = agree(comm, lambda: options.kv_cache_bytes(free // ranks_here)) // page_bytes
     engine.allocate_pool(min(comm.gather_objects(pages)))

@@ -113,6 +113,7 @@ class EngineConfig:
         tensorrt, gpu, compute_capability: what the engine was built with, and only runs with.
         weights_sha256: of the weights.
         built_by: this package's version.
+        quantization: `fp8`: of projections; None: they are in `dtype`.
     """
 
     model: ModelConfig
@@ -123,6 +124,7 @@ class EngineConfig:
     compute_capability: str
     weights_sha256: str
     built_by: str
+    quantization: str | None = None
 
     def write(self, folder: Path) -> None:
         content = {KIND: FORMAT, **asdict(self)}

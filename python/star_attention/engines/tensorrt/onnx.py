@@ -16,6 +16,10 @@ Output: logits float32 [R, vocab_size]. Weights are outside the graph. Those tha
 one (Q, K and V; gate and up) lie one behind the other in a file of their own, with all others that
 are not of the graph's type; what remains stays in the model's safetensors files if the graph is
 written beside them (ONNX follows no path out of the graph's folder, and no links).
+
+Projections in FP8 are nodes without a definition, for the plugins StarLinearFp8 and
+StarLinearFp8Add: weights are int32 [out, in / 4], four e4m3 each, behind which come the bits of
+their rows' float32 scales, int32 [out].
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,7 @@ from star_attention.models.weights import Checkpoint, LayerWeights, Weight, asse
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
 DOMAIN = "star_attention"
 GRAPH, WEIGHTS = "model.onnx", "model.data"
@@ -44,6 +49,9 @@ PLUGIN, PLUGIN_VERSION = "StarAttention", "1"
 # Nodes that standard operators define.
 GATHER_ROWS, RMS_NORM, SILU_MUL = "StarGatherRows", "StarRmsNorm", "StarSiluMul"
 LINEAR, LINEAR_ADD = "StarLinear", "StarLinearAdd"
+# Nodes that only plugins compute, as PLUGIN.
+LINEAR_FP8, LINEAR_FP8_ADD = "StarLinearFp8", "StarLinearFp8Add"
+_AS_PLUGIN = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": ""}
 # What the plugin takes behind the fused QKV projection.
 PLUGIN_INPUTS = (
     "position_ids",
@@ -114,12 +122,22 @@ def export_graph(
 
 
 def write_graph(
-    checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, *, gemm_plugin: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    final: Path,
+    dtype: str,
+    *,
+    gemm_plugin: bool,
+    fp8: bool = False,
 ) -> None:
     """Writes graph and weights into `folder`, to be moved to `final`.
 
+    Args:
+        fp8: of projections; they are quantised as for the torch engine, if they are not in it.
+
     Raises:
-        UserError: the model has experts or weights in FP8, or a weight cannot be read.
+        UserError: the model has experts, or weights in FP8 without `fp8`, or one that cannot be
+            read or quantised.
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
@@ -128,12 +146,12 @@ def write_graph(
             "the model has a mixture of experts, which TensorRT engines do not have: run it with "
             "--model and --device cuda"
         )
-    if any(map(checkpoint.is_fp8, weight_table(checkpoint.config))):
+    if not fp8 and any(map(checkpoint.is_fp8, weight_table(checkpoint.config))):
         raise UserError(
-            "the model's weights are in FP8, which TensorRT engines do not have: run it with "
-            "--model, or build from 16-bit weights"
+            "the model's weights are in FP8: use star-attn build with --quantization fp8, or a "
+            "model with 16-bit weights"
         )
-    _Graph(checkpoint, folder, final, dtype, gemm_plugin).save()
+    _Graph(checkpoint, folder, final, dtype, gemm_plugin, fp8).save()
 
 
 class _Graph:
@@ -141,11 +159,17 @@ class _Graph:
     moved to `final`. See `models.decoder.Operators`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, gemm_plugin: bool
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        final: Path,
+        dtype: str,
+        gemm_plugin: bool,
+        fp8: bool,
     ) -> None:
         self._config = checkpoint.config
         self._gemm_plugin = gemm_plugin
-        self._weights = _Weights(checkpoint, folder, final, dtype)
+        self._weights = _Weights(checkpoint, folder, final, dtype, fp8)
         self._folder = folder
         self._type = _ONNX_TYPES[dtype]
         self._nodes: list[onnx.NodeProto] = []
@@ -180,8 +204,7 @@ class _Graph:
         return self._node(
             PLUGIN,
             [project(x), *PLUGIN_INPUTS],
-            plugin_version=PLUGIN_VERSION,
-            plugin_namespace="",
+            **_AS_PLUGIN,
             **plugin_fields(self._config, layer),
         )
 
@@ -195,7 +218,7 @@ class _Graph:
         return self._node(RMS_NORM, [x, weight], eps=self._config.rms_norm_eps)
 
     def linear(self, x: str, weight: str, bias: str | None = None) -> str:
-        return self._linear([x, weight] + ([bias] if bias else []))
+        return self._linear(x, weight, bias)
 
     def norm_heads(self, qkv: str, q_norm: str, k_norm: str) -> str:
         config = self._config
@@ -216,7 +239,7 @@ class _Graph:
     def add_linear(self, x: str, inputs: str, weight: str, bias: str | None = None) -> str:
         if bias is not None:
             x = self._node("Add", [x, bias], domain="")
-        return self._linear([inputs, weight, x])
+        return self._linear(inputs, weight, x)
 
     def add_experts(self, x: str, inputs: str, layer: LayerWeights[str]) -> str:
         raise NotImplementedError("write_graph refuses models with experts")
@@ -227,11 +250,15 @@ class _Graph:
     def logits(self, x: str, lm_head: str) -> str:
         return self._node("Cast", [self.linear(x, lm_head)], "logits", domain="", to=_FLOAT)
 
-    def _linear(self, inputs: Sequence[str]) -> str:
+    def _linear(self, x: str, weight: str, addend: str | None) -> str:
         """x weight^T, weight [out, in] as checkpoints have it, and what is added to it."""
+        added = [addend] if addend else []
+        if scales := self._weights.scales.get(weight):
+            operator = LINEAR_FP8_ADD if addend else LINEAR_FP8
+            return self._node(operator, [x, weight, scales, *added], **_AS_PLUGIN)
         if not self._gemm_plugin:
-            return self._node("Gemm", inputs, domain="", transB=1)
-        return self._node(LINEAR_ADD if len(inputs) == 3 else LINEAR, inputs)
+            return self._node("Gemm", [x, weight, *added], domain="", transB=1)
+        return self._node(LINEAR_ADD if addend else LINEAR, [x, weight, *added])
 
     def _constant(self, values: Sequence[int]) -> str:
         """int64 [len(values)]."""
@@ -312,12 +339,20 @@ def _definitions(dtype: int) -> list[onnx.FunctionProto]:
 
 
 class _Weights:
-    """Initialisers whose data is outside the graph."""
+    """Initialisers whose data is outside the graph.
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str) -> None:
+    Attributes:
+        scales: by the weights in FP8 that they are of.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, final: Path, dtype: str, fp8: bool
+    ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
         self._dtype = dtype
+        self._fp8 = fp8
+        self.scales: dict[str, str] = {}
         self._tensors: dict[str, onnx.TensorProto] = {}
         in_place = final.resolve() == checkpoint.path.resolve()
         self._places = _safetensors_places(checkpoint.path) if in_place else {}
@@ -325,15 +360,37 @@ class _Weights:
 
     def add(self, weights: Sequence[Weight]) -> str:
         """One weight, or several stacked, as a value of the graph."""
+        import torch
+
+        from star_attention.models.loading import is_projection
+
         first = weights[0]
-        if len(weights) > 1:
-            dims = [sum(weight.shape[0] for weight in weights), *first.shape[1:]]
-            name = f"model.layers.{first.layer}.{first.field}"
-            return self._declare(name, dims, WEIGHTS, *self._write(weights))
-        dims, place = list(first.shape), self._places.get(first.name)
+        is_one = len(weights) == 1
+        name = first.name if is_one else f"model.layers.{first.layer}.{first.field}"
+        dims = [sum(weight.shape[0] for weight in weights), *first.shape[1:]]
+        if self._fp8 and is_projection(self._checkpoint.config, first):
+            return self._add_fp8(name, weights, dims)
+        place = self._places.get(first.name) if is_one else None
         if place and place.dtype == self._dtype and place.shape == dims:
-            return self._declare(first.name, dims, place.file.name, place.offset, place.length)
-        return self._declare(first.name, dims, WEIGHTS, *self._write(weights))
+            span = place.file.name, place.offset, place.length
+            return self._declare(name, self._dtype, dims, *span)
+        dtype = getattr(torch, self._dtype)
+        stored = (self._checkpoint.tensor(weight).to(dtype) for weight in weights)
+        return self._declare(name, self._dtype, dims, WEIGHTS, *self._write(stored))
+
+    def _add_fp8(self, name: str, weights: Sequence[Weight], dims: Sequence[int]) -> str:
+        import torch
+
+        from star_attention.models.loading import check_fp8, quantized_rows
+
+        rows, columns = dims
+        check_fp8(weights[0].name, rows, columns, "another model")
+        on, dtype = torch.device("cpu"), getattr(torch, self._dtype)
+        made = quantized_rows(weights, self._checkpoint.tensor, "fp8", dtype, on)
+        place = WEIGHTS, *self._write([made.scales])
+        self.scales[name] = self._declare(f"{name}_scale", "int32", [rows], *place)
+        place = WEIGHTS, *self._write([made.values])
+        return self._declare(name, "int32", [rows, columns // 4], *place)
 
     def finish(self) -> list[onnx.TensorProto]:
         self._own.close()
@@ -341,26 +398,26 @@ class _Weights:
             (self._folder / WEIGHTS).unlink()
         return list(self._tensors.values())
 
-    def _declare(self, name: str, dims: list[int], location: str, offset: int, length: int) -> str:
+    def _declare(
+        self, name: str, dtype: str, dims: list[int], location: str, offset: int, length: int
+    ) -> str:
         from onnx import TensorProto
 
         tensor = TensorProto(name=name, dims=dims, data_location=TensorProto.EXTERNAL)
-        tensor.data_type = _ONNX_TYPES[self._dtype]
+        tensor.data_type = _ONNX_TYPES[dtype]
         for key, value in (("location", location), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._tensors[name] = tensor
         return name
 
-    def _write(self, weights: Sequence[Weight]) -> tuple[int, int]:
-        """Weights one behind the other: offset and bytes."""
+    def _write(self, tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+        """One behind the other: offset and bytes."""
         import torch
 
         self._own.write(b"\0" * (-self._own.tell() % _ALIGNMENT))
         offset = self._own.tell()
-        for weight in weights:
-            stored = self._checkpoint.tensor(weight)
-            data = stored.to(getattr(torch, self._dtype)).contiguous().view(torch.uint8).numpy()
-            self._own.write(data.tobytes())
+        for tensor in tensors:
+            self._own.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return offset, self._own.tell() - offset
 
 
@@ -375,7 +432,7 @@ class _Place:
 
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT; onnx itself is imported when a graph is written
-_ONNX_TYPES = {"float32": _FLOAT, "float16": 10, "bfloat16": 16}
+_ONNX_TYPES = {"float32": _FLOAT, "float16": 10, "bfloat16": 16, "int32": 6}
 _SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -20,8 +20,8 @@ class CupyPageCopies(PageCopies):
         compute: the stream of the engine's steps.
     """
 
-    def __init__(self, cupy: Any, device: int, compute: Any) -> None:
-        super().__init__()
+    def __init__(self, cupy: Any, device: int, compute: Any, packing: int = 1) -> None:
+        super().__init__(packing)
         self._cupy = cupy
         self._device = device
         self._compute = compute
@@ -63,7 +63,7 @@ class CupyPageCopies(PageCopies):
             self._cupy.cuda.runtime.memcpyAsync(target, source, size, kind, self._stream.ptr)
             in_host += size
         self._last.record(self._stream)
-        self._under_way.add(pages, written=to_pool)
+        self._under_way.add([page // self._packing for page in pages], written=to_pool)
 
     def _are_over(self) -> bool:
         return self._last.done

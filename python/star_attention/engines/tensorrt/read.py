@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from star_attention.engines.tensorrt.folder import (
@@ -34,12 +34,14 @@ def read_engine_config(folder: Path) -> EngineConfig:
             "build the engine again"
         )
     try:
-        parts = {field.name: content[field.name] for field in fields(EngineConfig)}
+        needed = [field.name for field in fields(EngineConfig) if field.default is MISSING]
+        parts = {name: content[name] for name in needed}
         return EngineConfig(
             **{
                 **parts,
                 "model": ModelConfig.from_dict(content["model"]),
                 "limits": EngineLimits(**content["limits"]),
+                "quantization": content.get("quantization"),
             }
         )
     except (KeyError, TypeError, ValueError) as error:

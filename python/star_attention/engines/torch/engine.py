@@ -12,6 +12,7 @@ import torch
 from star_attention import ops
 from star_attention.distributed import Communicator, SingleProcess
 from star_attention.engines.base import Limits, PagedStep, is_decode_step
+from star_attention.engines.page_copies import split_kept
 from star_attention.engines.torch.attention import Attention, attention_on, to_device
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
@@ -163,14 +164,11 @@ class TorchEngine:
             self._copies.write(pool, pages, host)
 
     def _kept(self, layer: int, host: np.ndarray) -> list[tuple[torch.Tensor, np.ndarray]]:
-        """A layer of what is kept of contexts, and where it is in `host`: codes of all pages, then
-        their scales."""
+        """A layer of what is kept of contexts, and where it is in `host`."""
         if self.kv_packing == 1:
             return [(self._pool.data[layer], host)]
         pools = [each[layer] for each in self._quantized]
-        count, flat = len(host), host.reshape(-1)
-        codes, scales = np.split(flat, [count * pools[0][0].nbytes])
-        return [(pools[0], codes.reshape(count, -1)), (pools[1], scales.reshape(count, -1))]
+        return list(zip(pools, split_kept(host, pools[0][0].nbytes), strict=True))
 
     def finish_copies(self) -> None:
         self._copies.finish()
