@@ -119,6 +119,9 @@ class OnnxEngine:
         }
         return self._evaluator.run(None, feeds)[0]
 
+    def finish_steps(self):
+        pass
+
 
 @pytest.mark.parametrize("gemm_plugin", [True, False], ids=["plugin", "gemm"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3-moe"])

@@ -22,7 +22,18 @@ from star_attention.models.config import LLAMA_3_1_8B
 from star_attention.runtime.blocks import BlockTable
 from star_attention.runtime.copies import Copies
 from star_attention.runtime.leader import Leader
-from star_attention.runtime.orders import Ask, Chunk, Decode, Forget, Load, Report, Save, Saved
+from star_attention.runtime.orders import (
+    Ask,
+    Chunk,
+    Decode,
+    Forget,
+    Load,
+    Release,
+    Report,
+    Save,
+    Saved,
+    Wait,
+)
 from star_attention.runtime.sampling import SamplingParams
 from star_attention.runtime.scheduler import Scheduler
 from star_attention.runtime.store import Store
@@ -48,6 +59,7 @@ class NotingEngine:
         self.slots = np.zeros((0, PAGE), object)
         self.last = None
         self.positions = 0
+        self.is_reading = False
 
     def reserve_pages(self, count):
         more = np.full((count - len(self.slots), PAGE), None)
@@ -63,7 +75,11 @@ class NotingEngine:
         assert len(token_ids) == len(positions) == len(attention.slot_mapping)
         assert positions.max(initial=-1) < self.positions
         self.last = positions, attention
+        self.is_reading |= not len(logit_rows)
         return np.zeros((len(logit_rows), 3), np.float32)
+
+    def finish_steps(self):
+        self.is_reading = False
 
 
 class Ranks:
@@ -85,6 +101,8 @@ class Ranks:
         for engine in self.engines:
             engine.last = None
         results = [worker.execute(order, on_layer) for worker in self.workers]
+        for worker, engine in zip(self.workers, self.engines, strict=True):
+            assert worker._reading or not engine.is_reading
         if isinstance(order, Chunk):
             self.check_chunk(self.contexts[order.context])
         elif isinstance(order, Load | Saved):
@@ -468,6 +486,17 @@ def test_passes_of_contexts_and_decode_steps_alternate():
     chunks = [order for order in ranks.orders if isinstance(order, Chunk)]
     assert max(most_tokens(chunk.spans) for chunk in chunks) <= 8 + PAGE
     assert {chunk.context for chunk in chunks[:2]} == {second.number, third.number}
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_nothing_is_read_any_more_when_pages_are_given_away(is_released):
+    ranks, leader = make(2, chunk_tokens=2 * PAGE)
+    context = add_context(ranks, leader, 20 * PAGE, StarConfig(8 * PAGE, tokens_per_block=PAGE))
+    while not any(engine.is_reading for engine in ranks.engines):
+        leader.step()
+    for worker in ranks.workers:
+        worker.execute(Release(contexts=(context.number,)) if is_released else Wait())
+        assert not worker.engine.is_reading
 
 
 def test_saves_come_after_what_somebody_waits_for():

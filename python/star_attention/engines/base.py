@@ -283,6 +283,10 @@ class ModelEngine(Protocol):
     def unpin(self, buffer: np.ndarray) -> None:
         """Undoes `pin`, before the memory is given back and when no copy uses it any more."""
 
+    def finish_steps(self) -> None:
+        """All steps are done, and what they read of other ranks is not read any more, here or
+        there: before pages are given away that others may read, every rank calls this."""
+
     def close(self) -> None:
         """Gives memory and connections back, on all ranks. Nothing can be called any more."""
 
@@ -294,7 +298,8 @@ class ModelEngine(Protocol):
         logit_rows: np.ndarray,
         on_layer: Callable[[float], None] | None = None,
     ) -> Logits:
-        """One forward pass; it is done when this returns.
+        """One forward pass. It is done when this returns, but for the last layers of one without
+        logits: `finish_steps` waits for these.
 
         Every rank of the job takes part, with no tokens if need be, when the step has exchanges,
         hops or a selection, or merges.

@@ -130,6 +130,7 @@ class Worker:
             case Saved():
                 return self.comm.world.gather_objects(self._tiers.ended())
             case Wait():
+                self.engine.finish_steps()
                 self.comm.world.gather_objects(None)
                 return None
             case Report():
@@ -205,6 +206,8 @@ class Worker:
                         NO_ROWS,
                         on_layer,
                     )
+            if reading.part.finished:
+                self.engine.finish_steps()
             if self._packing > 1:
                 self._quantize(reading)
         if reading.part.finished:
@@ -291,6 +294,7 @@ class Worker:
                 question.release()
         for number in order.contexts:
             if number in self._reading:
+                self.engine.finish_steps()
                 self._end_reading(number)
             self._numbers.pop(number, None)
             context = self._contexts.pop(number, None)

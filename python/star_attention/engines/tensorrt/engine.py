@@ -222,6 +222,9 @@ class TensorRtEngine:
         pools = self._codes[layer], self._scales[layer]
         return list(zip(pools, split_kept(host, pools[0][0].nbytes), strict=True))
 
+    def finish_steps(self) -> None:
+        """They are."""
+
     def finish_copies(self) -> None:
         self._copies.finish()
 

@@ -130,9 +130,14 @@ class Attention:
         return self._clock.seconds()
 
     def end(self) -> None:
-        """The pass is done."""
+        """All layers are enqueued."""
         if self._selected:
-            self._selected.finish()
+            self._selected.end()
+
+    @property
+    def reads_peers(self) -> bool:
+        """Whether other ranks' memory is read, without their doing."""
+        return self._selected is not None and self._selected.reads_peers
 
     def begin(self, pool: torch.Tensor) -> None:
         """The layer of pool [num_pages, 2, Hkv, tokens_per_block, D] is about to be written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import resource
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,6 +29,9 @@ from star_attention.ops.quantized import QuantizedRows
 _POSITIONS = 65536
 # Tokens of a pass whose layers are worth telling of; shorter ones are over at once.
 _LONG_PASS = 4096
+# A pass without logits is not waited for in its last layers: the GPU has them to do while the host
+# prepares the next one. The last is short, it only stores KV.
+_LAYERS_AHEAD = 2
 
 
 class TorchEngine:
@@ -89,6 +93,8 @@ class TorchEngine:
         self._peers = comm.map_peers(self._pool.data) if on_gpu and comm.size > 1 else None
         self._copies = TorchPageCopies(self._device, self.kv_packing)
         self.limits = Limits(pages=max_pages)
+        self._under_way: list[Attention] = []  # of passes, the last of which may not be over
+        self._reads_peers = False  # or did, since ranks have met
         self._graphs: DecodeGraphs | None = None
         if on_gpu and comm.capturable and self._group.capturable:
             forward = functools.partial(self._forward, is_captured=True)
@@ -213,17 +219,25 @@ class TorchEngine:
             attend = attention_on(
                 attention, self._comm, self._scale, self._pool.data, peers, self._quantized
             )
+            self._reads_peers |= attend.reads_peers
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
-            logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
+            progress = _Progress(self.config.num_layers, self._device, on_layer, len(token_ids))
+            logits = self._forward(inputs, attend, progress)
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"{len(token_ids)} tokens in one pass do not fit beside the KV cache: use more "
                 f"ranks, smaller blocks or a smaller --kv-cache-gib ({error})"
             ) from None
-        self._wait()
         attend.end()
-        self.wait_seconds += attend.wait_seconds
+        self._under_way.append(attend)
+        self._wait(None if len(logit_rows) else progress.nearly_over)
         return logits
+
+    def finish_steps(self) -> None:
+        self._wait()
+        if self._reads_peers:
+            self._comm.gather_objects(None)
+        self._reads_peers = False
 
     def _forward(
         self,
@@ -248,33 +262,53 @@ class TorchEngine:
             None if wants_all and len(logit_rows) else to_device(logit_rows, self._device),
         )
 
-    def _wait(self) -> None:
+    def _wait(self, nearly_over: torch.cuda.Event | None = None) -> None:
+        """For all steps, or for the last one to come so far."""
         if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            (nearly_over or torch.cuda.current_stream()).synchronize()
             self._comm.check()
             self._group.check()
-
-    def _progress(
-        self, on_layer: Callable[[float], None] | None, tokens: int
-    ) -> Callable[[int], None]:
-        """Tells `on_layer` of the layers done, and lets the host run at most a layer ahead of a GPU
-        then, so that it is true: in a long pass only, as the host may be the slower one."""
-        on_gpu = self._device.type == "cuda"
-        if on_layer is None or (on_gpu and tokens < _LONG_PASS):
-            return lambda layer: None
-        done: list[torch.cuda.Event] = []
-
-        def report(layer: int) -> None:
-            if on_gpu:
-                event = torch.cuda.Event()
-                event.record()
-                done.append(event)
-                if len(done) > 1:
-                    done.pop(0).synchronize()
-            on_layer((layer + 1) / self.config.num_layers)
-
-        return report
+        over = len(self._under_way) - (nearly_over is not None)
+        self.wait_seconds += sum(attend.wait_seconds for attend in self._under_way[:over])
+        del self._under_way[:over]
 
     def _make_rotary(self, positions: int) -> torch.Tensor:
         config = self.config
         return rotary_table(config.rope, config.head_dim, positions, self._device)
+
+
+class _Progress:
+    """To be told of each layer of a pass that is enqueued.
+
+    Tells `on_layer` of the share of layers that are done, and lets the host run at most a layer
+    ahead of a GPU then, so that it is true: in a long pass only, as the host may be the slower one.
+
+    Attributes:
+        nearly_over: on a GPU, when all but the last layers are done; None: there are only those.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        device: torch.device,
+        on_layer: Callable[[float], None] | None,
+        tokens: int,
+    ) -> None:
+        self._num_layers, self._on_layer = num_layers, on_layer
+        self._on_gpu = device.type == "cuda"
+        self._tells = on_layer is not None and (not self._on_gpu or tokens >= _LONG_PASS)
+        self._done: deque[torch.cuda.Event] = deque()
+        self.nearly_over: torch.cuda.Event | None = None
+
+    def __call__(self, layer: int) -> None:
+        left = self._num_layers - 1 - layer
+        if self._on_gpu and (self._tells or left == _LAYERS_AHEAD):
+            event = torch.cuda.Event()
+            event.record()
+            self._done.append(event)
+            if left == _LAYERS_AHEAD:
+                self.nearly_over = event
+        if self._tells:
+            if len(self._done) > 1:
+                self._done.popleft().synchronize()
+            self._on_layer((layer + 1) / self._num_layers)

@@ -222,11 +222,14 @@ class SelectedPages:
             other_pool=chosen.fetched,
         )
 
-    def finish(self) -> None:
-        """The step is done, on this rank."""
+    def end(self) -> None:
+        """All layers are enqueued."""
         self._means.known = len(self._pages)
-        if self._peers:  # no page is given away while another rank still reads it
-            self._comm.gather_objects(None)
+
+    @property
+    def reads_peers(self) -> bool:
+        """Whether chosen pages are read out of other ranks' memory."""
+        return bool(self._peers)
 
     def _fetch(self, layer: int, lists: torch.Tensor, counts: torch.Tensor) -> Chosen:
         """Begins to read the chosen pages of other ranks, each KV head's part of a page once."""
