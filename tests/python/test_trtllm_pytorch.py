@@ -162,9 +162,10 @@ def test_each_token_is_kept_once(ranks, context_len):
         token_in = dict(zip(step.scratch_slots.tolist(), step.rows.tolist(), strict=True))
         assert len(token_in) == len(step.rows) == sum(step.rows_per_sequence)
         assert step.rows[step.tail_rows].tolist() == list(range(context_len, new))
-        pool.update(zip(step.kept[1].tolist(), map(token_in.get, step.kept[0].tolist())))
+        tokens = map(token_in.get, step.kept[0].tolist())
+        pool.update(zip(step.kept[1].tolist(), tokens, strict=True))
         for slots, to in step.sends:
-            arrives = dict((source, slots) for slots, source in steps[to].receives)[rank]
+            arrives = {source: slots for slots, source in steps[to].receives}[rank]
             pools[to].update(zip(arrives.tolist(), map(token_in.get, slots.tolist()), strict=True))
     for rank, pool in enumerate(pools):
         positions = np.arange(new)
@@ -203,7 +204,7 @@ def test_refused_passes(star, monkeypatch, tmp_path, case):
 def test_refused_models(star, monkeypatch, tmp_path):
     hf_model = model_of(tmp_path)
     cls = fake.MODEL_CLASS_MAPPING["LlamaForCausalLM"]
-    with pytest.raises(UserError, match="^pipeline_parallel_size is 2: leave it away"):
+    with pytest.raises(UserError, match="pipeline_parallel_size is 2: leave it away"):
         fake.Engine(cls, hf_model, fake.Mapping(2, 0, pp_size=2), 8, 1, {})
     with pytest.raises(UserError, match="tokens_per_block is 32: use 384, 128 tokens for each of"):
         Shards.of(32, 3)
@@ -219,15 +220,15 @@ def test_refused_options(star):
     q, metadata = torch.zeros(1, 128), None
     with pytest.raises(UserError, match="attention_window_size is given"):
         attention.forward(q, None, None, metadata, attention_window_size=4)
+    args = fake.AttentionForwardArgs(attention_mask=fake.PredefinedAttentionMask.FULL)
     with pytest.raises(UserError, match="Star Attention is causal"):
-        args = fake.AttentionForwardArgs(attention_mask=fake.PredefinedAttentionMask.FULL)
         attention.forward(q, None, None, metadata, args)
 
 
 def test_settings(monkeypatch):
     assert Settings.from_environment() == Settings(None, None, 1024)
     monkeypatch.setenv("TRTLLM_STAR_BLOCK_SIZE", "16K")
-    with pytest.raises(UserError, match="^TRTLLM_STAR_BLOCK_SIZE is '16K': use a number of tokens"):
+    with pytest.raises(UserError, match="TRTLLM_STAR_BLOCK_SIZE is '16K': use a number of tokens"):
         Settings.from_environment()
 
 
