@@ -1,7 +1,7 @@
-"""Stands for TensorRT-LLM's PyTorch backend on the CPU: as much as
+"""Stands for TensorRT-LLM's PyTorch backend: as much as
 star_attention/trtllm/pytorch/names.py lists, with those signatures, and what its engine does around
 a model: pages by block numbers, a batch of prompts and generated tokens, the same on all ranks.
-Models compute with Hugging Face's weights in float32."""
+Models compute with Hugging Face's weights."""
 
 import sys
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.o = weights[f"model.layers.{layer_idx}.self_attn.o_proj.weight"]
         norms = [f"model.layers.{layer_idx}.self_attn.{each}_norm.weight" for each in "qk"]
         self.norms, self.eps = [weights.get(name) for name in norms], star.rms_norm_eps
-        self.rotary = rotary_table(star.rope, star.head_dim, 4096, torch.device("cpu"))
+        self.rotary = rotary_table(star.rope, star.head_dim, 4096, self.qkv.device)
         self.attn = AttentionBackend(
             layer_idx, self.num_heads, self.head_dim, self.num_key_value_heads
         )
@@ -126,8 +126,9 @@ class Attention(nn.Module):
         if norm is not None:
             x = rms_norm(x, norm, self.eps)
         cos, sin = self.rotary[position_ids[0].long(), None].chunk(2, dim=-1)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        first, second = x.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(x.dtype)
 
 
 def rms_norm(x, weight, eps):
@@ -166,7 +167,7 @@ class DecoderModelForCausalLM(nn.Module):
             )
             x = x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
         x = rms_norm(x, weights["model.norm.weight"], self.eps)
-        last = attn_metadata.seq_lens.cumsum(0) - 1
+        last = attn_metadata.seq_lens.cumsum(0).to(x.device) - 1
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         return F.linear(x[last], head).float()
 
@@ -203,11 +204,11 @@ class ModelConfig:
 class KVCacheManager:
     """A rank's pages: all layers of a block lie together. Unused memory is NaN."""
 
-    def __init__(self, star, mapping, tokens_per_block, num_blocks, blocks):
+    def __init__(self, star, mapping, tokens_per_block, num_blocks, blocks, **like):
         self.tokens_per_block = tokens_per_block
         heads = -(-star.num_kv_heads // mapping.tp_size)
         self.shape = 2, tokens_per_block, heads, star.head_dim
-        self.primary = torch.full((num_blocks, star.num_layers, *self.shape), torch.nan)
+        self.primary = torch.full((num_blocks, star.num_layers, *self.shape), torch.nan, **like)
         self.blocks = blocks  # request id -> block numbers, the same on all ranks
 
     def get_buffers(self, layer_idx, kv_layout="NHD"):
@@ -268,8 +269,9 @@ def install(monkeypatch):
 class Engine:
     """What TensorRT-LLM's executor does on one rank, for the requests that a test schedules."""
 
-    def __init__(self, cls, hf_model, mapping, tokens_per_block, num_blocks, blocks):
-        weights = {name: value.detach() for name, value in hf_model.state_dict().items()}
+    def __init__(self, cls, hf_model, mapping, tokens_per_block, num_blocks, blocks, **like):
+        """`like`: device and dtype."""
+        weights = {name: value.detach().to(**like) for name, value in hf_model.state_dict().items()}
         self.model = cls(ModelConfig(hf_model.config, weights, mapping))
         self.manager = KVCacheManager(
             self.model.model_config.pretrained_config,
@@ -277,7 +279,9 @@ class Engine:
             tokens_per_block,
             num_blocks,
             blocks,
+            **like,
         )
+        self.device = self.manager.primary.device
         self.lengths = {}
 
     def step(self, prompts, generated, **metadata):
@@ -299,8 +303,8 @@ class Engine:
         }
         logits = self.model.forward(
             attn_metadata=AttentionMetadata(**options),
-            input_ids=torch.cat([torch.as_tensor(tokens) for tokens in batch.values()]).int(),
-            position_ids=torch.cat(places).int()[None],
+            input_ids=torch.cat([torch.as_tensor(t) for t in batch.values()]).int().to(self.device),
+            position_ids=torch.cat(places).int()[None].to(self.device),
             inputs_embeds=None,
             multimodal_params=[],
             resource_manager=SimpleNamespace(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,6 @@ from tensorrt_llm._torch.attention.backends.interface import (
 from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
-from star_attention.distributed.base import Request
 from star_attention.engines.base import PagedStep
 from star_attention.engines.torch.attention import (
     PagedTables,
@@ -30,7 +30,7 @@ from star_attention.engines.torch.attention import (
 )
 from star_attention.errors import UserError
 from star_attention.trtllm.pytorch.shards import Shards, shared_pool
-from star_attention.trtllm.pytorch.step import Moves, Scheduled, rank_step
+from star_attention.trtllm.pytorch.step import Scheduled, rank_step
 
 # Options of a forward call that change what is computed, other than the mask.
 _UNSUPPORTED = (
@@ -84,7 +84,6 @@ class StarAttentionMetadata(AttentionMetadata):
         )
         self.comm, self.page = comm, shards.page
         self.rows = to_device(step.rows, device)
-        self._positions = torch.zeros(len(step.rows), dtype=torch.int32, device=device)
         self._scratch_slots = to_device(step.scratch_slots, device)
         self._scratch_pages = step.scratch_pages
         self._context_rows = to_device(step.context_rows, device)
@@ -92,10 +91,13 @@ class StarAttentionMetadata(AttentionMetadata):
         self._context = _tables(step.context, device)
         self._tail = _tables(step.tail, device)
         self._cached = _tables(step.cached, device)
-        self._sends = _on(step.sends, device)
-        self._receives = _on(step.receives, device)
-        self._kept = tuple(to_device(slots, device) for slots in step.kept)
+        self._sends = [(_Places.on(device, slots, self.page), to) for slots, to in step.sends]
+        self._receives = [(_Places.on(device, slots, self.page), of) for slots, of in step.receives]
+        self._kept = tuple(_Places.on(device, slots, self.page) for slots in step.kept)
         self._scratch: torch.Tensor | None = None
+        # `rope_append` stores KV; what comes here is rotated, so it turns by nothing.
+        self._positions = torch.zeros(len(step.rows), dtype=torch.int32, device=device)
+        self._no_rotation: torch.Tensor | None = None
         return self
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, scale: float) -> torch.Tensor:
@@ -104,48 +106,45 @@ class StarAttentionMetadata(AttentionMetadata):
         _, _, num_kv_heads, page, head_dim = pool.shape
         if self._scratch is None:
             self._scratch = qkv.new_empty(self._scratch_pages, 2, num_kv_heads, page, head_dim)
+            half = torch.ones(1, head_dim // 2, device=qkv.device)
+            self._no_rotation = torch.cat((half, torch.zeros_like(half)), dim=-1)
         scratch = self._scratch
         q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
-        not_rotated = torch.zeros(1, head_dim, device=qkv.device)
-        not_rotated[:, : head_dim // 2] = 1
-        ops.rope_append(qkv, self._positions, not_rotated, scratch, self._scratch_slots, q)
+        ops.rope_append(qkv, self._positions, self._no_rotation, scratch, self._scratch_slots, q)
         kept_from, kept_to = self._kept
-        _set_tokens(pool, kept_to, _tokens(scratch, kept_from))
-        request, arriving = self._start_moves(scratch)
+        kept_to.set(pool, kept_from.of(scratch))
+        if not self.num_contexts:
+            return self._attend_tail(q, scratch, pool, scale)
+        sends = [(places.of(scratch), rank) for places, rank in self._sends]
+        receives = [(places.room(scratch), rank) for places, rank in self._receives]
+        stream = stream_of(q.device)
+        request = self.comm.exchange(sends, receives, stream)
         o = torch.empty_like(q)
         if self._context:
-            rows = q[self._context_rows]
-            o[self._context_rows], _ = self._context.attend(rows, 0, scratch, scale)
-        request.wait(stream_of(q.device))
-        for slots, tokens in arriving:
-            _set_tokens(pool, slots, tokens)
-        o[self._tail_rows] = self._attend_tail(q[self._tail_rows], scratch, pool, scale)
+            rows = self._context_rows
+            o[rows], _ = self._context.attend(q[rows], 0, scratch, scale)
+        request.wait(stream)
+        for (places, _), (tokens, _) in zip(self._receives, receives, strict=True):
+            places.set(pool, tokens)
+        rows = self._tail_rows
+        o[rows] = self._attend_tail(q[rows], scratch, pool, scale)
         return o
 
     def _attend_tail(
         self, q: torch.Tensor, scratch: torch.Tensor, pool: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        """Queries and generated tokens, over what all ranks keep and over one another."""
         seen = Seen(q, 0, scale)
         seen.add((self._cached,), pool)
         if self._tail:
             seen.add((self._tail,), scratch)
-        if self.comm.size == 1 or not q.is_cuda:
-            o, lse = seen.merged(q.dtype)
-            return o if self.comm.size == 1 else merge_over_ranks(self.comm, o, lse)
+        if self.comm.size == 1:
+            return seen.merged(q.dtype)[0]
+        if not q.is_cuda:
+            return merge_over_ranks(self.comm, *seen.merged(q.dtype))
         merged = torch.empty_like(q)
         self.comm.merge(*seen.merged(torch.float32), merged, stream_of(q.device))
         return merged
-
-    def _start_moves(
-        self, scratch: torch.Tensor
-    ) -> tuple[Request, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Begins to exchange the context's KV; the slots and tokens that arrive."""
-        shape = (2, scratch.shape[2], scratch.shape[4])
-        sends = [(_tokens(scratch, slots), rank) for slots, rank in self._sends]
-        receives = [(scratch.new_empty(len(slots), *shape), rank) for slots, rank in self._receives]
-        request = self.comm.exchange(sends, receives, stream_of(scratch.device))
-        arriving = zip(self._receives, receives, strict=True)
-        return request, [(slots, tokens) for (slots, _), (tokens, _) in arriving]
 
 
 class StarAttention(AttentionBackend[StarAttentionMetadata]):
@@ -240,16 +239,25 @@ def _tables(step: PagedStep | None, device: torch.device) -> PagedTables | None:
     return PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
 
 
-def _on(moves: Moves, device: torch.device) -> list[tuple[torch.Tensor, int]]:
-    return [(to_device(slots, device), rank) for slots, rank in moves]
+@dataclass(frozen=True)
+class _Places:
+    """N tokens in a pool [P, 2, Hkv, page, D]: pages and offsets in them, int64 [N]."""
 
+    pages: torch.Tensor
+    offsets: torch.Tensor
 
-def _tokens(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[N, 2, Hkv, D], the KV in N slots of a pool [P, 2, Hkv, page, D]."""
-    page = pool.shape[3]
-    return pool[slots // page, :, :, slots % page]
+    @classmethod
+    def on(cls, device: torch.device, slots: np.ndarray, page: int) -> _Places:
+        return cls(*(to_device(each, device) for each in np.divmod(slots, page)))
 
+    def of(self, pool: torch.Tensor) -> torch.Tensor:
+        """Their KV, [N, 2, Hkv, D]."""
+        return pool[self.pages, :, :, self.offsets].contiguous()
 
-def _set_tokens(pool: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-    page = pool.shape[3]
-    pool[slots // page, :, :, slots % page] = tokens
+    def room(self, pool: torch.Tensor) -> torch.Tensor:
+        """For what `of` gives."""
+        _, kinds, heads, _, head_dim = pool.shape
+        return pool.new_empty(len(self.pages), kinds, heads, head_dim)
+
+    def set(self, pool: torch.Tensor, tokens: torch.Tensor) -> None:
+        pool[self.pages, :, :, self.offsets] = tokens

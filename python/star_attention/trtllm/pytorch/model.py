@@ -91,7 +91,7 @@ class _StarForCausalLM:
             **kwargs,
         )
         if metadata.num_contexts:
-            _take_first_rank_s(comm, logits)
+            _agree(comm, logits)
         return logits
 
     def _metadata(
@@ -143,7 +143,7 @@ def _whole(model_config: Any) -> Any:
     return config
 
 
-def _take_first_rank_s(comm: Communicator, logits: torch.Tensor) -> None:
+def _agree(comm: Communicator, logits: torch.Tensor) -> None:
     """Rank 0's logits, on all ranks: where they had different rows, products may differ in the
     last bits, and ranks that sample different tokens fall apart."""
     others = range(1, comm.size)
