@@ -20,5 +20,5 @@ def test_logits(tmp_path, ranks):
     save_tiny_model(tmp_path, initializer_range=0.05, **sizes)
     printed = run_job(ranks, JOB, tmp_path).stdout
     print(printed)
-    error, allowed = re.fullmatch(r"off by (\S+), Hugging Face by (\S+)\n", printed).groups()
+    error, allowed = re.search(r"off by (\S+), Hugging Face by (\S+)", printed).groups()
     assert float(error) <= 1.5 * float(allowed)
