@@ -50,6 +50,12 @@ class AttentionForwardArgs:
     mrope_rotary_cos_sin: torch.Tensor | None = None
 
 
+@dataclass
+class AttentionRuntimeFeatures:
+    chunked_prefill: bool = False
+    cache_reuse: bool = False
+
+
 @dataclass(kw_only=True)
 class AttentionMetadata:
     max_num_requests: int
@@ -63,6 +69,7 @@ class AttentionMetadata:
     kv_cache_params: KVCacheParams | None = None
     request_ids: list | None = None
     prompt_lens: list | None = None
+    runtime_features: AttentionRuntimeFeatures = field(default_factory=AttentionRuntimeFeatures)
 
     @property
     def num_tokens(self):
@@ -240,6 +247,7 @@ MODULES = {
         AttentionBackend,
         AttentionForwardArgs,
         AttentionMetadata,
+        AttentionRuntimeFeatures,
         PredefinedAttentionMask,
     ),
     "_torch.metadata": (KVCacheParams,),
@@ -285,8 +293,8 @@ class Engine:
         self.lengths = {}
 
     def step(self, prompts, generated, **metadata):
-        """Logits [S, V] after reading whole prompts and one token of each other request; both are
-        {request id: tokens}."""
+        """Logits [S, V] after reading prompts, as far as they are not cached, and one token of each
+        other request; both are {request id: tokens}."""
         batch = {**prompts, **{request: [token] for request, token in generated.items()}}
         cached = [self.lengths.get(request, 0) for request in batch]
         lengths = [len(tokens) for tokens in batch.values()]

@@ -127,6 +127,36 @@ def test_model_is_the_oracle(star, monkeypatch, tmp_path, ranks, architecture, b
         check([], [7, 5, 3])
 
 
+@pytest.mark.parametrize("cached", [16, 40, 80])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_prompts_that_begin_alike_share_blocks(star, monkeypatch, tmp_path, ranks, cached):
+    """The second prompt is read from its first token on that is not cached. Where it goes on as
+    context, its blocks see the anchor, and themselves, as if all was computed now."""
+    model = model_of(tmp_path, num_key_value_heads=max(2, ranks), num_hidden_layers=2)
+    random = np.random.default_rng(cached)
+    block, anchor, query, page = 24, 16, 30, 4
+    first, total = random.integers(0, 97, 90), 113
+    second = np.concatenate([first[:cached], random.integers(0, 97, total - cached)])
+    number = -(-total // (page * ranks))
+    shared = cached // (page * ranks)
+    cached = shared * page * ranks
+    blocks = {0: list(range(number)), 1: [*range(shared), *range(number, 2 * number - shared)]}
+    settings = {"block_size": block, "anchor_size": anchor, "query_size": query}
+    job = Job(star, monkeypatch, model, ranks, blocks, page=page, **settings)
+    job.step({0: first}, {}, **features(cache_reuse=True))
+    for engine in job.engines:
+        engine.lengths[1] = cached
+    second[:cached] = first[:cached]
+    logits = job.step({1: second[cached:]}, {0: 5}, **features(cache_reuse=True))
+    mask = block_mask(total, total - query, block, anchor)
+    mask[90 - query : cached] = np.tri(total, dtype=bool)[90 - query : cached]  # once a query
+    assert np.abs(logits[0] - hf_logits(model, second, mask)[-1]).max() <= 1e-4
+    again = job.step({}, {1: 7})
+    mask = np.pad(mask, (0, 1))
+    mask[-1] = True
+    assert np.abs(again[0] - hf_logits(model, np.append(second, 7), mask)[-1]).max() <= 1e-4
+
+
 def test_ranks_keep_equally_much(star, monkeypatch, tmp_path):
     """Nothing is kept twice: all ranks together have each token of each layer once, and what
     TensorRT-LLM gave one of them is as large as what it keeps."""
@@ -161,11 +191,12 @@ def test_each_token_is_kept_once(ranks, context_len):
     for rank, (step, pool) in enumerate(zip(steps, pools, strict=True)):
         token_in = dict(zip(step.scratch_slots.tolist(), step.rows.tolist(), strict=True))
         assert len(token_in) == len(step.rows) == sum(step.rows_per_sequence)
+        assert len({*step.rows.tolist()}) == len(step.rows)  # the anchor is computed once
         assert step.rows[step.tail_rows].tolist() == list(range(context_len, new))
-        tokens = map(token_in.get, step.kept[0].tolist())
-        pool.update(zip(step.kept[1].tolist(), tokens, strict=True))
-        for slots, to in step.sends:
-            arrives = {source: slots for slots, source in steps[to].receives}[rank]
+        tokens = map(token_in.get, step.keep.here[0].tolist())
+        pool.update(zip(step.keep.here[1].tolist(), tokens, strict=True))
+        for slots, to in step.keep.sends:
+            arrives = {source: slots for slots, source in steps[to].keep.receives}[rank]
             pools[to].update(zip(arrives.tolist(), map(token_in.get, slots.tolist()), strict=True))
     for rank, pool in enumerate(pools):
         positions = np.arange(new)
@@ -187,8 +218,13 @@ def test_shared_pool_is_the_same_memory():
         shared_pool(buffers, 2, 8, 4)
 
 
+def features(**given):
+    return {"runtime_features": fake.AttentionRuntimeFeatures(**given)}
+
+
 REFUSED = {
-    "parts": ({"kv_cache_params": fake.KVCacheParams(True, [16])}, "enable_chunked_prefill"),
+    "parts": (features(chunked_prefill=True), "enable_chunked_prefill is given: set it to false"),
+    "reuse": (features(cache_reuse=True), "set it to false, or the block size, TRTLLM_STAR_BLOCK"),
     "graphs": ({"is_cuda_graph": True}, "cuda_graph_config is given: set it to null"),
 }
 

@@ -20,6 +20,7 @@ from tensorrt_llm._torch.attention.backends.interface import (
 from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
+from star_attention.distributed.base import Addressed, Done, Request
 from star_attention.engines.base import PagedStep
 from star_attention.engines.torch.attention import (
     PagedTables,
@@ -30,7 +31,7 @@ from star_attention.engines.torch.attention import (
 )
 from star_attention.errors import UserError
 from star_attention.trtllm.pytorch.shards import Shards, shared_pool
-from star_attention.trtllm.pytorch.step import Scheduled, rank_step
+from star_attention.trtllm.pytorch.step import Moves, Scheduled, rank_step
 
 # Options of a forward call that change what is computed, other than the mask.
 _UNSUPPORTED = (
@@ -91,9 +92,8 @@ class StarAttentionMetadata(AttentionMetadata):
         self._context = _tables(step.context, device)
         self._tail = _tables(step.tail, device)
         self._cached = _tables(step.cached, device)
-        self._sends = [(_Places.on(device, slots, self.page), to) for slots, to in step.sends]
-        self._receives = [(_Places.on(device, slots, self.page), of) for slots, of in step.receives]
-        self._kept = tuple(_Places.on(device, slots, self.page) for slots in step.kept)
+        self._fetch = step.fetch and _MovesOnDevice(step.fetch, self.page, device)
+        self._keep = _MovesOnDevice(step.keep, self.page, device)
         self._scratch: torch.Tensor | None = None
         # `rope_append` stores KV; what comes here is rotated, so it turns by nothing.
         self._positions = torch.zeros(len(step.rows), dtype=torch.int32, device=device)
@@ -111,21 +111,20 @@ class StarAttentionMetadata(AttentionMetadata):
         scratch = self._scratch
         q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
         ops.rope_append(qkv, self._positions, self._no_rotation, scratch, self._scratch_slots, q)
-        kept_from, kept_to = self._kept
-        kept_to.set(pool, kept_from.of(scratch))
+        self._keep.here(scratch, pool)
         if not self.num_contexts:
             return self._attend_tail(q, scratch, pool, scale)
-        sends = [(places.of(scratch), rank) for places, rank in self._sends]
-        receives = [(places.room(scratch), rank) for places, rank in self._receives]
-        stream = stream_of(q.device)
-        request = self.comm.exchange(sends, receives, stream)
+        if self._fetch:
+            self._fetch.here(pool, scratch)
+            self._fetch.start(self.comm, pool)
+        self._keep.start(self.comm, scratch)
         o = torch.empty_like(q)
+        if self._fetch:
+            self._fetch.finish(scratch)
         if self._context:
             rows = self._context_rows
             o[rows], _ = self._context.attend(q[rows], 0, scratch, scale)
-        request.wait(stream)
-        for (places, _), (tokens, _) in zip(self._receives, receives, strict=True):
-            places.set(pool, tokens)
+        self._keep.finish(pool)
         rows = self._tail_rows
         o[rows] = self._attend_tail(q[rows], scratch, pool, scale)
         return o
@@ -224,11 +223,6 @@ def _batch(
     )
     for index, (cached, new, pages) in enumerate(lengths):
         is_prompt = index < scheduled.num_contexts
-        if is_prompt and cached:
-            raise UserError(
-                "a prompt is read in parts: set enable_chunked_prefill and "
-                "kv_cache_config.enable_block_reuse to false, max_num_tokens to the longest prompt"
-            )
         batch.append(Scheduled(cached, new, np.array(pages) * pages_between, is_prompt))
     return batch
 
@@ -261,3 +255,33 @@ class _Places:
 
     def set(self, pool: torch.Tensor, tokens: torch.Tensor) -> None:
         pool[self.pages, :, :, self.offsets] = tokens
+
+
+class _MovesOnDevice:
+    """`Moves`, in every layer."""
+
+    def __init__(self, moves: Moves, page: int, device: torch.device) -> None:
+        def places(slots: np.ndarray) -> _Places:
+            return _Places.on(device, slots, page)
+
+        self._sends = [(places(slots), rank) for slots, rank in moves.sends]
+        self._receives = [(places(slots), rank) for slots, rank in moves.receives]
+        self._from, self._to = map(places, moves.here)
+        self._request: Request = Done()
+        self._arriving: Addressed = ()
+
+    def here(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """What stays on this rank."""
+        self._to.set(target, self._from.of(source))
+
+    def start(self, comm: Communicator, source: torch.Tensor) -> None:
+        """Begins what goes to others and comes from them. All ranks call it."""
+        sends = [(places.of(source), rank) for places, rank in self._sends]
+        self._arriving = [(places.room(source), rank) for places, rank in self._receives]
+        self._request = comm.exchange(sends, self._arriving, stream_of(source.device))
+
+    def finish(self, target: torch.Tensor) -> None:
+        """It is in `target`."""
+        self._request.wait(stream_of(target.device))
+        for (places, _), (tokens, _) in zip(self._receives, self._arriving, strict=True):
+            places.set(target, tokens)

@@ -22,7 +22,7 @@ from star_attention.distributed.base import require_same
 from star_attention.engines.torch.attention import stream_of
 from star_attention.errors import UserError
 from star_attention.trtllm.pytorch.attention import StarAttention, StarAttentionMetadata
-from star_attention.trtllm.pytorch.settings import Settings
+from star_attention.trtllm.pytorch.settings import PREFIX, Settings
 from star_attention.trtllm.pytorch.shards import Shards
 
 
@@ -70,12 +70,20 @@ class _StarForCausalLM:
         Raises:
             UserError: the pass is one that Star Attention cannot compute.
         """
+        features = attn_metadata.runtime_features
         for name, value, advice in (
             ("gather_context_logits", return_context_logits, "ask for none"),
             ("inputs_embeds", inputs_embeds is not None, "use a model of text"),
             ("speculative_config", kwargs.get("spec_metadata") is not None, "leave it away"),
             ("lora_config", bool(kwargs.get("lora_params")), "merge it into the weights"),
             ("cuda_graph_config", attn_metadata.is_cuda_graph, "set it to null"),
+            ("enable_chunked_prefill", features.chunked_prefill, "set it to false"),
+            (
+                "kv_cache_config.enable_block_reuse",
+                features.cache_reuse and self._star_settings.block_size is None,
+                f"set it to false, or the block size, {PREFIX}BLOCK_SIZE, which has to be the same "
+                "for all prompts",
+            ),
         ):
             if value:
                 raise UserError(f"{name} is given: {advice}")

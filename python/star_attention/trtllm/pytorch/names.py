@@ -50,8 +50,9 @@ METHODS: dict[str, dict[str, str]] = {
 MEMBERS: dict[str, tuple[str, ...]] = {
     f"{_INTERFACE}.AttentionMetadata": (
         *("max_num_requests", "max_num_tokens", "kv_cache_manager", "kv_cache_params", "seq_lens"),
-        *("num_contexts", "request_ids", "is_cuda_graph"),
+        *("num_contexts", "request_ids", "is_cuda_graph", "runtime_features"),
     ),
+    f"{_INTERFACE}.AttentionRuntimeFeatures": ("chunked_prefill", "cache_reuse"),
     f"{_INTERFACE}.AttentionBackend": ("layer_idx", "num_heads", "head_dim", "num_kv_heads"),
     f"{_INTERFACE}.PredefinedAttentionMask": ("CAUSAL",),
     f"{_INTERFACE}.AttentionForwardArgs": (
