@@ -223,6 +223,10 @@ def _batch(
     )
     for index, (cached, new, pages) in enumerate(lengths):
         is_prompt = index < scheduled.num_contexts
+        if is_prompt and cached % manager.tokens_per_block:
+            raise UserError(
+                "a page is reused in part: set kv_cache_config.enable_partial_reuse to false"
+            )
         batch.append(Scheduled(cached, new, np.array(pages) * pages_between, is_prompt))
     return batch
 
