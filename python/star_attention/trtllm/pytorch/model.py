@@ -70,13 +70,14 @@ class _StarForCausalLM:
         Raises:
             UserError: the pass is one that Star Attention cannot compute.
         """
-        features = attn_metadata.runtime_features
+        features, most = attn_metadata.runtime_features, attn_metadata.max_num_requests
         for name, value, advice in (
             ("gather_context_logits", return_context_logits, "ask for none"),
             ("inputs_embeds", inputs_embeds is not None, "use a model of text"),
             ("speculative_config", kwargs.get("spec_metadata") is not None, "leave it away"),
             ("lora_config", bool(kwargs.get("lora_params")), "merge it into the weights"),
             ("cuda_graph_config", attn_metadata.is_cuda_graph, "set it to null"),
+            ("max_beam_width", (attn_metadata.max_num_sequences or 0) > most, "set it to 1"),
             ("enable_chunked_prefill", features.chunked_prefill, "set it to false"),
             (
                 "kv_cache_config.enable_block_reuse",

@@ -49,7 +49,8 @@ METHODS: dict[str, dict[str, str]] = {
 # Owner -> attributes of its instances that are read or set.
 MEMBERS: dict[str, tuple[str, ...]] = {
     f"{_INTERFACE}.AttentionMetadata": (
-        *("max_num_requests", "max_num_tokens", "kv_cache_manager", "kv_cache_params", "seq_lens"),
+        *("max_num_requests", "max_num_tokens", "max_num_sequences", "kv_cache_manager"),
+        *("kv_cache_params", "seq_lens"),
         *("num_contexts", "request_ids", "is_cuda_graph", "runtime_features"),
     ),
     f"{_INTERFACE}.AttentionRuntimeFeatures": ("chunked_prefill", "cache_reuse"),

@@ -198,7 +198,7 @@ class _Builder:
         self._add_rows(start, end, slots, self._tail_rows)
         self._tail.append(Rows(pages, end - start, end - start))
         kept = self._shards.kept(start, self._rank)
-        shared = self._sequence.pages[: -(-kept // self._shards.page)]
+        shared = self._sequence.pages[: max(-(-kept // self._shards.page), 1)]
         self._cached.append(Rows(shared, kept, end - start, stored=False))
         positions = np.arange(start, end)
         mine = self._shards.keepers(positions) == self._rank
