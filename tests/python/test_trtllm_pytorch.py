@@ -223,11 +223,11 @@ def features(**given):
 
 
 REFUSED = {
-    "parts": (features(chunked_prefill=True), "enable_chunked_prefill is given: set it to false"),
+    "parts": (features(chunked_prefill=True), "enable_chunked_prefill is set: set it to false"),
     "reuse": (features(cache_reuse=True), "set it to false, or the block size, TRTLLM_STAR_BLOCK"),
-    "beams": ({"max_num_sequences": 16}, "max_beam_width is given: set it to 1"),
+    "beams": ({"max_num_sequences": 16}, "max_beam_width is set: set it to 1"),
     "pages": ({"kv_cache_params": fake.KVCacheParams(True, [12])}, "enable_partial_reuse to false"),
-    "graphs": ({"is_cuda_graph": True}, "cuda_graph_config is given: set it to null"),
+    "graphs": ({"is_cuda_graph": True}, "cuda_graph_config is set: set it to null"),
 }
 
 

@@ -72,7 +72,7 @@ class _StarForCausalLM:
         """
         features, most = attn_metadata.runtime_features, attn_metadata.max_num_requests
         for name, value, advice in (
-            ("gather_context_logits", return_context_logits, "ask for none"),
+            ("gather_context_logits", return_context_logits, "set it to false"),
             ("inputs_embeds", inputs_embeds is not None, "use a model of text"),
             ("speculative_config", kwargs.get("spec_metadata") is not None, "leave it away"),
             ("lora_config", bool(kwargs.get("lora_params")), "merge it into the weights"),
@@ -87,7 +87,7 @@ class _StarForCausalLM:
             ),
         ):
             if value:
-                raise UserError(f"{name} is given: {advice}")
+                raise UserError(f"{name} is set: {advice}")
         comm = self._star_comm
         if comm is None:
             comm = self._star_comm = connect(self._star_mapping)
@@ -99,9 +99,7 @@ class _StarForCausalLM:
             position_ids=position_ids[..., metadata.rows],
             **kwargs,
         )
-        if metadata.num_contexts:
-            _agree(comm, logits)
-        return logits
+        return _agreed(comm, logits.contiguous()) if metadata.num_contexts else logits
 
     def _metadata(
         self, scheduled: AttentionMetadata, comm: Communicator, device: torch.device
@@ -152,7 +150,7 @@ def _whole(model_config: Any) -> Any:
     return config
 
 
-def _agree(comm: Communicator, logits: torch.Tensor) -> None:
+def _agreed(comm: Communicator, logits: torch.Tensor) -> torch.Tensor:
     """Rank 0's logits, on all ranks: where they had different rows, products may differ in the
     last bits, and ranks that sample different tokens fall apart."""
     others = range(1, comm.size)
@@ -160,3 +158,4 @@ def _agree(comm: Communicator, logits: torch.Tensor) -> None:
     receives = [(logits, 0)] if comm.rank in others else []
     stream = stream_of(logits.device)
     comm.exchange(sends, receives, stream).wait(stream)
+    return logits
