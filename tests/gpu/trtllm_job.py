@@ -20,7 +20,8 @@ import fake_trtllm_pytorch as fake
 from helpers import block_mask, hf_logits
 
 BLOCK, ANCHOR, QUERY = 512, 256, 100
-LENGTHS = {4: 2500, 9: 1100, 6: 50}  # the last is shorter than a query
+LENGTHS = {4: 2500, 9: 1100, 6: 50, 2: 1900}  # 6 is shorter than a query
+SHARED = 1152  # tokens of 2 that are 4's and cached: not a whole number of blocks
 ANSWER = 70
 
 
@@ -43,16 +44,20 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     random = np.random.default_rng(0)
     tokens = {each: random.integers(0, 97, n + ANSWER) for each, n in LENGTHS.items()}
+    tokens[2][:SHARED] = tokens[4][:SHARED]
     page = 64 * ranks
     counts = {each: -(-len(tokens[each]) // page) for each in tokens}
     numbers = random.permutation(sum(counts.values())).tolist()
+    num_blocks = len(numbers)
+    blocks = {each: [numbers.pop() for _ in range(count)] for each, count in counts.items()}
+    blocks[2][: SHARED // page] = blocks[4][: SHARED // page]
     engine = fake.Engine(
         star.StarLlamaForCausalLM,
         model,
         fake.Mapping(ranks, rank, tp_size=ranks),
         page,
-        len(numbers),
-        {each: [numbers.pop() for _ in range(count)] for each, count in counts.items()},
+        num_blocks,
+        blocks,
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
@@ -62,6 +67,7 @@ def main():
         theirs = expected_logits(copy.deepcopy(model).to(engine.manager.primary.dtype), tokens)
         error, allowed = (distance(each, oracle) for each in (logits, theirs))
         print(f"off by {error:.2e}, Hugging Face by {allowed:.2e}")
+    MPI.COMM_WORLD.Barrier()
 
 
 def mpi_comm():
@@ -89,13 +95,14 @@ def distance(logits, oracle):
 
 
 def run(engine, tokens):
-    """Two prompts together, then the third while they generate, then all generate; the logits of
+    """Two prompts together, then the others while they generate, then all generate; the logits of
     each request."""
     ends, rows = dict(LENGTHS), {each: [] for each in LENGTHS}
-    schedule = [((4, 9), ()), ((6,), (9, 4)), *[((), (4, 9, 6))] * (ANSWER - 1)]
+    engine.lengths[2] = SHARED
+    schedule = [((4, 9), ()), ((6, 2), (9, 4)), *[((), (4, 9, 6, 2))] * (ANSWER - 1)]
     for prompts, generated in schedule:
         logits = engine.step(
-            {each: tokens[each][: LENGTHS[each]] for each in prompts},
+            {each: tokens[each][engine.lengths.get(each, 0) : LENGTHS[each]] for each in prompts},
             {each: tokens[each][ends[each]] for each in generated},
         )
         digest = hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest()

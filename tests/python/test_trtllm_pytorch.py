@@ -330,7 +330,18 @@ def names_set_in(cls):
 
 # Attributes of torch's, MPI's and our own objects.
 OURS = {
-    *("add", "append", "contiguous", "device", "dtype", "flatten", "get", "is_cuda", "modules"),
+    *(
+        "add",
+        "append",
+        "close",
+        "contiguous",
+        "device",
+        "dtype",
+        "flatten",
+        "get",
+        "is_cuda",
+        "modules",
+    ),
     *("new_empty", "shape", "size", "tolist", "Dup", "rank", "exchange", "merge", "wait"),
     *("block_size", "cached", "causal", "context", "context_rows", "cu_seqlens_q", "fetch", "keep"),
     *("kv_lens", "merged", "offsets", "on_pages", "page_table", "pages", "receives", "sends"),

@@ -4,6 +4,7 @@ lists what is used of TensorRT-LLM."""
 
 from __future__ import annotations
 
+import atexit
 import copy
 from typing import Any
 
@@ -136,7 +137,9 @@ def connect(mapping: Mapping) -> Communicator:
     from star_attention.distributed.gpu import GpuCommunicator
     from star_attention.distributed.mpi import MpiCommunicator
 
-    return GpuCommunicator(MpiCommunicator(mpi_comm().Dup()), torch.cuda.current_device())
+    comm = GpuCommunicator(MpiCommunicator(mpi_comm().Dup()), torch.cuda.current_device())
+    atexit.register(comm.close)  # or ranks that end later take the others for lost
+    return comm
 
 
 def _whole(model_config: Any) -> Any:

@@ -2,7 +2,7 @@
 is, and the arguments that are passed. `tests/python/test_trtllm_pytorch.py` compares this with the
 code and, where TensorRT-LLM is installed, with TensorRT-LLM.
 
-Taken from its public source after release 1.3.0rc22, with `_torch/attention/backends`: the commits
+Taken from its public source after release 1.3.0rc24, with `_torch/attention/backends`: the commits
 of each file are in docs/tensorrt_llm.md. `register_auto_model` is documented for models of others;
 what is in `_torch` otherwise may change with any release.
 """
