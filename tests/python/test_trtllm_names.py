@@ -102,7 +102,7 @@ def test_only_these_files_use_them():
     for folder in (ROOT / "python", ROOT / "scripts"):
         for path in folder.rglob("*.py"):
             if list(imported(ast.parse(path.read_text()))):
-                assert path in FILES
+                assert path in FILES or path.parent == MODEL_FILE.parent / "pytorch"
 
 
 def test_stand_in_has_the_listed_signatures():

@@ -206,7 +206,7 @@ class Attention:
         if len(self._lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
             return self._lists[0].attend(q, self._layer, pool, self._scale, out)
-        seen = _Seen(q, self._layer, self._scale)
+        seen = Seen(q, self._layer, self._scale)
         lists, here = self._lists, pool
         for hop in self._hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
@@ -281,7 +281,7 @@ def _tables_of(step: PagedStep, sequences: slice, device: torch.device) -> Paged
     )
 
 
-class _Seen:
+class Seen:
     """What rows q [T, Hq, D] see of several lists of pages."""
 
     def __init__(self, q: torch.Tensor, layer: int, scale: float) -> None:
