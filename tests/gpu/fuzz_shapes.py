@@ -1,6 +1,6 @@
 """Random shapes of every operator, against float64 or the operators in torch.
 
-    python tests/gpu/fuzz_shapes.py --seconds 60 [--seed N] [--small]
+    python tests/gpu/fuzz_shapes.py --seconds 60 [--seed N] [--small] [--kernels query_sm80]
 
 Operators take turns. A case draws from the seed and its number alone; what fails is printed with
 the options that repeat it. `--small` keeps shapes small enough for compute-sanitizer.
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from star_attention.ops import implementation, reference
 
 DTYPES = (torch.float16, torch.bfloat16)
+KERNELS = ["auto", "query_sm80", "context_sm80", "query_sm90", "context_sm90"]
 ELEMENTS = {  # of results that are rounded once
     torch.float16: {"rtol": 2e-3, "atol": 1e-3},
     torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
@@ -32,10 +33,10 @@ ELEMENTS = {  # of results that are rounded once
 class Draw(random.Random):
     """What one case draws; says what it was."""
 
-    def __init__(self, seed: int, small: bool, device: str) -> None:
+    def __init__(self, seed: int, small: bool, device: str, kernels: Sequence[str]) -> None:
         super().__init__(seed)
         torch.manual_seed(seed)
-        self.small, self.device = small, device
+        self.small, self.device, self.kernels = small, device, kernels
         self.drawn: dict[str, object] = {}
 
     def __call__(self, name: str, values: Sequence) -> object:
@@ -56,10 +57,10 @@ class Draw(random.Random):
 
 
 def kernels(device: str) -> list[str]:
-    names = ["auto", "query_sm80", "context_sm80"]
+    """Of attention, that run there."""
     if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
-        return names
-    return [*names, "query_sm90", "context_sm90"]
+        return KERNELS[:3]
+    return KERNELS
 
 
 def on(device: str, kernel: str) -> dict[str, str]:
@@ -67,7 +68,7 @@ def on(device: str, kernel: str) -> dict[str, str]:
 
 
 def paged_attention(draw: Draw, ops: ModuleType) -> None:
-    kernel = draw("kernel", kernels(draw.device))
+    kernel = draw("kernel", draw.kernels)
     kv_heads, group = draw("kv_heads", (1, 2, 3)), draw("group", (1, 2, 3, 4, 5, 7, 8))
     lengths = []
     for i in range(draw.randint(1, 3 if draw.small else 6)):
@@ -97,7 +98,7 @@ def paged_attention(draw: Draw, ops: ModuleType) -> None:
 
 
 def lists_by_head(draw: Draw, ops: ModuleType) -> None:
-    kernel = draw("kernel", [name for name in kernels(draw.device) if "query" not in name])
+    kernel = draw("kernel", [name for name in draw.kernels if "query" not in name])
     dtype = draw("dtype", DTYPES)
     lengths = [draw.size(f"rows {i}", 128, 128, least=0) for i in range(draw.randint(1, 9))]
     case = listed_case(
@@ -252,9 +253,10 @@ def fuzz(
     cases: int | None = None,
     small: bool = False,
     device: str = "cuda",
+    chosen: Sequence[str] = (),
 ) -> dict[str, int]:
     """Runs each operator once, then goes on until the time is over or `cases` have run. Ends the
-    turns of an operator that fails.
+    turns of an operator that fails. `chosen`: kernels of attention, those that run there, or all.
 
     Returns:
         The cases of each that passed; of those that failed, -1.
@@ -265,7 +267,7 @@ def fuzz(
     left = list(names)
     while left and case != cases and (case < len(names) or time.monotonic() < until):
         name = left[case % len(left)]
-        draw = Draw(seed + case, small, device)
+        draw = Draw(seed + case, small, device, chosen or kernels(device))
         try:
             OPERATORS[name](draw, ops)
             if device != "cpu":
@@ -273,10 +275,10 @@ def fuzz(
             passed[name] += 1
             case += 1
         except (AssertionError, RuntimeError, ValueError) as error:
-            size = " --small" if small else ""
+            more = " --small" * small + f" --kernels {' '.join(chosen)}" * bool(chosen)
             print(
                 f"{name}: {error}\n  of {draw.drawn}\n"
-                f"  again: --only {name} --seed {seed + case} --cases 1{size}",
+                f"  again: --only {name} --seed {seed + case} --cases 1{more}",
                 flush=True,
             )
             passed[name] = -1
@@ -293,13 +295,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--without", nargs="+", choices=OPERATORS, default=[])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=())
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    names = options.only
+    names = [name for name in options.only if name not in options.without]
     if options.device == "cpu":
         names = [name for name in names if name != "fetch_pages"]
     elif not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
+    if missing := set(options.kernels) - set(kernels(options.device)):
+        parser.error(f"{', '.join(missing)} cannot run there")
     passed = fuzz(
         names,
         options.seed,
@@ -307,6 +313,7 @@ def main() -> int:
         cases=options.cases,
         small=options.small,
         device=options.device,
+        chosen=options.kernels,
     )
     failed = [name for name, count in passed.items() if count < 0]
     total = sum(count for count in passed.values() if count > 0)
