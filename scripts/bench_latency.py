@@ -2,7 +2,7 @@
 """Time to first token of star, ring and dense attention, with the same model code and kernels, on
 the ranks that mpirun starts, or on several numbers of them one after the other:
 
-    mpirun -n 2 python scripts/bench_latency.py --lengths 64K 128K --output results.json
+    python scripts/bench_latency.py --ranks 2 --lengths 64K 128K --output results.json
     python scripts/bench_latency.py --ranks 2 4 --methods broadcast ring dense --exact-up-to 256K \\
         --lengths 16K 32K 64K 128K 256K 512K 1M --block-size quarter 32K --output results.json
     python scripts/bench_latency.py --compare results.json

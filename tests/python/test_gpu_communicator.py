@@ -147,6 +147,18 @@ def test_local_device(monkeypatch):
     assert [comm.device for comm in comms] == [0, 1, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("bound", [1, 2])
+def test_a_single_core_is_left(monkeypatch, bound):
+    """Which mpirun binds two ranks to by itself; what leaves more than one is somebody's choice."""
+    cores = set(range(bound))
+    monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr(topology.os, "cpu_count", lambda: 4)
+    widened = []
+    monkeypatch.setattr(topology.os, "sched_setaffinity", lambda *to: widened.append(to))
+    connect(monkeypatch, 2, "auto", num_gpus=2)
+    assert widened == [(0, range(4))] * (2 if bound == 1 else 0)
+
+
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(gpu._C, "device_count", lambda: 0)
     with pytest.raises(UserError, match="rank 0 sees no GPU: use --device cpu"):

@@ -23,7 +23,9 @@ def _boot() -> str:
 
 
 def local_device(host: Communicator) -> int:
-    """This rank's GPU: ranks of a machine take the GPUs that they see in turn.
+    """This rank's GPU: ranks of a machine take the GPUs that they see in turn. A rank that was
+    bound to a single core, as mpirun does by itself to two ranks, is not any more: those that feed
+    a GPU have threads for transfers, copies and requests besides.
 
     Raises:
         UserError: a rank sees no GPU.
@@ -36,6 +38,8 @@ def local_device(host: Communicator) -> int:
         raise UserError(f"--device is cuda, but rank {host.rank} sees no GPU: use --device cpu")
 
     num_devices = agree(host, count)
+    if host.size > 1 and len(os.sched_getaffinity(0)) == 1:
+        os.sched_setaffinity(0, range(os.cpu_count()))
     machines = host.gather_objects(machine())
     return machines[: host.rank].count(machines[host.rank]) % num_devices
 
