@@ -118,13 +118,29 @@ def block_mask(total, context_len, block_size, anchor_size):
     return (j <= i) & ((i >= context_len) | same_block | (j < anchor_size))
 
 
+# Whose Hugging Face classes take one mask for all layers, and one for each kind of layer.
+_WINDOWS = ("mistral", "phi3", "qwen3_moe")
+_WINDOWS_BY_LAYER = ("ministral", "qwen2", "qwen3")
+
+
 def hf_logits(model, tokens, mask):
-    """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]."""
-    bias = torch.zeros(mask.shape, dtype=model.dtype)
-    bias.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min)
+    """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]; layers with
+    a window see that instead."""
+
+    def bias(mask):
+        zeros = torch.zeros(mask.shape, dtype=model.dtype)
+        return zeros.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min)[None, None]
+
+    masks = bias(mask)
+    size, kind = getattr(model.config, "sliding_window", None), model.config.model_type
+    if size is not None and kind in (*_WINDOWS, *_WINDOWS_BY_LAYER):
+        i, j = np.ogrid[: len(tokens), : len(tokens)]
+        window = bias((j <= i) & (j > i - size))
+        by_layer = {"full_attention": masks, "sliding_attention": window}
+        masks = window if kind in _WINDOWS else by_layer
     with torch.inference_mode():
         ids = torch.from_numpy(tokens).long()[None]
-        return model(input_ids=ids, attention_mask=bias[None, None]).logits[0].float().numpy()
+        return model(input_ids=ids, attention_mask=masks).logits[0].float().numpy()
 
 
 def run_all(leader):

@@ -403,10 +403,6 @@ def test_models_that_are_not_there(tmp_path):
             {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4},
             "a token goes through 8 experts, of which the model has 4",
         ),
-        (
-            {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
-            "sliding_window 64 is not supported",
-        ),
         ({"intermediate_size": 100}, "has shape .* the config asks for"),
         ({"num_hidden_layers": 4}, "the weights lack model.layers.3"),
     ],

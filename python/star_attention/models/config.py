@@ -13,7 +13,7 @@ from star_attention.models.fields import Fields
 from star_attention.models.quantization import fp8_format
 from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf
 
-_MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
+MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Architecture:
         biases: fields of the config that ask for biases.
         kv_heads: without `num_key_value_heads`; None: as many as query heads.
         head_dim: without `head_dim`; None: hidden size over heads.
-        windows: whether `sliding_window` counts: never, always, only with `use_sliding_window`, or
-            also then only in the layers from `max_window_layers` on.
+        windows: whether `sliding_window` counts: never, in all layers, in those that `layer_types`
+            says, or with `use_sliding_window` only, in all layers or in those that `layer_types`
+            says, without it from `max_window_layers` on.
         window: without `sliding_window`; None: every token sees all before it.
         is_fused: Q, K and V are one tensor of a checkpoint, gate and up another.
     """
@@ -36,7 +37,7 @@ class Architecture:
     kv_heads: int | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
-    windows: Literal["never", "always", "if used", "in later layers"] = "never"
+    windows: Literal["never", "always", "by layer", "if used", "in later layers"] = "never"
     window: int | None = 4096
     has_experts: bool = False
     is_fused: bool = False
@@ -47,7 +48,7 @@ _MISTRAL = Architecture(kv_heads=8, windows="always")
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(biases=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": _MISTRAL,
-    "MinistralForCausalLM": _MISTRAL,
+    "MinistralForCausalLM": replace(_MISTRAL, windows="by layer"),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, kv_heads=32, windows="in later layers"),
     "Qwen3ForCausalLM": Architecture(
         biases=("attention_bias",),
@@ -119,6 +120,8 @@ class ModelConfig:
         longest_text: tokens of context, question and answer with which the model computes what it
             was made for; longer texts are refused. None: any number, with answers that may get
             worse beyond `max_position`.
+        window: tokens that a row of `windowed_layers` sees, itself and those before it. Where it
+            limits no text up to `max_position`, it is `longest_text` instead.
     """
 
     num_layers: int
@@ -141,6 +144,8 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     dense_layers: tuple[int, ...] = ()
     longest_text: int | None = None
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -161,8 +166,8 @@ class ModelConfig:
         return cls(**{**tuples(values), **parts})
 
     def __post_init__(self) -> None:
-        if self.num_layers > _MOST_LAYERS:
-            raise UserError(f"the model has {self.num_layers} layers: use at most {_MOST_LAYERS}")
+        if self.num_layers > MOST_LAYERS:
+            raise UserError(f"the model has {self.num_layers} layers: use at most {MOST_LAYERS}")
         if self.head_dim % 2 or not 0 < self.head_dim <= _MOST_HEAD_DIM:
             raise UserError(
                 f"the model's head_dim is {self.head_dim}: use an even one up to {_MOST_HEAD_DIM}"
@@ -249,8 +254,22 @@ class ModelConfig:
 
     @property
     def attention_flops_per_pair(self) -> int:
-        """FLOPs of one (query token, key token) pair over all layers."""
-        return 4 * self.num_layers * self.num_q_heads * self.head_dim
+        """FLOPs of one (query token, key token) pair over all layers without a window."""
+        layers = self.num_layers - len(self.windowed_layers)
+        return 4 * layers * self.num_q_heads * self.head_dim
+
+    @property
+    def window_flops_per_token(self) -> int:
+        """FLOPs of one token's attention in the layers with a window."""
+        pairs = len(self.windowed_layers) * (self.window or 0)
+        return 4 * pairs * self.num_q_heads * self.head_dim
+
+    def check_no_window(self, where: str) -> None:
+        """Raises UserError for a model with sliding windows, which `where` does not compute."""
+        if self.window is not None:
+            raise UserError(
+                f"the model's sliding window of {self.window} tokens is not supported {where}"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -279,7 +298,11 @@ class ModelConfig:
         head_dim = fields.whole("head_dim", architecture.head_dim or hidden_size // num_q_heads)
         rope, longest = rope_from_hf(fields, architecture.rope, head_dim, max_position)
         experts, dense_layers = _experts(fields, architecture, num_layers)
-        lengths = [longest, _window(fields, architecture, max_position)]
+        window, windowed_layers = _window(fields, architecture, num_layers)
+        lengths = [longest]
+        if window is not None and window >= max_position:
+            lengths.append(window)
+            window, windowed_layers = None, ()
         return cls(
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -301,6 +324,8 @@ class ModelConfig:
             experts=experts,
             dense_layers=dense_layers,
             longest_text=min((each for each in lengths if each), default=None),
+            window=window,
+            windowed_layers=windowed_layers,
         )
 
 
@@ -323,36 +348,44 @@ def _experts(
         fields.flag("norm_topk_prob"),
     )
     step, dense = fields.whole("decoder_sparse_step", 1), fields.tokens("mlp_only_layers")
-    layers = range(min(num_layers, _MOST_LAYERS))
+    layers = range(min(num_layers, MOST_LAYERS))
     return experts, tuple(i for i in layers if i in dense or (i + 1) % step)
 
 
-def _window(fields: Fields, architecture: Architecture, max_position: int) -> int | None:
-    """How many tokens may see one another; None: any number. Raises UserError if those are fewer
-    than the model was made for."""
-    kinds = fields.get("layer_types") or ()
+def _window(
+    fields: Fields, architecture: Architecture, num_layers: int
+) -> tuple[int | None, tuple[int, ...]]:
+    """How many tokens a row of some layers sees, and these layers; None: there are none."""
+    layers = range(min(num_layers, MOST_LAYERS))
+    kinds = fields.get("layer_types")
     known = ["full_attention"]
-    if architecture.windows == "always":
+    if architecture.windows != "never":
         known.append("sliding_attention")
-    if not isinstance(kinds, Sequence) or any(kind not in known for kind in kinds):
-        raise UserError("layer_types other than full_attention are not supported")
-    used, first = architecture.windows == "always", 0
+    is_list = isinstance(kinds, Sequence) and len(kinds) == num_layers
+    if kinds is not None and not (is_list and all(kind in known for kind in kinds)):
+        raise UserError(
+            f"the model's config.json: layer_types should be a list of {num_layers} of "
+            f"{' and '.join(known)}"
+        )
+    by_layer = kinds is not None and architecture.windows in ("by layer", "in later layers")
+    if by_layer:
+        windowed = tuple(i for i in layers if kinds[i] == "sliding_attention")
+    elif architecture.windows == "in later layers":
+        windowed = tuple(layers[fields.whole("max_window_layers", 28, 0) :])
+    else:
+        windowed = tuple(layers)
+    used = architecture.windows in ("always", "by layer")
     if architecture.windows in ("if used", "in later layers"):
         used = fields.flag("use_sliding_window")
-    if architecture.windows == "in later layers":
-        first = fields.whole("max_window_layers", 28, 0)
     is_null = fields.get("sliding_window") is None
     is_none = is_null and ("sliding_window" in fields or architecture.window is None)
-    if not used or is_none or first >= fields.whole("num_hidden_layers"):
-        return None
-    window = fields.whole("sliding_window", architecture.window)
-    if window < max_position:
-        said = ", the default of this architecture," if is_null else ""
+    if used and windowed and not is_none:
+        return fields.whole("sliding_window", architecture.window), windowed
+    if by_layer and windowed:
         raise UserError(
-            f"sliding_window {window}{said} is not supported: use a model without one "
-            "(its config.json says null), or one whose max_position_embeddings it does not limit"
+            "the model's config.json: layer_types has sliding_attention, but no window is used"
         )
-    return window
+    return None, ()
 
 
 LLAMA_3_1_8B = ModelConfig(

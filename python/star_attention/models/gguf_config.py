@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import UserError
-from star_attention.models.config import ExpertsConfig, ModelConfig
+from star_attention.models.config import MOST_LAYERS, ExpertsConfig, ModelConfig
 from star_attention.models.fields import Fields
 from star_attention.models.rope import RopeConfig, yarn_attention_factor
 
@@ -50,6 +50,7 @@ class _Architecture:
         qkv_bias: the file must have it; otherwise biases are those that it has.
         is_fused: Q, K and V are one tensor, gate and up another.
         is_partial: heads may be rotated in part.
+        has_window: `attention.sliding_window` is that of all layers.
     """
 
     qkv_bias: bool = False
@@ -57,14 +58,15 @@ class _Architecture:
     has_experts: bool = False
     is_fused: bool = False
     is_partial: bool = False
+    has_window: bool = False
 
 
 ARCHITECTURES = {
-    "llama": _Architecture(),
+    "llama": _Architecture(has_window=True),
     "qwen2": _Architecture(qkv_bias=True),
     "qwen3": _Architecture(qk_norm=True),
     "qwen3moe": _Architecture(qk_norm=True, has_experts=True),
-    "phi3": _Architecture(is_fused=True, is_partial=True),
+    "phi3": _Architecture(is_fused=True, is_partial=True, has_window=True),
 }
 
 
@@ -99,7 +101,8 @@ def read_config(
             raise UserError(f"{path}: {key(field)} is {header.get(key(field))!r}: not supported")
     max_position = header.whole(key("context_length"))
     window = header.whole(key("attention.sliding_window"), 0, 0)
-    if 0 < window < max_position:
+    limits = 0 < window < max_position
+    if limits and not architecture.has_window:
         raise UserError(f"{path}: attention.sliding_window {window} is not supported")
     num_q_heads = header.whole(key("attention.head_count"))
     hidden_size = header.whole(key("embedding_length"))
@@ -118,8 +121,9 @@ def read_config(
         counts = (header.whole(key(field)) for field in ("expert_count", "expert_used_count"))
         inner = header.whole(key("expert_feed_forward_length"))
         experts = ExpertsConfig(*counts, inner, normalises=True)
+    num_layers = header.whole(key("block_count"))
     return ModelConfig(
-        num_layers=header.whole(key("block_count")),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=header.whole(key("feed_forward_length")),
         num_q_heads=num_q_heads,
@@ -137,7 +141,9 @@ def read_config(
         qk_norm=architecture.qk_norm,
         is_fused=architecture.is_fused,
         experts=experts,
-        longest_text=window or None,
+        longest_text=None if limits else window or None,
+        window=window if limits else None,
+        windowed_layers=tuple(range(min(num_layers, MOST_LAYERS))) if limits else (),
     )
 
 

@@ -42,6 +42,7 @@ def paged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the

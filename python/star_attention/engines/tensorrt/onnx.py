@@ -119,10 +119,11 @@ def write_graph(
     """Writes graph and weights into `folder`, to be moved to `final`.
 
     Raises:
-        UserError: the model has experts or weights in FP8, or a weight cannot be read.
+        UserError: the model has experts, windows or weights in FP8, or a weight cannot be read.
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
+    checkpoint.config.check_no_window("by TensorRT engines: run it with --device cuda or cpu")
     if checkpoint.config.experts:
         raise UserError(
             "the model has a mixture of experts, which TensorRT engines do not have: run it with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,7 +26,8 @@ PageIndex: TypeAlias = "slice | torch.Tensor"
 @dataclass(frozen=True)
 class PagedTables:
     """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`:
-    codes and scales of all layers, whose pages are listed instead of the pool's."""
+    codes and scales of all layers, whose pages are listed instead of the pool's. `starts`: of each
+    row, where it sees fewer tokens than its list has."""
 
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -35,6 +36,7 @@ class PagedTables:
     max_q_len: int
     max_kv_len: int
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None
+    starts: torch.Tensor | None = None
 
     @classmethod
     def on(
@@ -45,6 +47,7 @@ class PagedTables:
         kv_lens: np.ndarray,
         causal: bool = False,
         quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+        starts: np.ndarray | None = None,
     ) -> PagedTables:
         return cls(
             to_device(page_table, device),
@@ -54,6 +57,7 @@ class PagedTables:
             int(np.diff(cu_seqlens_q).max(initial=0)),
             int(kv_lens.max(initial=0)),
             quantized,
+            None if starts is None else to_device(starts, device),
         )
 
     def attend(
@@ -79,6 +83,7 @@ class PagedTables:
             max_kv_len=self.max_kv_len,
             out=out,
             kv_scales=scales,
+            starts=self.starts,
         )
 
 
@@ -95,6 +100,7 @@ class Attention:
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
+        window: what they see, instead of all that, in the layers `windowed`.
 
     Attributes:
         cuts: rows at which `stored` is to be told, for exchanges to begin early.
@@ -111,8 +117,11 @@ class Attention:
         exchanges: Sequence[_Exchange] = (),
         hops: Sequence[_Hop] = (),
         selected: SelectedPages | None = None,
+        window: PagedTables | None = None,
+        windowed: Collection[int] = (),
     ) -> None:
         self._lists, self._hops, self._selected = lists, hops, selected
+        self._window, self._windowed = window, windowed
         self._layer = -1
         self._comm = comm
         self._scale = scale
@@ -160,7 +169,7 @@ class Attention:
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
         self.finish(pool)
-        if self._selected:
+        if self._selected and self._layer not in self._windowed:
             return self._attend_selected(self._selected, q, pool)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
@@ -186,12 +195,15 @@ class Attention:
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """o in `dtype`, and lse, over what this rank sees."""
-        if len(self._lists) == 1 and not self._hops:
+        lists, hops = self._lists, self._hops
+        if self._layer in self._windowed:
+            lists, hops = (self._window,), ()
+        if len(lists) == 1 and not hops:
             out = _partials(q) if dtype != q.dtype else None
-            return self._lists[0].attend(q, self._layer, pool, self._scale, out)
+            return lists[0].attend(q, self._layer, pool, self._scale, out)
         seen = _Seen(q, self._layer, self._scale)
-        lists, here = self._lists, pool
-        for hop in self._hops:
+        here = pool
+        for hop in hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
             receives = [(arriving, hop.source)] if hop.num_pages else []
             request = self._start(pool, hop.sends, receives)
@@ -218,12 +230,14 @@ def attention_on(
     pool: torch.Tensor,
     peers: list[int] | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    windowed: Collection[int] = (),
 ) -> Attention:
     """The attention that `step` describes, ready on the device of the pool of all layers.
 
     Args:
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
         quantized: codes and scales of all layers, in which prefixes are.
+        windowed: layers with a window.
     """
     device = pool.device
     rows = len(step.slot_mapping)
@@ -238,6 +252,14 @@ def attention_on(
         step.prefix.kv_lens,
         quantized=quantized,
     )
+    window = step.window and PagedTables.on(
+        device,
+        step.window.page_table,
+        step.cu_seqlens_q,
+        step.window.kv_lens,
+        step.causal,
+        starts=step.window.starts,
+    )
     return Attention(
         (prefix, tables) if prefix else (tables,),
         comm,
@@ -246,6 +268,8 @@ def attention_on(
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
         step.selection and SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers),
+        window,
+        windowed,
     )
 
 

@@ -213,7 +213,13 @@ class TorchEngine:
                 return logits
             peers = self._peers and self._peers.addresses
             attend = attention_on(
-                attention, self._comm, self._scale, self._pool.data, peers, self._quantized
+                attention,
+                self._comm,
+                self._scale,
+                self._pool.data,
+                peers,
+                self._quantized,
+                self.config.windowed_layers,
             )
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
             logits = self._forward(inputs, attend, self._progress(on_layer, len(token_ids)))
