@@ -66,6 +66,7 @@ def paged_attention(
         kv_lens,
         other_pool,
         kv_scales,
+        starts,
         o,
         lse,
         _allocator(q),

@@ -99,6 +99,8 @@ class TorchEngine:
                 max_pages,
                 tokens_per_block,
                 self._quantized,
+                config.window,
+                config.windowed_layers,
             )
 
     @property
