@@ -298,7 +298,8 @@ def make_plan(
     With anchor mode `broadcast` each rank computes the same number of whole blocks; the first one
     and those that are left all ranks compute together. Otherwise ranks compute contiguous runs of
     blocks, so that the busiest does least. `dense` is one block; so is `ring`, of which a rank has
-    two chunks, one from each end.
+    two chunks, one from each end. Models with windows have `broadcast`, and all ranks compute every
+    block together.
 
     Args:
         context_len: tokens of the context, 0 or more.
@@ -322,14 +323,16 @@ def make_plan(
     if num_ranks > MAX_RANKS:
         raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
+    notes: list[str] = []
     if model.window is not None:
         _check_window(config, model)
+        if config.anchor_mode != "broadcast":
+            notes.append("anchor mode broadcast: the model's windows reach across blocks")
         config = replace(config, anchor_mode="broadcast")
     if config.attention != "star":
         config = replace(config, block_size=None, anchor_size=0, selected_pages=0)
         if num_ranks > 1:  # only with exchanges can ranks share their one block
             config = replace(config, anchor_mode="broadcast")
-    notes: list[str] = []
     block_size, anchor_size = _sizes(context_len, config, num_ranks, notes)
     blocks = tuple(
         Block(start, min(start + block_size, context_len), anchor_size if start else 0, 0)
