@@ -324,8 +324,8 @@ def make_plan(
         raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
     notes: list[str] = []
+    _check_model(config, model)
     if model.window is not None:
-        _check_window(config, model)
         if config.anchor_mode != "broadcast":
             notes.append("anchor mode broadcast: the model's windows reach across blocks")
         config = replace(config, anchor_mode="broadcast")
@@ -370,6 +370,13 @@ def make_plan(
         shared = tuple(replace(block, rank=None) for block in blocks)
         return replace(plan, blocks=shared, parts=_on_ranks(parts, ranks))
     return _assigned(plan, [None] * len(parts))
+
+
+def _check_model(config: StarConfig, model: ModelConfig) -> None:
+    if config.selected_pages:
+        model.check_no_gemma("with selected pages: use --selected-pages 0")
+    if model.window is not None:
+        _check_window(config, model)
 
 
 def _check_window(config: StarConfig, model: ModelConfig) -> None:

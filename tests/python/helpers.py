@@ -120,7 +120,7 @@ def block_mask(total, context_len, block_size, anchor_size):
 
 # Whose Hugging Face classes take one mask for all layers, and one for each kind of layer.
 _WINDOWS = ("mistral", "phi3", "qwen3_moe")
-_WINDOWS_BY_LAYER = ("ministral", "qwen2", "qwen3")
+_WINDOWS_BY_LAYER = ("ministral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def hf_logits(model, tokens, mask):
@@ -167,6 +167,8 @@ def forced_logits(leader, context, question, answer, placement="tail"):
 # What the classes of some architectures do not share.
 _ONLY = {
     "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma2": {"head_dim": 16},
+    "gemma3": {"head_dim": 16},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
 }
 
@@ -190,11 +192,14 @@ def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=Fa
         **overrides,
     }
     name = "".join(map(str.capitalize, architecture.split("_")))
-    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(options))
+    text = "Text" if architecture == "gemma3" else ""  # not that of texts and images
+    config = getattr(transformers, f"{name}{text}Config")(**copy.deepcopy(options))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(parameter)
+        elif architecture.startswith("gemma") and parameter_name.endswith("norm.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
         parameter.data = parameter.data.to(dtype)  # not the rotary frequencies
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
     return model

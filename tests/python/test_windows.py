@@ -15,7 +15,7 @@ from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
 from star_attention.engines.base import Limits
 from star_attention.engines.loader import load_engine
-from star_attention.engines.options import EngineOptions
+from star_attention.engines.options import EngineOptions, check_gpu_model
 from star_attention.engines.tensorrt.onnx import write_graph
 from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B
@@ -41,6 +41,27 @@ MODELS = {
         {"use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
     ),
     "fused": ("phi3", {"sliding_window": 33}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "sliding_window": 37,
+            "query_pre_attn_scalar": 24,
+            "layer_types": MIXED,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
 }
 CASES = [
     {"block_size": BLOCK, "anchor_size": anchor, "tokens_per_block": PAGE, **limits}
@@ -79,13 +100,15 @@ def test_one_rank(tmp_path, name):
         leader.release(encoded)
 
 
-@pytest.mark.parametrize(("name", "num_ranks"), [("by layer", 3), ("in later layers", 2)])
-def test_several_ranks(tmp_path, name, num_ranks):
+@pytest.mark.parametrize(
+    ("name", "processes", "tp"), [("by layer", 3, 1), ("gemma2", 2, 1), ("gemma3", 2, 2)]
+)
+def test_several_processes(tmp_path, name, processes, tp):
     architecture, overrides = MODELS[name]
-    hf_model = save_tiny_model(tmp_path / "model", architecture, **overrides)
+    hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98, **overrides)
     cases = [{**case, "kv_placement": ["tail", "round_robin"]} for case in CASES]
-    folders = tmp_path / "job", num_ranks, tmp_path / "model"
-    for (index, _), logits in run_oracle_job(*folders, TOKENS, QUESTION, cases).items():
+    job = tmp_path / "job", processes, tmp_path / "model", TOKENS, QUESTION, cases
+    for (index, _), logits in run_oracle_job(*job, tp=tp).items():
         check(logits, hf_model, TOKENS, CASES[index])
 
 
@@ -209,9 +232,16 @@ def test_what_windows_do_not_go_with(options, message):
 
 
 def test_engines_without_windows(tmp_path):
-    checkpoint = Checkpoint(tmp_path, WINDOWED, tensor=None)
-    with pytest.raises(UserError, match="is not supported by TensorRT engines: run it with"):
-        write_graph(checkpoint, tmp_path, tmp_path, "float16", gemm_plugin=False)
+    gemma = replace(LLAMA_3_1_8B, has_output_norms=True)
+    for model, what in ((WINDOWED, "4096 tokens"), (gemma, "Gemma")):
+        checkpoint = Checkpoint(tmp_path, model, tensor=None)
+        message = f"{what} is not supported by TensorRT engines: run it with --device"
+        with pytest.raises(UserError, match=message):
+            write_graph(checkpoint, tmp_path, tmp_path, "float16", gemm_plugin=False)
+    with pytest.raises(UserError, match="Gemma is not supported on GPUs: use --device cpu"):
+        check_gpu_model(gemma)
+    with pytest.raises(UserError, match="Gemma is not supported with selected pages"):
+        make_plan(1000, StarConfig(selected_pages=2), model=gemma)
     save_tiny_model(tmp_path, "mistral", sliding_window=20)
     with pytest.raises(UserError, match="with --kv-dtype int8: use auto"):
         load_engine(tmp_path, SingleProcess(), PAGE, EngineOptions(kv_dtype="int8"))

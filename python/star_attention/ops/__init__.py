@@ -44,6 +44,7 @@ def paged_attention(
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's query rows to the pages that it lists.
 
@@ -70,6 +71,7 @@ def paged_attention(
             with lists of planes.
         starts: int32 [T], ascending within a sequence: each row sees of the tokens above only those
             from this one on. Not with lists of planes, nor `kv_scales`.
+        cap: a score x counts as cap * tanh(x / cap). Likewise, and on CPUs only.
 
     Returns:
         o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores;
@@ -89,6 +91,7 @@ def paged_attention(
         other_pool=other_pool,
         kv_scales=kv_scales,
         starts=starts,
+        **({} if cap is None else {"cap": cap}),
     )
 
 

@@ -13,8 +13,8 @@ from star_attention.ops.quantized import LARGEST, QuantizedRows, RowKind, quanti
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
 
-# Rows that are masked together.
-_MASKED_ROWS = 256
+# Rows that are masked together; those whose scores are in memory.
+_MASKED_ROWS, _CAPPED_ROWS = 256, 64
 
 _MEAN_ROWS = 4  # of a tile, in all heads of a group, that choose pages together
 
@@ -34,6 +34,7 @@ def paged_attention(
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page = kv_pool.shape[3]
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
@@ -54,10 +55,10 @@ def paged_attention(
         pages = _select(kv_pool, listed)
         if kv_scales is not None:
             pages = _values(pages, _select(kv_scales, listed)).to(q.dtype)
-        if starts is not None:
-            seen = starts[begin:end].long()
+        if starts is not None or cap is not None:
+            seen = q.new_zeros(len(q), dtype=torch.long) if starts is None else starts.long()
             o[begin:end], lse[begin:end] = _attend_from(
-                q[begin:end], pages, kv_len, seen, causal, scale
+                q[begin:end], pages, kv_len, seen[begin:end], causal, scale, cap
             )
             continue
         o[begin:end], lse[begin:end] = _attend_pages(
@@ -310,15 +311,17 @@ def _attend_from(
     starts: torch.Tensor,
     causal: bool,
     scale: float,
+    cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_attend_pages`, where row i sees no token before starts[i]."""
+    """As `_attend_pages`, where row i sees no token before starts[i], and scores have a cap."""
     num_rows, page = len(q), pages.shape[3]
     ends = torch.full((num_rows,), kv_len)
     if causal:
         ends = torch.arange(kv_len - num_rows, kv_len) + 1
     o, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-    for begin in range(0, num_rows, _MASKED_ROWS):
-        rows = slice(begin, begin + _MASKED_ROWS)
+    at_once = _MASKED_ROWS if cap is None else _CAPPED_ROWS
+    for begin in range(0, num_rows, at_once):
+        rows = slice(begin, begin + at_once)
         first, last = int(starts[rows].min()), int(ends[rows].max())
         if first >= last:
             continue
@@ -330,8 +333,31 @@ def _attend_from(
         keys = slice(first - base, last - base)
         index = torch.arange(first, last)
         mask = (index >= starts[rows, None]) & (index < ends[rows, None])
-        o[rows], lse[rows] = _attend(q[rows], k[:, keys], v[:, keys], False, scale, mask)
+        seen = q[rows], k[:, keys], v[:, keys]
+        if cap is None:
+            o[rows], lse[rows] = _attend(*seen, False, scale, mask)
+        else:
+            o[rows], lse[rows] = _attend_capped(*seen, scale, mask, cap)
     return o, lse
+
+
+def _attend_capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Hq, D] over contiguous k, v [Hkv, L, D], mask bool [n, L]."""
+    grouped = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3).float()  # [Hkv, group, n, D]
+    scores = (grouped @ k[:, None].float().mT).mul_(scale / cap).tanh_().mul_(cap)
+    scores.masked_fill_(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse[..., None]).exp_()
+    weights.masked_fill_((lse == -torch.inf)[..., None], 0.0)
+    o = (weights @ v[:, None].float()).permute(2, 0, 1, 3).reshape(q.shape)
+    return o.to(q.dtype), lse.permute(2, 0, 1).reshape(q.shape[:2])
 
 
 def _attend(

@@ -67,6 +67,7 @@ class PagedTables:
         pool: torch.Tensor,
         scale: float,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales = None
         if self.quantized:
@@ -84,6 +85,7 @@ class PagedTables:
             out=out,
             kv_scales=scales,
             starts=self.starts,
+            **({} if cap is None else {"cap": cap}),
         )
 
 
@@ -101,6 +103,7 @@ class Attention:
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
         window: what they see, instead of all that, in the layers `windowed`.
+        cap: of scores, as in `ops.paged_attention`.
 
     Attributes:
         cuts: rows at which `stored` is to be told, for exchanges to begin early.
@@ -119,9 +122,10 @@ class Attention:
         selected: SelectedPages | None = None,
         window: PagedTables | None = None,
         windowed: Collection[int] = (),
+        cap: float | None = None,
     ) -> None:
         self._lists, self._hops, self._selected = lists, hops, selected
-        self._window, self._windowed = window, windowed
+        self._window, self._windowed, self._cap = window, windowed, cap
         self._layer = -1
         self._comm = comm
         self._scale = scale
@@ -200,8 +204,8 @@ class Attention:
             lists, hops = (self._window,), ()
         if len(lists) == 1 and not hops:
             out = _partials(q) if dtype != q.dtype else None
-            return lists[0].attend(q, self._layer, pool, self._scale, out)
-        seen = _Seen(q, self._layer, self._scale)
+            return lists[0].attend(q, self._layer, pool, self._scale, out, self._cap)
+        seen = _Seen(q, self._layer, self._scale, self._cap)
         here = pool
         for hop in hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
@@ -231,6 +235,7 @@ def attention_on(
     peers: list[int] | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     windowed: Collection[int] = (),
+    cap: float | None = None,
 ) -> Attention:
     """The attention that `step` describes, ready on the device of the pool of all layers.
 
@@ -238,6 +243,7 @@ def attention_on(
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
         quantized: codes and scales of all layers, in which prefixes are.
         windowed: layers with a window.
+        cap: of scores.
     """
     device = pool.device
     rows = len(step.slot_mapping)
@@ -270,14 +276,15 @@ def attention_on(
         step.selection and SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers),
         window,
         windowed,
+        cap,
     )
 
 
 class _Seen:
     """What rows q [T, Hq, D] see of several lists of pages."""
 
-    def __init__(self, q: torch.Tensor, layer: int, scale: float) -> None:
-        self._q, self._layer, self._scale = q, layer, scale
+    def __init__(self, q: torch.Tensor, layer: int, scale: float, cap: float | None) -> None:
+        self._q, self._layer, self._scale, self._cap = q, layer, scale, cap
         self._o, self._lse = _partials(q, 2)  # of the lists so far, and of the last one
         self._lists = 0
 
@@ -287,7 +294,7 @@ class _Seen:
                 self._merge_into_first()
             this = min(self._lists, 1)
             out = self._o[this], self._lse[this]
-            tables.attend(self._q, self._layer, pool, self._scale, out)
+            tables.attend(self._q, self._layer, pool, self._scale, out, self._cap)
             self._lists += 1
 
     def merged(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
