@@ -61,6 +61,39 @@ MODELS = {
     ),
 }
 
+_MIXED = ["full_attention", "sliding_attention", "full_attention"]
+# Likewise, those with windows: within a page of 8 tokens, across blocks of 32, and longer.
+WINDOWED_MODELS = {
+    "all layers": ("mistral", {"sliding_window": 20}),
+    "by layer": ("ministral", {"sliding_window": 5, "head_dim": 16, "layer_types": _MIXED}),
+    "in later layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
+    ),
+    "fused": ("phi3", {"sliding_window": 33}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "sliding_window": 37,
+            "query_pre_attn_scalar": 24,
+            "layer_types": _MIXED,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+}
+
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

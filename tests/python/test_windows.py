@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import block_mask, forced_logits, hf_logits, run_oracle_job, save_tiny_model
+from helpers import (
+    WINDOWED_MODELS,
+    block_mask,
+    forced_logits,
+    hf_logits,
+    run_oracle_job,
+    save_tiny_model,
+)
 from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
@@ -31,38 +38,6 @@ from test_ops import plain_attention, random_case
 
 PAGE, BLOCK, QUESTION = 8, 32, 11
 TOKENS = np.random.default_rng(1).integers(0, 97, 5 * BLOCK + 5 + 2 * QUESTION).astype(np.int32)
-MIXED = ["full_attention", "sliding_attention", "full_attention"]
-# Windows within a page, across blocks, and longer than a block.
-MODELS = {
-    "all layers": ("mistral", {"sliding_window": 20}),
-    "by layer": ("ministral", {"sliding_window": 5, "head_dim": 16, "layer_types": MIXED}),
-    "in later layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
-    ),
-    "fused": ("phi3", {"sliding_window": 33}),
-    "gemma2": (
-        "gemma2",
-        {
-            "sliding_window": 20,
-            "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 5.0,
-        },
-    ),
-    "gemma3": (
-        "gemma3",
-        {
-            "sliding_window": 37,
-            "query_pre_attn_scalar": 24,
-            "layer_types": MIXED,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
-            },
-        },
-    ),
-}
 CASES = [
     {"block_size": BLOCK, "anchor_size": anchor, "tokens_per_block": PAGE, **limits}
     for anchor, limits in (
@@ -84,9 +59,9 @@ def check(logits, hf_model, tokens, case):
     np.testing.assert_allclose(logits, hf_logits(hf_model, tokens, mask)[context:], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WINDOWED_MODELS)
 def test_one_rank(tmp_path, name):
-    architecture, overrides = MODELS[name]
+    architecture, overrides = WINDOWED_MODELS[name]
     hf_model = save_tiny_model(tmp_path, architecture, **overrides)
     engine = load_engine(tmp_path, SingleProcess(), PAGE, EngineOptions())
     context, question, answer = np.split(TOKENS, [-2 * QUESTION, -QUESTION])
@@ -104,7 +79,7 @@ def test_one_rank(tmp_path, name):
     ("name", "processes", "tp"), [("by layer", 3, 1), ("gemma2", 2, 1), ("gemma3", 2, 2)]
 )
 def test_several_processes(tmp_path, name, processes, tp):
-    architecture, overrides = MODELS[name]
+    architecture, overrides = WINDOWED_MODELS[name]
     hf_model = save_tiny_model(tmp_path / "model", architecture, vocab_size=98, **overrides)
     cases = [{**case, "kv_placement": ["tail", "round_robin"]} for case in CASES]
     job = tmp_path / "job", processes, tmp_path / "model", TOKENS, QUESTION, cases
@@ -172,7 +147,9 @@ def test_what_a_question_sees_of_parts():
 
 def test_a_context_that_grows(tmp_path):
     """Blocks that are there already are seen by windows of later ones."""
-    hf_model = save_tiny_model(tmp_path, *MODELS["by layer"][:1], **MODELS["by layer"][1])
+    hf_model = save_tiny_model(
+        tmp_path, *WINDOWED_MODELS["by layer"][:1], **WINDOWED_MODELS["by layer"][1]
+    )
     engine = load_engine(tmp_path, SingleProcess(), PAGE, EngineOptions())
     worker = Worker(engine, SingleProcess())
     leader = Leader(worker.execute, engine, 1, shares_blocks=True)

@@ -72,6 +72,17 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": Architecture(
         biases=("attention_bias",), qk_norm=True, kv_heads=4, windows="if used", has_experts=True
     ),
+    "Phi3ForCausalLM": Architecture(
+        rms_norm_eps=1e-5,
+        windows="always",
+        window=None,
+        is_fused=True,
+        rope=RopeDefaults(
+            is_partial=True,
+            original_max_position=4096,
+            aliases={"su": "longrope", "yarn": "longrope"},
+        ),
+    ),
     "Gemma2ForCausalLM": Architecture(
         kv_heads=4,
         head_dim=256,
@@ -91,17 +102,6 @@ ARCHITECTURES = {
         is_gemma=True,
         logit_cap=None,
         rope=RopeDefaults(theta=1e6, local_theta=10000.0),
-    ),
-    "Phi3ForCausalLM": Architecture(
-        rms_norm_eps=1e-5,
-        windows="always",
-        window=None,
-        is_fused=True,
-        rope=RopeDefaults(
-            is_partial=True,
-            original_max_position=4096,
-            aliases={"su": "longrope", "yarn": "longrope"},
-        ),
     ),
 }
 
