@@ -48,6 +48,7 @@ MODELS = {
     "windows": {
         "architecture": "ministral",
         "hidden_size": 256,
+        "head_dim": 64,
         "sliding_window": 300,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
