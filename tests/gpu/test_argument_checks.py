@@ -91,6 +91,7 @@ BAD_ATTENTION = {
         {"starts": torch.zeros(1, dtype=torch.int32)},
         r"starts\.shape: got \[1\], expected \[3\]",
     ),
+    "cap": ({"cap": 50.0}, r"cap: got 50.0, expected None"),
     "starts of 8-bit pages": (
         {
             "starts": torch.zeros(3, dtype=torch.int32),

@@ -91,7 +91,7 @@ def paged_attention(
         other_pool=other_pool,
         kv_scales=kv_scales,
         starts=starts,
-        **({} if cap is None else {"cap": cap}),
+        cap=cap,
     )
 
 

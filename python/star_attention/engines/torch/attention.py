@@ -85,7 +85,7 @@ class PagedTables:
             out=out,
             kv_scales=scales,
             starts=self.starts,
-            **({} if cap is None else {"cap": cap}),
+            cap=cap,
         )
 
 
@@ -102,7 +102,8 @@ class Attention:
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
-        window: what they see, instead of all that, in the layers `windowed`.
+        window: what they see, instead of `lists`, in the layers `windowed`; not with hops, nor
+            with `selected`.
         cap: of scores, as in `ops.paged_attention`.
 
     Attributes:
@@ -173,7 +174,7 @@ class Attention:
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """q [T, Hq, D] over what the pass sees; [T, Hq, D]."""
         self.finish(pool)
-        if self._selected and self._layer not in self._windowed:
+        if self._selected:
             return self._attend_selected(self._selected, q, pool)
         if not self._merge:
             return self._attend(q, pool, q.dtype)[0]
@@ -199,15 +200,13 @@ class Attention:
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """o in `dtype`, and lse, over what this rank sees."""
-        lists, hops = self._lists, self._hops
-        if self._layer in self._windowed:
-            lists, hops = (self._window,), ()
-        if len(lists) == 1 and not hops:
+        lists = (self._window,) if self._layer in self._windowed else self._lists
+        if len(lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
             return lists[0].attend(q, self._layer, pool, self._scale, out, self._cap)
         seen = _Seen(q, self._layer, self._scale, self._cap)
         here = pool
-        for hop in hops:
+        for hop in self._hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
             receives = [(arriving, hop.source)] if hop.num_pages else []
             request = self._start(pool, hop.sends, receives)
