@@ -11,6 +11,7 @@ context: a block of B tokens behind an anchor of A tokens, causal, in TFLOP/s of
 query: n query tokens of Hq heads (four a KV head) at the end of L cached ones, causal. Up to 16, in
     TB/s of K and V; more, in TFLOP/s, counted as above. cuDNN and torch's FA2 attend to all L
     without a mask here.
+windows: a block of B tokens of which each sees the last W, in TFLOP/s of 4 Hq D B W operations.
 bytes: what moves memory only, 32768 tokens, in TB/s of the bytes that must be read and written.
     "fp8" are those that write FP8 rows.
 quantized: as query, over pages of 8 bits, all of them seen, in TB/s of the codes; "x" is how many
@@ -296,8 +297,14 @@ def random_pages(count: int) -> torch.Tensor:
     return torch.randperm(count, device="cuda").int()
 
 
-def ours(q: torch.Tensor, tokens: int, kv_heads: int, kernel: str) -> Call:
+def ours(
+    q: torch.Tensor, tokens: int, kv_heads: int, kernel: str, window: int | None = None
+) -> Call:
     """Attention of q, the last of `tokens` tokens, to their pages."""
+    options = {}
+    if window is not None:
+        diagonal = torch.arange(tokens - len(q), tokens, dtype=torch.int32, device="cuda")
+        options["starts"] = (diagonal - (window - 1)).clamp_(0)
     return imported(
         OPS,
         "paged_attention",
@@ -311,10 +318,13 @@ def ours(q: torch.Tensor, tokens: int, kv_heads: int, kernel: str) -> Call:
         max_q_len=len(q),
         max_kv_len=tokens,
         kernel=kernel,
+        **options,
     )
 
 
-def flashinfer_prefill(q: torch.Tensor, kv: torch.Tensor, backend: str) -> Call:
+def flashinfer_prefill(
+    q: torch.Tensor, kv: torch.Tensor, backend: str, window: int | None = None
+) -> Call:
     return imported(
         "flashinfer",
         "single_prefill_with_kv_cache",
@@ -323,6 +333,7 @@ def flashinfer_prefill(q: torch.Tensor, kv: torch.Tensor, backend: str) -> Call:
         causal=True,
         backend=backend,
         return_lse=True,
+        window_left=-1 if window is None else window - 1,
     )
 
 
@@ -478,6 +489,21 @@ def quantized_rows(timer: Timer) -> Iterator[Row]:
         yield timer.row(shape, work, "TB/s", calls | {"read": device_read(codes)})
 
 
+def window_rows(timer: Timer) -> Iterator[Row]:
+    for block, window in ((8192, 1024), (8192, 4096), (32768, 4096)):
+        tokens = block + window
+        q, kv = randn(block, Q_HEADS, HEAD_DIM), randn(2, tokens, KV_HEADS, HEAD_DIM)
+        calls = {
+            "ours": ours(q, tokens, KV_HEADS, "auto", window),
+            SM80: ours(q, tokens, KV_HEADS, "context_sm80", window),
+            "FlashInfer FA3": flashinfer_prefill(q, kv, "fa3", window),
+            "FlashInfer FA2": flashinfer_prefill(q, kv, "fa2", window),
+            "matmul": matmul(),
+        }
+        work = 4 * Q_HEADS * HEAD_DIM * block * window
+        yield timer.row({"B": block, "W": window}, work, "TFLOP/s", calls)
+
+
 def quantizing_rows(timer: Timer) -> Iterator[Row]:
     """16-bit bytes that are read and codes that are written, of 32 layers of 8192 tokens."""
     pool = randn(32, 64, 2, KV_HEADS, PAGE, HEAD_DIM)
@@ -618,6 +644,10 @@ PHASES = {
             "time / FlashInfer FA2 time": ("ours", "FlashInfer FA2"),
             "sm_80 / FlashInfer FA2": ("FlashInfer FA2", SM80),
         },
+    ),
+    "windows": Phase(
+        window_rows,
+        {"ours / best peer": ("peers", "ours"), "ours / matmul": ("matmul", "ours")},
     ),
     "quantized": Phase(
         quantized_rows,

@@ -1,10 +1,10 @@
 // Context attention for sm_90a: a persistent grid over the main loop of mainloop_sm90.cuh.
 //
-// A work tile is 128 query rows of one head, from the rows' diagonal to the first KV tile, so that
-// masked tiles come first. Two blocks form a cluster and take two heads of a KV group at a time (if
-// the group is odd, a block works alone). Work tiles come from a counter, heaviest first and one KV
-// head after the other, so that the blocks in flight share K and V in L2. The producer takes the
-// next one, and loads its Q, while the consumers finish theirs.
+// A work tile is 128 query rows of one head, from the rows' diagonal to the first KV tile that one
+// of them sees, so that tiles masked by it come first. Two blocks form a cluster and take two heads
+// of a KV group at a time (if the group is odd, a block works alone). Work tiles come from a
+// counter, heaviest first and one KV head after the other, so that the blocks in flight share K and
+// V in L2. The producer takes the next one, and loads its Q, while the consumers finish theirs.
 
 #include <algorithm>
 
@@ -26,6 +26,7 @@ struct Arguments {
   RowsOut out;
   const int32_t* cu_seqlens_q;
   const int32_t* kv_lens;
+  const int32_t* starts;
   int* counter;
   int num_seqs;
   int max_kv_len;
@@ -35,7 +36,7 @@ struct Arguments {
 };
 
 // What the consumers need to know of a work tile. Row r sees the tokens before
-// min(kv_len, limit + r * causal).
+// min(kv_len, limit + r * causal), and none before starts[token + r].
 struct WorkTile {
   int seq;
   int head;
@@ -43,7 +44,9 @@ struct WorkTile {
   int rows;   // that exist
   int kv_len;
   int limit;
-  int kv_tiles;  // -1: no more work
+  int last_start;  // of its rows
+  int kv_begin;    // the first KV tile
+  int kv_tiles;    // behind the last; kv_begin: there are none; -1: no more work
 };
 
 template <int kHeadDim, int kCluster>
@@ -107,6 +110,11 @@ struct Scheduler {
     work.limit = args.causal ? work.kv_len - q_len + first_row + 1 : work.kv_len;
     const int end = args.causal ? max(0, work.limit + work.rows - 1) : work.kv_len;
     work.kv_tiles = ceil_div(end, kTokens);
+    work.last_start = work.kv_begin = 0;
+    if (args.starts != nullptr) {
+      work.last_start = args.starts[work.token + work.rows - 1];
+      work.kv_begin = min(args.starts[work.token] / kTokens, work.kv_tiles);
+    }
     return work;
   }
 };
@@ -169,9 +177,10 @@ struct WorkProducer {
 
       int next = 0;
       if (rank == 0 && lane == 0) next = gridDim.x / kCluster + atomicAdd(args.counter, 1);
-      if (work.kv_tiles > 0) {
+      if (work.kv_tiles > work.kv_begin) {
         const int kv_head = work.head / (args.num_q_heads / args.kv.num_kv_heads);
-        producer.load(work.seq, kv_head, work.kv_len, 0, work.kv_tiles, [&] { load_q(work); });
+        producer.load(work.seq, kv_head, work.kv_len, work.kv_begin, work.kv_tiles,
+                      [&] { load_q(work); });
       }
       index = share_index(next, slot);
       slot.advance();
@@ -197,6 +206,10 @@ struct WorkConsumer {
       return min(work.kv_len, work.limit + (self.args.causal ? row : 0));
     }
     __device__ int warp_limit() const { return limit(self.consumer.warp_row); }
+    __device__ int start(int row) const {
+      return self.args.starts[work.token + min(row, work.rows - 1)];
+    }
+    __device__ int last_start() const { return work.last_start; }
   };
 
   __device__ void run() {
@@ -206,6 +219,7 @@ struct WorkConsumer {
       barrier_wait(&shared.work_full[slot.stage], slot.phase);
       WorkTile work = shared.work[slot.stage];
       // Lets the compiler keep stages and descriptors in uniform registers.
+      work.kv_begin = __shfl_sync(~0u, work.kv_begin, 0);
       work.kv_tiles = __shfl_sync(~0u, work.kv_tiles, 0);
       warp_arrive(&shared.work_empty[slot.stage]);
       slot.advance();
@@ -215,8 +229,8 @@ struct WorkConsumer {
       float o[kHeadDim / 2];
 #pragma unroll
       for (float& x : o) x = 0.f;
-      if (work.kv_tiles > 0) {
-        consumer.attend(Rows{*this, work}, 0, work.kv_tiles, softmax, o);
+      if (work.kv_tiles > work.kv_begin) {
+        consumer.attend(Rows{*this, work}, work.kv_begin, work.kv_tiles, softmax, o);
         q.advance();
       }
       consumer.store(softmax, o, args.out, work.rows, [&](int row) {
@@ -287,6 +301,7 @@ void context_attention_sm90(const PagedAttentionParams& params, void* workspace,
   args.out = output_of(params);
   args.cu_seqlens_q = params.cu_seqlens_q;
   args.kv_lens = params.kv_lens;
+  args.starts = params.starts;
   args.counter = static_cast<int*>(workspace);
   args.num_seqs = params.num_seqs;
   args.max_kv_len = params.max_kv_len;

@@ -215,12 +215,17 @@ struct Consumer {
 
   // `rows` says what is the kernels' own: await_q() returns when Q is in shared memory, release_q()
   // comes after its last use; row r of the block sees the first limit(r) tokens, all of the warp's
-  // rows the first warp_limit().
+  // rows the first warp_limit(), but none before start(r), which is last_start() at most and not
+  // called where that is 0.
   template <class Rows>
   __device__ __forceinline__ void mask(float (&s)[kTokens / 2], const Rows& rows, int tile) const {
     const int first = tile * kTokens;
-    if (__builtin_expect(first + kTokens <= rows.warp_limit(), true)) return;
-    mask_scores(s, {rows.limit(row) - first, rows.limit(row + 8) - first});
+    if (__builtin_expect(first + kTokens > rows.warp_limit(), false)) {
+      mask_scores(s, {rows.limit(row) - first, rows.limit(row + 8) - first});
+    }
+    if (__builtin_expect(first < rows.last_start(), false)) {
+      mask_scores_before(s, {rows.start(row) - first, rows.start(row + 8) - first});
+    }
   }
 
   // Attends to the KV tiles [begin, end), at least one. Afterwards o is to be divided by the

@@ -112,6 +112,8 @@ void check(const PagedAttentionParams& p) {
     require_pointer(p.kv_scales, "kv_scales");
   }
   require(!p.by_head || !p.causal, "causal", "true", "false: lists are by head");
+  require(p.starts == nullptr || (!p.by_head && p.kv_scales == nullptr), "starts", "given",
+          "none: lists are by head, or pages are of 8 bits");
   if (p.num_tokens == 0) return;
   require(p.num_seqs > 0, "num_seqs", p.num_seqs, "at least 1");
   require_pointer(p.q, "q", 16);

@@ -30,7 +30,7 @@ struct Arguments {
 __device__ inline int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Calls attend(rows, piece, tile_begin, tile_end) for the pieces of this block's share where the
-// cluster has rows. The end is clipped to the tokens that they see: there may be no tiles.
+// cluster has rows. Both ends are clipped to the tokens that they see: there may be no tiles.
 template <int kCluster, typename Attend>
 __device__ void for_each_piece(const Arguments& args, Attend attend) {
   const int first_row = blockIdx.x / kCluster * kCluster * kRows;
@@ -40,7 +40,8 @@ __device__ void for_each_piece(const Arguments& args, Attend attend) {
     if (warp_uniform(first_row >= rows.count())) continue;
     const int last_row = min(first_row + kCluster * kRows, rows.count()) - 1;
     const int seen = max(0, rows.limit(args.p, last_row));
-    attend(rows, piece, warp_uniform(piece.tile_begin),
+    const int first = rows.start(args.p, first_row) / kTokens;
+    attend(rows, piece, warp_uniform(max(piece.tile_begin, first)),
            warp_uniform(min(piece.tile_end, ceil_div(seen, kTokens))));
   }
 }
@@ -58,11 +59,16 @@ struct PieceConsumer {
     const PieceConsumer& self;
     const SequenceRows& rows;
     const int first = rows.limit(self.args.p, self.block_row + self.consumer.warp_row);
+    const int last = start(self.consumer.warp_row + 15);
 
     __device__ void await_q() const { self.load_q(rows); }
     __device__ void release_q() const {}
     __device__ int limit(int row) const { return rows.limit(self.args.p, self.block_row + row); }
     __device__ int warp_limit() const { return first; }
+    __device__ int start(int row) const {
+      return rows.start(self.args.p, min(self.block_row + row, rows.count() - 1));
+    }
+    __device__ int last_start() const { return last; }
   };
 
   __device__ void sync_warpgroup() const { named_barrier_sync(1 + kConsumers + id, kWarpgroup); }

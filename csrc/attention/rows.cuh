@@ -50,6 +50,11 @@ struct SequenceRows {
     return p.causal ? min(kv_len, kv_len - (num_tokens - 1 - row / group)) : kv_len;
   }
 
+  // It sees none before this one. The row exists.
+  __device__ int start(const PagedAttentionParams& p, int row) const {
+    return p.starts == nullptr ? 0 : p.starts[first_token + row / group];
+  }
+
   template <typename T>
   __device__ const T* q(const PagedAttentionParams& p, int row) const {
     return static_cast<const T*>(p.q) + (first_token + row / group) * p.q_stride +

@@ -85,7 +85,8 @@ struct TileSm80 {
     }
     const int last_row = min(row0 + kRows, rows.count()) - 1;
     const int seen = max(0, rows.limit(p, last_row));
-    run(tile_begin, min(tile_end, ceil_div(seen, kTokens)));
+    const int first = k8Bit ? 0 : max(0, rows.start(p, row0)) / kTokens;
+    run(max(tile_begin, first), min(tile_end, ceil_div(seen, kTokens)));
     finish(smem);
   }
 
@@ -275,6 +276,7 @@ struct TileSm80 {
     const int limit = rows_.limit(p_, row0_);
     const bool has_rows = kLarge || row0_ < rows_.count();
     const int first = warp() / kRowWarps * kWarpTokens;  // the warp's tokens in a tile
+    const int last_start = k8Bit ? 0 : rows_.start(p_, last_row());
 
     for (int tile = tile_begin, stage = 0; tile < tile_end; ++tile, stage = (stage + 1) % kStages) {
       ptx::cp_async_wait<kAhead - 1>();
@@ -297,6 +299,7 @@ struct TileSm80 {
       if (has_rows) {
         scores(plane_of(0, stage) + first * kRowBytes, s);
         if (token + kWarpTokens > limit) mask(token, s);
+        if (!k8Bit && token < last_start) mask_before(token, s);
         const float scale = p_.scale * kLog2e;
         if constexpr (k8Bit) {
           softmax(s, scale * scale_of(0, stage));
@@ -401,6 +404,27 @@ struct TileSm80 {
       }
     }
   }
+
+  __device__ void mask_before(int token, float (&s)[kMTiles][kWarpTokens / 8][4]) const {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = min(row0_ + 16 * m + 8 * half + lane() / 4, last_row());
+        const int start = rows_.start(p_, row) - token;
+#pragma unroll
+        for (int n = 0; n < kWarpTokens / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (8 * n + lane() % 4 * 2 + i < start) s[m][n][2 * half + i] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Of the warp's rows, or of the sequence's if it has none.
+  __device__ int last_row() const { return min(row0_ + 16 * kMTiles, rows_.count()) - 1; }
 
   // Scores to probabilities, relative to the running maximum. `scale` has a factor log2(e).
   __device__ void softmax(float (&s)[kMTiles][kWarpTokens / 8][4], float scale) {

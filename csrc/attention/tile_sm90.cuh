@@ -115,6 +115,22 @@ __device__ __forceinline__ void mask_scores(float (&s)[kTokens / 2], const int (
   }
 }
 
+// Row r of the thread sees none before `starts[r]` of the tile.
+__device__ __forceinline__ void mask_scores_before(float (&s)[kTokens / 2],
+                                                   const int (&starts)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int start = starts[r] - threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (i * 8 + e < start) s[i * 4 + 2 * r + e] = -kInfinity;
+      }
+    }
+  }
+}
+
 // Reduces over the four lanes that share rows.
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

@@ -67,7 +67,7 @@ DType code_dtype_of(const TensorView& codes) {
 // Calls allocate(bytes) for the workspace once the arguments are checked.
 void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_table_,
                         py::object cu_seqlens_q_, py::object kv_lens_, py::object other_pool_,
-                        py::object kv_scales_, py::object o_, py::object lse_,
+                        py::object kv_scales_, py::object starts_, py::object o_, py::object lse_,
                         py::function allocate, bool causal, double scale, int64_t max_q_len,
                         int64_t max_kv_len, const std::string& kernel_name, uintptr_t stream) {
   const TensorView q("q", q_), kv_pool("kv_pool", kv_pool_), page_table("page_table", page_table_),
@@ -89,6 +89,8 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   if (is_8bit) {
     kv_scales.dtype({kFloat32}).shape({kv_pool.size(0), 2, kv_pool.size(2)}).contiguous();
   }
+  const TensorView starts("starts", starts_.is_none() ? kv_lens_ : starts_);
+  if (!starts_.is_none()) starts.dtype({kInt32}).shape({tokens}).contiguous();
   const bool by_head = page_table.num_dims() == 3;
   const int64_t seqs = page_table.size(0);
   page_table.dtype({kInt32});
@@ -130,6 +132,7 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
       to_int(by_head ? listed : page_table.stride(0, listed), "page_table.stride(0)");
   p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data());
   p.kv_lens = static_cast<const int32_t*>(kv_lens.data());
+  if (!starts_.is_none()) p.starts = static_cast<const int32_t*>(starts.data());
   p.by_head = by_head;
   p.other_pool = other_pool.size(0) > 0 && !other_pool_.is_none() ? other_pool.data() : nullptr;
   p.num_other_pages = other_pool.size(0);
@@ -144,8 +147,8 @@ void py_paged_attention(py::object q_, py::object kv_pool_, py::object page_tabl
   require(max_kv_len <= capacity, "max_kv_len", max_kv_len,
           "at most the " + std::to_string(capacity) + " tokens that a row of page_table lists");
 
-  const DeviceScope scope(
-      q, {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &other_pool, &kv_scales, &o, &lse});
+  const DeviceScope scope(q, {&kv_pool, &page_table, &cu_seqlens_q, &kv_lens, &other_pool,
+                              &kv_scales, &starts, &o, &lse});
   const size_t bytes = paged_attention_workspace(p, kernel);
   const TensorView workspace = allocated(allocate, bytes, q);
   paged_attention(p, workspace.data(), workspace.bytes(), reinterpret_cast<cudaStream_t>(stream),
@@ -473,8 +476,8 @@ void py_fetch_pages(py::object lists_, py::object counts_, py::object pages_, py
 PYBIND11_MODULE(_C, m) {
   using py::arg;
   m.def("paged_attention", &py_paged_attention, arg("q"), arg("kv_pool"), arg("page_table"),
-        arg("cu_seqlens_q"), arg("kv_lens"), arg("other_pool"), arg("kv_scales"), arg("o"),
-        arg("lse"), arg("allocate"), arg("causal"), arg("scale"), arg("max_q_len"),
+        arg("cu_seqlens_q"), arg("kv_lens"), arg("other_pool"), arg("kv_scales"), arg("starts"),
+        arg("o"), arg("lse"), arg("allocate"), arg("causal"), arg("scale"), arg("max_q_len"),
         arg("max_kv_len"), arg("kernel"), arg("stream"));
   m.def("quantize_pages", &py_quantize_pages, arg("kv_pool"), arg("codes"), arg("scales"),
         arg("pages"), arg("tokens"), arg("stream"));

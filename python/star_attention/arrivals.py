@@ -25,8 +25,8 @@ class Arrivals:
     """Follows a context's passes: which rank has which of its pages.
 
     A rank has what it keeps, as far as it is computed, the anchor from when it first sees it on,
-    and what it sees of a block that several ranks compute until that block is done. All ranks
-    find the same. Nothing arrives in a plan without exchanges.
+    and what it sees of a block that several ranks compute, and of those in front by a window, until
+    that block is done. All ranks find the same. Nothing arrives in a plan without exchanges.
 
     Attributes:
         here: bool [ranks, pages of the context].
@@ -71,7 +71,8 @@ class Arrivals:
         needed = np.zeros_like(here)
         given: Counter[tuple[int, int | None]] = Counter()  # spans so far
         for span in spans:
-            for seen in span.sees:
+            window = plan.model.window
+            for seen in (*span.sees, *([] if window is None else [span.window(window)])):
                 needed[span.rank, seen.start // page : -(-seen.end // page)] = True
             own = slice(span.start // page, -(-span.end // page))
             if self._again(span):
@@ -115,7 +116,8 @@ class Arrivals:
             if not self._left[span.block]:
                 del self._left[span.block]
                 block = plan.blocks[span.block]
-                first = max(block.start, plan.anchor_size) // page
+                reach = (plan.model.window or 1) - 1  # of its rows' windows in front of it
+                first = max(block.start - reach, plan.anchor_size) // page
                 pages = np.arange(first, -(-block.end // page))
                 self.here[:, pages] = False
                 self.here[self.keeper[pages], pages] = True

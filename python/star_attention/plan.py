@@ -127,11 +127,21 @@ class Plan:
         in_front = self.anchor_size if read else 0
         if self.selected_pages and read:  # what is chosen from
             in_front = self.blocks[max(read)].start
-        return tuple(
-            part
-            for part in self.parts
-            if part.start in self.cached and (part.start < in_front or part.block in read)
-        )
+        seen: list[Part] = []
+        reach, window = (self.model.window or 1) - 1, self.context_len
+        for part in reversed(self.parts):
+            if part.block in read:
+                window = self.blocks[part.block].start - reach
+            sees = part.start < in_front or part.block in read or part.end > window
+            if part.start in self.cached and sees:
+                seen.append(part)
+        return tuple(seen[::-1])
+
+    @property
+    def is_chained(self) -> bool:
+        """Whether blocks are computed one after the other, as their rows see earlier ones: those
+        that they choose pages from, or that a window reaches into."""
+        return self.selected_pages > 0 or self.model.window is not None
 
     @property
     def exchanges(self) -> bool:
@@ -288,7 +298,8 @@ def make_plan(
     With anchor mode `broadcast` each rank computes the same number of whole blocks; the first one
     and those that are left all ranks compute together. Otherwise ranks compute contiguous runs of
     blocks, so that the busiest does least. `dense` is one block; so is `ring`, of which a rank has
-    two chunks, one from each end.
+    two chunks, one from each end. Models with windows have `broadcast`, and all ranks compute every
+    block together.
 
     Args:
         context_len: tokens of the context, 0 or more.
@@ -297,8 +308,9 @@ def make_plan(
         model: its shape weighs projections against attention.
 
     Raises:
-        UserError: a number is out of range, the anchor does not fit into the default block, or
-            there would be more than 1,048,576 blocks.
+        UserError: a number is out of range, the anchor does not fit into the default block, there
+            would be more than 1,048,576 blocks, or the model has a window, which the method does
+            not go with.
 
     Source: Star Attention, arXiv 2411.17116, section 2.1 (phase 1); zig-zag ring attention, as in
     ring-flash-attention; Ring Attention, arXiv 2310.01889.
@@ -311,11 +323,16 @@ def make_plan(
     if num_ranks > MAX_RANKS:
         raise UserError(f"the number of ranks is {num_ranks}: use {MAX_RANKS} or less")
     page = config.tokens_per_block
+    notes: list[str] = []
+    _check_model(config, model)
+    if model.window is not None:
+        if config.anchor_mode != "broadcast":
+            notes.append("anchor mode broadcast: the model's windows reach across blocks")
+        config = replace(config, anchor_mode="broadcast")
     if config.attention != "star":
         config = replace(config, block_size=None, anchor_size=0, selected_pages=0)
         if num_ranks > 1:  # only with exchanges can ranks share their one block
             config = replace(config, anchor_mode="broadcast")
-    notes: list[str] = []
     block_size, anchor_size = _sizes(context_len, config, num_ranks, notes)
     blocks = tuple(
         Block(start, min(start + block_size, context_len), anchor_size if start else 0, 0)
@@ -353,6 +370,22 @@ def make_plan(
         shared = tuple(replace(block, rank=None) for block in blocks)
         return replace(plan, blocks=shared, parts=_on_ranks(parts, ranks))
     return _assigned(plan, [None] * len(parts))
+
+
+def _check_model(config: StarConfig, model: ModelConfig) -> None:
+    if config.selected_pages:
+        model.check_no_gemma("with selected pages: use --selected-pages 0")
+    if model.window is not None:
+        _check_window(config, model)
+
+
+def _check_window(config: StarConfig, model: ModelConfig) -> None:
+    if config.attention == "ring":
+        model.check_no_window("by ring attention: use --attention star or dense")
+    if config.selected_pages:
+        model.check_no_window("with selected pages: use --selected-pages 0")
+    if config.kv_dtype != "auto":
+        model.check_no_window(f"with --kv-dtype {config.kv_dtype}: use auto")
 
 
 def _part_size(block_size: int, page: int, num_ranks: int, mode: AnchorMode) -> int:
@@ -396,11 +429,10 @@ def _assigned(plan: Plan, where: Sequence[int | None]) -> Plan:
 def _owners(plan: Plan) -> list[int | None]:
     """The rank that computes each block; None: all do. As many whole blocks for each rank as
     possible; the first block, which the others need, and what is left is for all, unless blocks
-    have less than a page for each. With selected pages all are for all, one after the other, as
-    later ones choose from earlier ones."""
+    have less than a page for each. Where they are chained all are for all, one after the other."""
     num_ranks = plan.num_ranks
     owners: list[int | None] = [None] * len(plan.blocks)
-    if plan.selected_pages:
+    if plan.is_chained:
         return owners
     rows = plan._rows
     whole = [

@@ -90,7 +90,7 @@ def predict(plan: Plan, rates: Rates | None = None) -> Prediction:
 def _seconds(cost: Cost, plan: Plan, rates: Rates) -> float:
     model = plan.model
     gemm = cost.tokens * model.gemm_flops_per_token / rates.gemm_tflops
-    return (gemm + cost.pairs * model.attention_flops_per_pair / rates.attention_tflops) / 1e12
+    return (gemm + cost.attention_flops(model) / rates.attention_tflops) / 1e12
 
 
 def _can_follow(plan: Plan) -> bool:
@@ -141,8 +141,7 @@ def _ring(plan: Plan, rates: Rates, work: Sequence[float]) -> Prediction:
         for own in map(plan.parts_of, range(plan.num_ranks))
     )
     attention = max(
-        cost.pairs * plan.model.attention_flops_per_pair / rates.attention_tflops / 1e12
-        for cost in plan.rank_costs
+        cost.attention_flops(plan.model) / rates.attention_tflops / 1e12 for cost in plan.rank_costs
     )
     hidden = attention * (plan.num_ranks - 1) / plan.num_ranks
     exposed = max(0.0, max(received) / rates.link_gbs / 1e9 - hidden)

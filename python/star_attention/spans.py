@@ -31,11 +31,14 @@ class Cost(NamedTuple):
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.tokens + other.tokens, self.pairs + other.pairs)
 
+    def attention_flops(self, model: ModelConfig) -> int:
+        """FLOPs of attention (a multiplication and an addition are two)."""
+        windows = self.tokens * model.window_flops_per_token
+        return self.pairs * model.attention_flops_per_pair + windows
+
     def flops(self, model: ModelConfig) -> int:
-        """FLOPs of this work in `model` (a multiplication and an addition are two)."""
-        return (
-            self.tokens * model.gemm_flops_per_token + self.pairs * model.attention_flops_per_pair
-        )
+        """FLOPs of all of this work in `model`."""
+        return self.tokens * model.gemm_flops_per_token + self.attention_flops(model)
 
 
 def causal_pairs(tokens: int, before: int = 0) -> int:
@@ -71,6 +74,10 @@ class Span(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.end - self.start
+
+    def window(self, size: int) -> Range:
+        """What its rows attend to where one sees `size` tokens, itself included."""
+        return Range(max(0, self.start - size + 1), self.end)
 
     @property
     def cost(self) -> Cost:

@@ -86,6 +86,7 @@ def paged_attention(draw: Draw, ops: ModuleType) -> None:
         dtype=draw("dtype", DTYPES),
         causal=draw("causal", (True, False)),
         score_scale=draw("score_scale", (1.0, 8.0)),
+        window=draw("window", (None, None, 1, 70, 700)),
         device=draw.device,
     )
     if draw("strided", (True, False)):

@@ -26,6 +26,7 @@ class Problem:
     score_scale: float = 1.0  # factor of q
     extra_pages: int = 3
     pages: torch.Tensor | None = None  # which pages of the pool to use, in order
+    window: int | None = None  # tokens before its diagonal that a row sees, itself included
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -59,8 +60,17 @@ class Problem:
         shape = int(rows.sum()), self.num_q_heads, self.head_dim
         self.q = self.score_scale * torch.randn(*shape, dtype=self.dtype, device=self.device)
         self.scale = self.head_dim**-0.5
+        self.starts = None
+        if self.window is not None:
+            diagonals = [torch.arange(n) + kv_len - n for n, kv_len in self.lengths]
+            starts = [
+                (diagonal - self.window + 1).clamp(0, kv_len)
+                for diagonal, (_, kv_len) in zip(diagonals, self.lengths, strict=True)
+            ]
+            self.starts = torch.cat(starts).int().to(self.device)
 
     def arguments(self) -> dict:
+        starts = {} if self.starts is None else {"starts": self.starts}
         return {
             "q": self.q,
             "kv_pool": self.kv_pool,
@@ -71,6 +81,7 @@ class Problem:
             "scale": self.scale,
             "max_q_len": max(n for n, _ in self.lengths),
             "max_kv_len": max(kv for _, kv in self.lengths),
+            **starts,
         }
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +102,9 @@ class Problem:
             if self.causal:
                 seen = torch.ones(n, kv_len, dtype=torch.bool, device=self.device).tril(kv_len - n)
                 scores.masked_fill_(~seen, -torch.inf)
+            if self.starts is not None:
+                index = torch.arange(kv_len, device=self.device)
+                scores.masked_fill_(index < self.starts[rows, None], -torch.inf)
             row_lse = scores.logsumexp(-1)
             weights = (scores - row_lse[..., None]).exp()
             weights.masked_fill_(row_lse[..., None] == -torch.inf, 0.0)

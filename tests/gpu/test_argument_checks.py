@@ -87,6 +87,19 @@ BAD_ATTENTION = {
     "max_q_len": ({"max_q_len": 2}, r"max_q_len: got 2, expected a bound of"),
     "scale": ({"scale": 0.0}, r"scale: got 0, expected a positive number"),
     "scale is NaN": ({"scale": float("nan")}, r"scale: got -?nan, expected a positive number"),
+    "starts": (
+        {"starts": torch.zeros(1, dtype=torch.int32)},
+        r"starts\.shape: got \[1\], expected \[3\]",
+    ),
+    "cap": ({"cap": 50.0}, r"cap: got 50.0, expected None"),
+    "starts of 8-bit pages": (
+        {
+            "starts": torch.zeros(3, dtype=torch.int32),
+            "kv_pool": torch.zeros(4, 2, 2, 128, 128, dtype=torch.int8),
+            "kv_scales": torch.zeros(4, 2, 2),
+        },
+        r"starts: got given, expected none: lists are by head, or pages are of 8 bits",
+    ),
     "kernel": ({"kernel": "fast"}, r"kernel: got fast, expected auto, "),
     "host memory": ({}, r"q\.device: got host memory, expected a CUDA device"),
 }

@@ -77,6 +77,32 @@ def test_large_scores(dtype):
     assert_close(*attend(problem), problem, lse_tolerance=1e-6 * float(lse.abs().max()))
 
 
+WINDOWS = [1, 2, 63, 64, 65, 128, 129, 500, 4000]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(window, causal):
+    """Of a token, within a KV tile, over several, and of more than there are."""
+    lengths = [(1, 2000), (300, 1500), (129, 129), (1030, 3000)]
+    for page, head_dim in ((128, 128), (64, 64)):
+        problem = Problem(lengths, page=page, head_dim=head_dim, causal=causal, window=window)
+        assert_close(*attend(problem), problem)
+
+
+def test_windows_of_empty_sequences():
+    problem = Problem([(3, 200), (0, 500), (2, 0), (40, 17), (1, 64)], window=20)
+    assert_close(*attend(problem), problem)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_windows_of_groups(group, dtype):
+    """Blocks alone and in clusters."""
+    problem = Problem([(257, 1023), (640, 640)], 3 * group, 3, dtype=dtype, window=200)
+    assert_close(*attend(problem), problem)
+
+
 @pytest.mark.parametrize("place", NAN_PLACES)
 @pytest.mark.parametrize("lengths", NAN_LENGTHS.values(), ids=NAN_LENGTHS.keys())
 def test_nan_surfaces(lengths, place):

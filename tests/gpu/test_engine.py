@@ -45,6 +45,13 @@ MODELS = {
         "norm_topk_prob": True,
         "num_experts_per_tok": 6,  # all, so that rounding chooses no other ones
     },
+    "windows": {
+        "architecture": "ministral",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "sliding_window": 300,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {
         "architecture": "phi3",
         "hidden_size": 256,
@@ -109,7 +116,8 @@ def test_one_rank(tmp_path, options, dtype):
     hf_model = save_tiny_model(tmp_path, initializer_range=0.05, **options)
     # The last block is one partial page; questions are longer than the query kernel's tile.
     tokens = np.random.default_rng(1).integers(0, 97, 3 * 1024 + 5 + 2 * 70).astype(np.int32)
-    check(tmp_path / "job", 1, tmp_path, hf_model, tokens, 70, 1024, dtype)
+    ring = "sliding_window" not in options
+    check(tmp_path / "job", 1, tmp_path, hf_model, tokens, 70, 1024, dtype, ring=ring)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,15 @@ def test_several_processes(tmp_path, processes, options):
     tokens = np.random.default_rng(1).integers(0, 98, 7 * 256 + 5 + 2 * 20).astype(np.int32)
     folder = tmp_path / "job"
     check(folder, processes, tmp_path, hf_model, tokens, 20, 256, "bfloat16", **options)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_windows_over_ranks(tmp_path, processes):
+    """Windows reach into blocks and pages of answers that other ranks keep."""
+    hf_model = save_tiny_model(tmp_path, initializer_range=0.05, **MODELS["windows"])
+    tokens = np.random.default_rng(1).integers(0, 97, 7 * 256 + 5 + 2 * 90).astype(np.int32)
+    folder = tmp_path / "job"
+    check(folder, processes, tmp_path, hf_model, tokens, 90, 256, "bfloat16", ring=False)
 
 
 @pytest.mark.parametrize(("processes", "blocks"), [(4, 2), (8, 4)], ids=["4", "8"])

@@ -78,6 +78,39 @@ def test_formats_of_many_rows(kernel, dtype, head_dim, page):
         assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
 
 
+WINDOWS = [1, 2, 63, 64, 65, 128, 129, 500, 4000]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(kernel, window, causal):
+    """Of a token, within a KV tile, over several, and of more than there are."""
+    lengths = [(1, 2000), (16, 3000), (300, 1500), (40, 40), (1030, 3000)]
+    for page, head_dim in ((128, 128), (64, 64)):
+        problem = Problem(lengths, page=page, head_dim=head_dim, causal=causal, window=window)
+        assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+def test_windows_of_empty_sequences(kernel):
+    problem = Problem([(3, 200), (0, 500), (2, 0), (40, 17), (1, 64)], window=20)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_windows_of_groups(kernel, group, dtype):
+    """Rows of one tile are of several tokens, whose windows differ."""
+    lengths = [(9, 1500), (150, 700)]
+    problem = Problem(lengths, 3 * group, 3, dtype=dtype, window=70)
+    assert_close(*cuda.paged_attention(**problem.arguments(), kernel=kernel), problem)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300, 2000])
+def test_windows_in_the_kernel_that_is_chosen(rows):
+    problem = Problem([(rows, 6000)], num_q_heads=32, num_kv_heads=8, window=1000)
+    assert_close(*cuda.paged_attention(**problem.arguments()), problem)
+
+
 @pytest.mark.parametrize("place", NAN_PLACES)
 @pytest.mark.parametrize("lengths", NAN_LENGTHS.values(), ids=NAN_LENGTHS.keys())
 def test_nan_surfaces(kernel, lengths, place):
@@ -169,7 +202,11 @@ def test_long_questions_split_the_cache(rows, heads, split):
     tensors += [arguments.pop(name) for name in ("cu_seqlens_q", "kv_lens")]
     stream = torch.cuda.current_stream().cuda_stream
     _C.paged_attention(
-        *tensors, None, None, o, lse, allocate, **arguments, kernel="auto", stream=stream
+        *tensors,
+        *(None, None, None, o, lse, allocate),
+        **arguments,
+        kernel="auto",
+        stream=stream,
     )
     assert_close(o, lse, problem)
     if torch.cuda.get_device_properties(0).multi_processor_count == 132:

@@ -61,6 +61,39 @@ MODELS = {
     ),
 }
 
+_MIXED = ["full_attention", "sliding_attention", "full_attention"]
+# Likewise, those with windows: within a page of 8 tokens, across blocks of 32, and longer.
+WINDOWED_MODELS = {
+    "all layers": ("mistral", {"sliding_window": 20}),
+    "by layer": ("ministral", {"sliding_window": 5, "head_dim": 16, "layer_types": _MIXED}),
+    "in later layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
+    ),
+    "fused": ("phi3", {"sliding_window": 33}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "sliding_window": 37,
+            "query_pre_attn_scalar": 24,
+            "layer_types": _MIXED,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+}
+
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -118,13 +151,29 @@ def block_mask(total, context_len, block_size, anchor_size):
     return (j <= i) & ((i >= context_len) | same_block | (j < anchor_size))
 
 
+# Whose Hugging Face classes take one mask for all layers, and one for each kind of layer.
+_WINDOWS = ("mistral", "phi3", "qwen3_moe")
+_WINDOWS_BY_LAYER = ("ministral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+
 def hf_logits(model, tokens, mask):
-    """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]."""
-    bias = torch.zeros(mask.shape, dtype=model.dtype)
-    bias.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min)
+    """float32 [total, vocab] of a Hugging Face model under a mask, bool [total, total]; layers with
+    a window see that instead."""
+
+    def bias(mask):
+        zeros = torch.zeros(mask.shape, dtype=model.dtype)
+        return zeros.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min)[None, None]
+
+    masks = bias(mask)
+    size, kind = getattr(model.config, "sliding_window", None), model.config.model_type
+    if size is not None and kind in (*_WINDOWS, *_WINDOWS_BY_LAYER):
+        i, j = np.ogrid[: len(tokens), : len(tokens)]
+        window = bias((j <= i) & (j > i - size))
+        by_layer = {"full_attention": masks, "sliding_attention": window}
+        masks = window if kind in _WINDOWS else by_layer
     with torch.inference_mode():
         ids = torch.from_numpy(tokens).long()[None]
-        return model(input_ids=ids, attention_mask=bias[None, None]).logits[0].float().numpy()
+        return model(input_ids=ids, attention_mask=masks).logits[0].float().numpy()
 
 
 def run_all(leader):
@@ -151,6 +200,8 @@ def forced_logits(leader, context, question, answer, placement="tail"):
 # What the classes of some architectures do not share.
 _ONLY = {
     "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma2": {"head_dim": 16},
+    "gemma3": {"head_dim": 16},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
 }
 
@@ -174,11 +225,14 @@ def save_tiny_model(folder, architecture="llama", dtype=torch.float32, shards=Fa
         **overrides,
     }
     name = "".join(map(str.capitalize, architecture.split("_")))
-    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(options))
+    text = "Text" if architecture == "gemma3" else ""  # not that of texts and images
+    config = getattr(transformers, f"{name}{text}Config")(**copy.deepcopy(options))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(parameter)
+        elif architecture.startswith("gemma") and parameter_name.endswith("norm.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
         parameter.data = parameter.data.to(dtype)  # not the rotary frequencies
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
     return model

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -139,8 +140,6 @@ def test_rotary_frequencies_of_old_checkpoints_are_passed_over(model, tiny):
         ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
         ({"architectures": ["Ministral3ForCausalLM"]}, "Ministral3ForCausalLM is not supported"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "sliding_window 8 is not"),
-        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window 2047 is"),
     ],
 )
 def test_models_are_refused_before_weights_are_read(tmp_path, config, message):
@@ -271,6 +270,9 @@ def test_end_tokens_of_both_configs(model):
 
 
 LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+MINISTRAL, MIXED = "MinistralForCausalLM", ["full_attention", "sliding_attention"]
+GEMMA2, GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 QWEN3, QWEN3_MOE, PHI3 = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM"
 
 
@@ -294,6 +296,13 @@ QWEN3, QWEN3_MOE, PHI3 = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCaus
         (QWEN3_MOE, {"use_sliding_window": True, "sliding_window": 32768}, 4, 32768),
         (PHI3, {}, 64, None),
         (PHI3, {"sliding_window": 262144}, 64, 262144),
+        (GEMMA2, {}, 4, None),
+        (GEMMA2, {"attn_logit_softcapping": None, "final_logit_softcapping": None}, 4, None),
+        (GEMMA2, {"tie_word_embeddings": False, "query_pre_attn_scalar": 144}, 4, None),
+        (GEMMA3, {}, 4, None),
+        (GEMMA3, {"final_logit_softcapping": 20.0, "rope_theta": 5e5}, 4, None),
+        (GEMMA3, {"rope_local_base_freq": 777.0, "rope_scaling": LINEAR}, 4, None),
+        (GEMMA3, {"rope_parameters": {"full_attention": LINEAR}}, 4, None),
     ],
 )
 def test_what_a_config_leaves_out(name, config, kv_heads, longest):
@@ -304,12 +313,27 @@ def test_what_a_config_leaves_out(name, config, kv_heads, longest):
     ours = ModelConfig.from_hf({**config, "architectures": [name]})
     assert (ours.num_kv_heads, ours.longest_text) == (kv_heads, longest)
     options = {"pad_token_id": 0} if name == PHI3 else {}
-    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(**config, **options)
+    kind = "TextConfig" if name == GEMMA3 else "Config"
+    theirs = getattr(transformers, name.replace("ForCausalLM", kind))(**config, **options)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert theirs.num_key_value_heads == kv_heads
     assert ours.head_dim == head_dim
     assert ours.rms_norm_eps == theirs.rms_norm_eps
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    if name == GEMMA3:
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        assert (ours.window_rope.theta, ours.window_rope.scaling) == (
+            local["rope_theta"],
+            "default",
+        )
+        assert local["rope_type"] == "default"
+    assert ours.rope.theta == rope["rope_theta"]
+    assert ours.rope.scaling == rope["rope_type"]
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    if ours.has_output_norms:
+        assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+        assert ours.logit_cap == theirs.final_logit_softcapping
+        assert ours.score_cap == (theirs.attn_logit_softcapping if name == GEMMA2 else None)
     if ours.experts:
         assert ours.experts == ExpertsConfig(
             theirs.num_experts,
@@ -320,23 +344,42 @@ def test_what_a_config_leaves_out(name, config, kv_heads, longest):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "message"),
+    ("name", "config", "window", "layers"),
     [
-        (MISTRAL, {}, "sliding_window 4096, the default of this arc"),
-        (MISTRAL, {"sliding_window": 8}, "sliding_window 8 is not"),
-        ("MinistralForCausalLM", {}, "sliding_window 4096, the default"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 1}, "4096, the default"),
-        (QWEN3, {"use_sliding_window": True, "max_window_layers": 0}, "4096, the default"),
-        (QWEN3_MOE, {"use_sliding_window": True}, "sliding_window 4096, the default"),
-        (PHI3, {"sliding_window": 2047}, "sliding_window 2047 is not supported"),
-        (
-            QWEN2,
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types other than full_attention are not supported",
-        ),
+        (MISTRAL, {}, 4096, (0, 1)),
+        (MISTRAL, {"sliding_window": 8}, 8, (0, 1)),
+        (MINISTRAL, {}, 4096, (0, 1)),
+        (MINISTRAL, {"layer_types": MIXED}, 4096, (1,)),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 1}, 4096, (1,)),
+        (QWEN2, {"use_sliding_window": True, "layer_types": MIXED}, 4096, (1,)),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 0}, 4096, (0, 1)),
+        (QWEN3_MOE, {"use_sliding_window": True, "sliding_window": 7}, 7, (0, 1)),
+        (PHI3, {"sliding_window": 2047}, 2047, (0, 1)),
+        (GEMMA2, {"num_hidden_layers": 5}, 4096, (0, 2, 4)),
+        (GEMMA2, {"layer_types": MIXED}, 4096, (1,)),
+        (GEMMA3, {"num_hidden_layers": 7}, 4096, (0, 1, 2, 3, 4, 6)),
+        (GEMMA3, {"sliding_window_pattern": 2, "sliding_window": 512}, 512, (0,)),
+        (GEMMA3, {"sliding_window": None}, None, ()),
     ],
 )
-def test_windows_that_a_text_may_exceed(name, config, message):
+def test_windows(name, config, window, layers):
+    ours = ModelConfig.from_hf({**BASE, **config, "architectures": [name]})
+    assert (ours.window, ours.windowed_layers, ours.longest_text) == (window, layers, None)
+    assert ModelConfig.from_dict(json.loads(json.dumps(asdict(ours)))) == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        (QWEN2, {"layer_types": MIXED}, "has sliding_attention, but no window is used"),
+        (MINISTRAL, {"layer_types": MIXED[:1]}, "layer_types should be a list of 2 of full_attent"),
+        (LLAMA, {"layer_types": MIXED}, "layer_types should be a list of 2 of full_attention"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window is 0: use a whole number"),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported: use"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supp"),
+    ],
+)
+def test_windows_that_are_wrong(name, config, message):
     with pytest.raises(UserError, match=message):
         ModelConfig.from_hf({**BASE, **config, "architectures": [name]})
 
@@ -490,11 +533,23 @@ def test_gguf_end_tokens(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
+    ("window", "expected"),
+    [(64, (64, (0, 1, 2), None)), (512, (None, (), 512)), (0, (None, (), None))],
+)
+def test_gguf_windows(tmp_path, tiny, window, expected):
+    write_gguf(tmp_path / "m.gguf", tiny[1], "llama", **{WINDOW: window})
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    assert (config.window, config.windowed_layers, config.longest_text) == expected
+
+
+WINDOW = "llama.attention.sliding_window"
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"llama.expert_count": 8}, "llama.expert_count is 8: not supported"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8: use 16"),
-        ({"llama.attention.sliding_window": 64}, "sliding_window 64 is not supported"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported: use"),
         ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5: not supported"),
         ({"llama.attention.value_length": 32}, "value_length is 32: use 16"),

@@ -219,8 +219,11 @@ def write_gguf(path, hf_model, architecture, split=0, extra=None, **metadata):
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     names = gguf.get_tensor_name_map(GGUF_TYPES[architecture], config.num_hidden_layers)
+    is_gemma = architecture.startswith("gemma")
     for name, tensor in _as_converted(hf_model.state_dict()):
-        array = tensor.numpy()
+        if is_gemma and name == "lm_head.weight":
+            continue  # tied
+        array = tensor.numpy() + (is_gemma and name.endswith("norm.weight"))
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
@@ -243,6 +246,8 @@ GGUF_TYPES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
     "phi3": gguf.MODEL_ARCH.PHI3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
 }
 
 
@@ -258,6 +263,7 @@ def _as_converted(tensors):
 
 def _add_rope(writer, config, head_dim):
     parameters = config.rope_parameters
+    parameters = parameters.get("full_attention", parameters)
     rotated = int(head_dim * parameters.get("partial_rotary_factor", 1))
     writer.add_rope_freq_base(parameters["rope_theta"])
     writer.add_rope_dimension_count(rotated)
@@ -269,8 +275,8 @@ def _add_rope(writer, config, head_dim):
         plain = rotary_frequencies(RopeConfig(parameters["rope_theta"]), head_dim)
         factors = plain / rotary_frequencies(scaled, head_dim)
         writer.add_tensor("rope_freqs.weight", factors.numpy())
-    if parameters["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if parameters["rope_type"] in ("yarn", "linear"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
         writer.add_rope_scaling_factor(parameters["factor"])
     if parameters["rope_type"] in ("yarn", "longrope"):
         original = parameters["original_max_position_embeddings"]
@@ -282,6 +288,47 @@ def _add_rope(writer, config, head_dim):
         for length in ("short", "long"):
             values = np.array(parameters[f"{length}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{length}.weight", values)
+
+
+GEMMAS = {  # in Hugging Face's config, and in a GGUF file
+    "gemma2": (
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma2 as it is": ({}, {}),
+    "gemma3": (
+        {
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+            },
+        },
+        {"rope.freq_base_swa": 700.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_gguf_gemma(tmp_path, name):
+    architecture, (overrides, metadata) = name.split()[0], GEMMAS[name]
+    common = {"sliding_window": 20, "query_pre_attn_scalar": 16, "head_dim": 16}
+    model = save_tiny_model(tmp_path / "hf", architecture, **common, **overrides)
+    metadata = {f"{architecture}.{key}": value for key, value in metadata.items()}
+    metadata[f"{architecture}.attention.sliding_window"] = 20
+    write_gguf(tmp_path / "model.gguf", model, architecture, **metadata)
+    logits = logits_of(tmp_path / "model.gguf")
+    np.testing.assert_allclose(logits, hf_causal_logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "num_layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_gguf_gemma_27b(tmp_path, architecture, num_layers):
+    """Scores are scaled by hidden size and heads."""
+    sizes = {"hidden_size": 64, "head_dim": 4, "num_hidden_layers": num_layers}
+    model = save_tiny_model(tmp_path / "hf", architecture, **sizes)
+    window = {f"{architecture}.attention.sliding_window": 20}
+    write_gguf(tmp_path / "model.gguf", model, architecture, **window)
+    assert open_checkpoint(tmp_path / "model.gguf").config.attention_scale == 16**-0.5
 
 
 @pytest.mark.parametrize(
@@ -402,10 +449,6 @@ def test_models_that_are_not_there(tmp_path):
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4},
             "a token goes through 8 experts, of which the model has 4",
-        ),
-        (
-            {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
-            "sliding_window 64 is not supported",
         ),
         ({"intermediate_size": 100}, "has shape .* the config asks for"),
         ({"num_hidden_layers": 4}, "the weights lack model.layers.3"),

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from helpers import HERE, MODELS
+from helpers import HERE, MODELS, WINDOWED_MODELS
 from star_attention.models.config import ARCHITECTURES
 from star_attention.models.gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
 from star_attention.models.rope import SCALINGS
@@ -45,7 +45,8 @@ def test_models_are_those_of_the_table():
     assert {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)} == set(
         GGUF_ARCHITECTURES
     )
-    tested = {"".join(map(str.capitalize, name.split("_"))) for name, _ in MODELS.values()}
+    models = *MODELS.values(), *WINDOWED_MODELS.values()
+    tested = {"".join(map(str.capitalize, name.split("_"))) for name, _ in models}
     assert {f"{name}ForCausalLM" for name in tested} == set(ARCHITECTURES)
     rotary = text[text.index("| `rope_type` |") : text.index("- **longrope.**")]
     named = re.findall(

@@ -6,6 +6,7 @@ they see exactly the tokens that the definition of Star Attention gives them.
 """
 
 import itertools
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
@@ -49,13 +50,14 @@ LAYERS = 2
 class NotingEngine:
     """Keeps the last step; `slots[page, offset]` is the key of the token that is cached there."""
 
-    config, tokens_per_block = LLAMA_3_1_8B, PAGE
+    tokens_per_block = PAGE
     has_exchanges = has_hops = has_prefix = has_selection = True
     kv_dtype, kv_packing = "auto", 1
     wait_seconds = graph_steps = peak_memory_bytes = 0
 
-    def __init__(self, limits):
+    def __init__(self, limits, window=None):
         self.limits = limits
+        self.config = replace(LLAMA_3_1_8B, window=window)
         self.slots = np.zeros((0, PAGE), object)
         self.last = None
         self.positions = 0
@@ -85,8 +87,9 @@ class NotingEngine:
 class Ranks:
     """Workers in a row; `execute` checks what each row of an order sees."""
 
-    def __init__(self, size, limits):
-        self.engines = [NotingEngine(limits) for _ in range(size)]
+    def __init__(self, size, limits, window=None):
+        self.window = window
+        self.engines = [NotingEngine(limits, window) for _ in range(size)]
         self.workers = []
         for rank, engine in enumerate(self.engines):
             comm = SimpleNamespace(rank=rank, size=size, traffic=Traffic())
@@ -136,6 +139,11 @@ class Ranks:
                     begin, prefix = 0, 0
                 expected = {names[i] for i in (*range(prefix), *range(begin, position + 1))}
                 assert seen == expected, (rank, row, position)
+            if self.window is not None:
+                seen_by_row = self.seen_in_window(engine, step)
+                for position, seen in zip(positions.tolist(), seen_by_row, strict=True):
+                    first = max(0, position - self.window + 1)
+                    assert seen == names[first : position + 1], (rank, position)
 
     def check_selections(self, plan, names):
         """Rows choose from all pages between the anchor and their block, and these are stored."""
@@ -182,6 +190,21 @@ class Ranks:
                 expected |= {(question, i) for i in range(length, position + 1)}
                 assert set().union(*shards) == expected
                 row += 1
+        if self.window is not None:
+            self.check_windows(pairs)
+
+    def check_windows(self, pairs):
+        positions, step = self.engines[0].last
+        shards = [self.seen_in_window(engine, engine.last[1]) for engine in self.engines]
+        numbers = np.repeat(np.arange(len(pairs)), np.diff(step.cu_seqlens_q)).tolist()
+        rows = zip(numbers, positions.tolist(), *shards, strict=True)
+        for number, position, *seen in rows:
+            question, context = pairs[number]
+            names = self.names(self.contexts[context])
+            names += [(question, i) for i in range(len(names), position + 1)]
+            assert sorted(map(str, itertools.chain(*seen))) == sorted(
+                map(str, names[max(0, position - self.window + 1) :])
+            )
 
     def names(self, context):
         """Of the context's tokens: contexts may share those of blocks of the same contents."""
@@ -208,6 +231,17 @@ class Ranks:
                 pages = sent.pop((source.rank, rank))
                 self.engines[rank].slots[source.pages] = self.engines[source.rank].slots[pages]
         assert not sent
+
+    def seen_in_window(self, engine, step):
+        """The keys that each row of an engine's step sees in layers with a window."""
+        rows, window = [], step.window
+        starts = [window.starts[a:b] for a, b in itertools.pairwise(step.cu_seqlens_q)]
+        for table, kv_len, firsts in zip(window.page_table, window.kv_lens, starts, strict=True):
+            cached = engine.slots[table].reshape(-1)
+            for i, first in enumerate(firsts.tolist()):
+                end = kv_len - (len(firsts) - 1 - i) * step.causal
+                rows.append(cached[first:end].tolist())
+        return rows
 
     def seen(self, rank, step):
         """The keys that each row of a rank's step sees."""
@@ -274,9 +308,11 @@ class NotingTiers:
         return ends
 
 
-def make(size, limits=None, chunk_tokens=None, shares_blocks=False, store=None, random=None):
+def make(
+    size, limits=None, chunk_tokens=None, shares_blocks=False, store=None, random=None, window=None
+):
     limits = limits or Limits()
-    ranks = Ranks(size, limits)
+    ranks = Ranks(size, limits, window)
     for worker in ranks.workers:
         worker._tiers = store and NotingTiers(worker.engine, random)
     leader = Leader(ranks.execute, ranks.engines[0], size, limits, shares_blocks, store)
@@ -383,7 +419,8 @@ def test_every_row_sees_what_it_should(data, size, chunk):
     if shares and draw(st.booleans()):
         store = Store({"host": draw(st.integers(10, 60))}, 1, LAYERS, page_bytes=1)
     random = draw(st.randoms(use_true_random=False))
-    ranks, leader = make(size, limits, chunk, shares, store, random)
+    window = draw(st.one_of(st.none(), st.integers(1, 70)))
+    ranks, leader = make(size, limits, chunk, shares, store, random, window)
     leader.scheduler.question_tokens = draw(st.one_of(st.none(), st.integers(1, 9)))
     leader.scheduler.least_shared = draw(st.integers(0, 60))
     leader.scheduler._has_prefix = draw(st.booleans())
@@ -438,13 +475,21 @@ def test_every_row_sees_what_it_should(data, size, chunk):
 
 
 @settings(max_examples=150)
-@given(data=st.data(), size=st.integers(1, 3), config=configs)
-def test_blocks_come_back_from_lower_tiers(data, size, config):
+@given(
+    data=st.data(),
+    size=st.integers(1, 3),
+    config=configs,
+    window=st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_blocks_come_back_from_lower_tiers(data, size, config, window):
     """A few texts, asked again and again, over pages for one or two of them."""
     draw = data.draw
     store = Store({"host": draw(st.integers(10, 60))}, 1, LAYERS, page_bytes=1)
     limits = Limits(pages=draw(st.integers(13, 16)))
-    ranks, leader = make(size, limits, 8, True, store, draw(st.randoms(use_true_random=False)))
+    random = draw(st.randoms(use_true_random=False))
+    if config.attention == "ring" or config.selected_pages:
+        window = None
+    ranks, leader = make(size, limits, 8, True, store, random, window)
     questions, scheduler = [], leader.scheduler
     lengths = draw(st.lists(st.integers(20, 30), min_size=2, max_size=3))
     for _ in range(draw(st.integers(4, 12))):

@@ -32,6 +32,7 @@ from star_attention.errors import UserError
 from star_attention.models.config import LLAMA_3_1_8B, ExpertsConfig, ModelConfig
 from star_attention.models.loading import random_weights
 from star_attention.models.rope import RopeConfig
+from star_attention.runtime.pages import Rows, window_of
 from thread_ranks import ThreadRanks
 
 PAGE = 8
@@ -439,10 +440,22 @@ class StandIn:
 
 def with_graphs(engine):
     forward = functools.partial(engine._forward, is_captured=True)
-    engine._graphs = DecodeGraphs(
-        forward, engine._comm, engine._scale, CPU, engine.limits.pages, PAGE
-    )
+    pool = engine.limits.pages, PAGE
+    windows = {"window": engine.config.window, "windowed": engine.config.windowed_layers}
+    engine._graphs = DecodeGraphs(forward, engine._comm, engine._scale, CPU, *pool, **windows)
     return engine
+
+
+def with_window(engine, step):
+    """A step of which all is on one rank."""
+    if (size := engine.config.window) is None:
+        return step
+    counts = np.diff(step.cu_seqlens_q).tolist()
+    rows = [
+        Rows(*each) for each in zip(step.page_table, step.kv_lens.tolist(), counts, strict=True)
+    ]
+    firsts = [np.maximum(np.arange(r.kv_len - r.count, r.kv_len) - size + 1, 0) for r in rows]
+    return replace(step, window=window_of(rows, firsts, PAGE))
 
 
 def decode(engine, count, step, length=10):
@@ -450,13 +463,15 @@ def decode(engine, count, step, length=10):
     places = np.full(count, length, np.int32)
     tokens = (np.arange(count) + 7 * step).astype(np.int32) % 64
     attention = step_of(*(([2 * index, 2 * index + 1], length, 1) for index in range(count)))
+    attention = with_window(engine, attention)
     return engine.step(tokens, places, attention, np.arange(count)).clone()
 
 
+WINDOWS = replace(CONFIG, window=5, windowed_layers=(0, 2))
 EXPERTS = replace(CONFIG, experts=ExpertsConfig(6, 2, 24, True), dense_layers=(1,), qk_norm=True)
 
 
-@pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS, WINDOWS], ids=["dense", "experts", "windows"])
 def test_graphs_of_padded_counts(monkeypatch, config):
     """Any number of questions, by graph or not, gets the same logits; rows beyond do no harm."""
     stand_in = StandIn(monkeypatch)
@@ -464,7 +479,8 @@ def test_graphs_of_padded_counts(monkeypatch, config):
     graphed = with_graphs(make_engine(pages=16, config=config))
     for engine in (plain, graphed):
         spans = [(0, 10)] * 8
-        run(engine, spans, step_of(*(([2 * i, 2 * i + 1], 0, 10) for i in range(8))))
+        step = step_of(*(([2 * i, 2 * i + 1], 0, 10) for i in range(8)))
+        run(engine, spans, with_window(engine, step))
     counts = [3, 4, 3, 8, 5, 1, 4, 7, 1]
     for step, count in enumerate(counts):
         before = graphed._pool.data.clone()

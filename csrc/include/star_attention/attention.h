@@ -22,6 +22,9 @@ enum class DType { kFloat16, kBFloat16, kFloat32, kFloat8, kInt8 };
 // The kernels in front on the stream may have written anything that the pointers name, lengths
 // included, also those that let this one start early (common/dependent_launch.cuh).
 //
+// With `starts` row t sees of these tokens only those from starts[t] on, as where a layer has a
+// sliding window; a NaN in one before may surface too. Not with `by_head` or `kv_scales`.
+//
 // With `by_head` each KV head of a sequence has a list of its own, of planes instead of pages: the
 // keys of one KV head in one page, plane (page * 2) * num_kv_heads + head; the values are
 // num_kv_heads planes behind. Plane -1 - e of `other_pool` is listed as e < 0. Context kernels
@@ -50,6 +53,7 @@ struct PagedAttentionParams {
   int page_table_stride;
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], prefix sums of rows per sequence
   const int32_t* kv_lens;       // [num_seqs]
+  const int32_t* starts;        // [num_tokens], ascending within a sequence; null: all 0
   bool by_head;  // page_table [num_seqs, num_kv_heads, stride], kv_lens [num_seqs, num_kv_heads]
   const void* other_pool;  // as kv_pool; may be null if no list has a plane of it
   int64_t num_other_pages;

@@ -113,6 +113,21 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What the rows of a step see in layers with a window, instead of all else that the step has
+    for them: of the pages' tokens those from a first one on, up to where `causal` ends them.
+
+    Attributes:
+        kv_lens, page_table: as in `PagedStep`, of the pages that some row sees.
+        starts: int32 [T], the first of its sequence's tokens that each row sees, ascending.
+    """
+
+    kv_lens: np.ndarray
+    page_table: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
 class PagedStep:
     """Attention of one forward pass over pages, for S sequences of T tokens in all.
 
@@ -131,6 +146,7 @@ class PagedStep:
             as many.
         selection: pages that rows choose to see besides, of which all ranks know the same.
             Sequences begin where pages do then.
+        window: for models that have layers with one.
     """
 
     slot_mapping: np.ndarray
@@ -143,6 +159,7 @@ class PagedStep:
     exchanges: tuple[Exchange, ...] = ()
     hops: tuple[Hop, ...] = ()
     selection: Selection | None = None
+    window: Window | None = None
 
 
 def is_decode_step(attention: PagedStep, logit_rows: np.ndarray) -> bool:

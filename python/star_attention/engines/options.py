@@ -103,6 +103,7 @@ def free_memory() -> int:
 
 def check_gpu_model(config: ModelConfig) -> None:
     """Raises UserError for a model that the GPU kernels cannot compute."""
+    config.check_no_gemma("on GPUs: use --device cpu")
     if config.head_dim not in _HEAD_DIMS:
         raise UserError(
             f"the model's heads have {config.head_dim} elements, the GPU kernels "

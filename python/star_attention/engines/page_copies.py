@@ -116,6 +116,8 @@ class PagesUnderCopy:
         tables = [step.page_table]
         if step.prefix:
             tables.append(step.prefix.page_table // packing)
+        if step.window:
+            tables.append(step.window.page_table)
         return self.concern(
             _pages_in(*tables, *sent, *passed_on),
             _pages_in(slots // tokens_per_block, *received),

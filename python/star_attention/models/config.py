@@ -11,9 +11,9 @@ import numpy as np
 from star_attention.errors import UserError
 from star_attention.models.fields import Fields
 from star_attention.models.quantization import fp8_format
-from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf
+from star_attention.models.rope import RopeConfig, RopeDefaults, rope_from_hf, window_rope_from_hf
 
-_MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
+MOST_LAYERS, _MOST_HEAD_DIM, _MOST_EXPERTS = 4096, 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,17 @@ class Architecture:
         biases: fields of the config that ask for biases.
         kv_heads: without `num_key_value_heads`; None: as many as query heads.
         head_dim: without `head_dim`; None: hidden size over heads.
-        windows: whether `sliding_window` counts: never, always, only with `use_sliding_window`, or
-            also then only in the layers from `max_window_layers` on.
+        windows: whether `sliding_window` counts: never, in all layers, in those that `layer_types`
+            says, or with `use_sliding_window` only, in all layers or in those that `layer_types`
+            says, without it from `max_window_layers` on.
         window: without `sliding_window`; None: every token sees all before it.
+        full_every: without `layer_types`, every so many layers have no window; None: all have one.
+        reads_pattern: `sliding_window_pattern` says so too.
+        is_gemma: Gemma's layers: norms also behind attention and MLP, whose weights files have less
+            one; embeddings times the root of their size; GELU; a scale of scores of its own; tied
+            embeddings if nothing is said.
+        score_cap, logit_cap: without `attn_logit_softcapping`, `final_logit_softcapping`; 0: there
+            is no such field, None: no cap.
         is_fused: Q, K and V are one tensor of a checkpoint, gate and up another.
     """
 
@@ -36,8 +44,13 @@ class Architecture:
     kv_heads: int | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
-    windows: Literal["never", "always", "if used", "in later layers"] = "never"
+    windows: Literal["never", "always", "by layer", "if used", "in later layers"] = "never"
     window: int | None = 4096
+    full_every: int | None = None
+    reads_pattern: bool = False
+    is_gemma: bool = False
+    score_cap: float | None = 0
+    logit_cap: float | None = 0
     has_experts: bool = False
     is_fused: bool = False
     rope: RopeDefaults = field(default_factory=RopeDefaults)
@@ -47,7 +60,7 @@ _MISTRAL = Architecture(kv_heads=8, windows="always")
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(biases=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": _MISTRAL,
-    "MinistralForCausalLM": _MISTRAL,
+    "MinistralForCausalLM": replace(_MISTRAL, windows="by layer"),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, kv_heads=32, windows="in later layers"),
     "Qwen3ForCausalLM": Architecture(
         biases=("attention_bias",),
@@ -69,6 +82,26 @@ ARCHITECTURES = {
             original_max_position=4096,
             aliases={"su": "longrope", "yarn": "longrope"},
         ),
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        kv_heads=4,
+        head_dim=256,
+        windows="by layer",
+        full_every=2,
+        is_gemma=True,
+        score_cap=50.0,
+        logit_cap=30.0,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        qk_norm=True,
+        kv_heads=4,
+        head_dim=256,
+        windows="by layer",
+        full_every=6,
+        reads_pattern=True,
+        is_gemma=True,
+        logit_cap=None,
+        rope=RopeDefaults(theta=1e6, local_theta=10000.0),
     ),
 }
 
@@ -98,6 +131,7 @@ class LayerConfig:
         out_bias: of the projection behind attention.
         qk_norm: each head of Q and K is normalised before it is rotated.
         experts: None: one MLP, with biases if `mlp_bias`.
+        output_norms: as the model's `has_output_norms`.
     """
 
     qkv_bias: bool = False
@@ -105,6 +139,7 @@ class LayerConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     experts: ExpertsConfig | None = None
+    output_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,15 @@ class ModelConfig:
         longest_text: tokens of context, question and answer with which the model computes what it
             was made for; longer texts are refused. None: any number, with answers that may get
             worse beyond `max_position`.
+        window: tokens that a row of `windowed_layers` sees, itself and those before it. Where it
+            limits no text up to `max_position`, it is `longest_text` instead.
+        window_rope: the rotary embedding of these layers; None: that of the others.
+        activation: of the gates of MLPs.
+        embedding_scale: factor of the embeddings of a text, not of `lm_head`.
+        score_scale: factor of q·k; None: head_dim ** -0.5.
+        score_cap, logit_cap: scores of attention, and logits, x become cap * tanh(x / cap).
+        has_output_norms: what attention and MLPs give is normalised before it is added.
+        norms_less_one: Hugging Face's files have the weights of norms less one.
     """
 
     num_layers: int
@@ -141,6 +185,16 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     dense_layers: tuple[int, ...] = ()
     longest_text: int | None = None
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    window_rope: RopeConfig | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    has_output_norms: bool = False
+    norms_less_one: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -153,16 +207,17 @@ class ModelConfig:
         def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
-        experts = values.get("experts")
+        experts, window_rope = values.get("experts"), values.get("window_rope")
         parts = {
             "rope": RopeConfig(**tuples(values["rope"])),
+            "window_rope": RopeConfig(**tuples(window_rope)) if window_rope else None,
             "experts": ExpertsConfig(**experts) if experts else None,
         }
         return cls(**{**tuples(values), **parts})
 
     def __post_init__(self) -> None:
-        if self.num_layers > _MOST_LAYERS:
-            raise UserError(f"the model has {self.num_layers} layers: use at most {_MOST_LAYERS}")
+        if self.num_layers > MOST_LAYERS:
+            raise UserError(f"the model has {self.num_layers} layers: use at most {MOST_LAYERS}")
         if self.head_dim % 2 or not 0 < self.head_dim <= _MOST_HEAD_DIM:
             raise UserError(
                 f"the model's head_dim is {self.head_dim}: use an even one up to {_MOST_HEAD_DIM}"
@@ -203,7 +258,12 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
         sparse = LayerConfig(
-            self.qkv_bias, self.out_bias, self.mlp_bias, self.qk_norm, self.experts
+            self.qkv_bias,
+            self.out_bias,
+            self.mlp_bias,
+            self.qk_norm,
+            self.experts,
+            self.has_output_norms,
         )
         dense = replace(sparse, experts=None)
         return tuple(dense if i in self.dense_layers else sparse for i in range(self.num_layers))
@@ -249,8 +309,31 @@ class ModelConfig:
 
     @property
     def attention_flops_per_pair(self) -> int:
-        """FLOPs of one (query token, key token) pair over all layers."""
-        return 4 * self.num_layers * self.num_q_heads * self.head_dim
+        """FLOPs of one (query token, key token) pair over all layers without a window."""
+        layers = self.num_layers - len(self.windowed_layers)
+        return 4 * layers * self.num_q_heads * self.head_dim
+
+    @property
+    def window_flops_per_token(self) -> int:
+        """FLOPs of one token's attention in the layers with a window."""
+        pairs = len(self.windowed_layers) * (self.window or 0)
+        return 4 * pairs * self.num_q_heads * self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+    def check_no_gemma(self, where: str) -> None:
+        """Raises UserError for Gemma's layers, which `where` does not compute."""
+        if self.has_output_norms:
+            raise UserError(f"Gemma is not supported {where}")
+
+    def check_no_window(self, where: str) -> None:
+        """Raises UserError for a model with sliding windows, which `where` does not compute."""
+        if self.window is not None:
+            raise UserError(
+                f"the model's sliding window of {self.window} tokens is not supported {where}"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -266,8 +349,9 @@ class ModelConfig:
         architecture = ARCHITECTURES[name]
         if fields.get("quantization_config") is not None:
             fp8_format(fields.fields("quantization_config"))  # raises for what is not read
-        if (activation := fields.word("hidden_act", "silu")) != "silu":
-            raise UserError(f"hidden_act {activation!r} is not supported: use silu")
+        _check_activation(fields, architecture)
+        if architecture.is_gemma and fields.flag("use_bidirectional_attention"):
+            raise UserError("use_bidirectional_attention is not supported: use false")
         for flag in ("attention_bias", "mlp_bias"):
             if fields.flag(flag) and flag not in architecture.biases:
                 raise UserError(f"{flag} is not supported for {name}")
@@ -278,8 +362,13 @@ class ModelConfig:
         kv_heads = architecture.kv_heads if "num_key_value_heads" not in fields else None
         head_dim = fields.whole("head_dim", architecture.head_dim or hidden_size // num_q_heads)
         rope, longest = rope_from_hf(fields, architecture.rope, head_dim, max_position)
+        window_rope = window_rope_from_hf(fields, architecture.rope, head_dim, max_position)
         experts, dense_layers = _experts(fields, architecture, num_layers)
-        lengths = [longest, _window(fields, architecture, max_position)]
+        window, windowed_layers = _window(fields, architecture, num_layers)
+        lengths = [longest]
+        if window is not None and window >= max_position:
+            lengths.append(window)
+            window, windowed_layers = None, ()
         return cls(
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -292,7 +381,11 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", architecture.rms_norm_eps),
             rope=rope,
             qkv_bias=architecture.qkv_bias or fields.flag("attention_bias"),
-            tie_embeddings=fields.flag("tie_word_embeddings"),
+            tie_embeddings=(
+                architecture.is_gemma
+                if "tie_word_embeddings" not in fields
+                else fields.flag("tie_word_embeddings")
+            ),
             eos_token_ids=fields.tokens("eos_token_id"),
             out_bias=fields.flag("attention_bias"),
             mlp_bias=fields.flag("mlp_bias"),
@@ -301,7 +394,36 @@ class ModelConfig:
             experts=experts,
             dense_layers=dense_layers,
             longest_text=min((each for each in lengths if each), default=None),
+            window=window,
+            windowed_layers=windowed_layers,
+            window_rope=window_rope,
+            **(_gemma(fields, architecture, hidden_size) if architecture.is_gemma else {}),
         )
+
+
+def _check_activation(fields: Fields, architecture: Architecture) -> None:
+    name, known = "hidden_act", "silu"
+    if architecture.is_gemma:
+        name, known = "hidden_activation", "gelu_pytorch_tanh"
+    if (activation := fields.word(name, known)) != known:
+        raise UserError(f"{name} {activation!r} is not supported: use {known}")
+
+
+def _gemma(fields: Fields, architecture: Architecture, hidden_size: int) -> dict[str, Any]:
+    def cap(name: str, default: float | None) -> float | None:
+        if default == 0 or (fields.get(name) is None and (default is None or name in fields)):
+            return None
+        return fields.number(name, default)
+
+    return {
+        "activation": "gelu_tanh",
+        "embedding_scale": hidden_size**0.5,
+        "score_scale": fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        "score_cap": cap("attn_logit_softcapping", architecture.score_cap),
+        "logit_cap": cap("final_logit_softcapping", architecture.logit_cap),
+        "has_output_norms": True,
+        "norms_less_one": True,
+    }
 
 
 def _part_of(name: str, size: int, parts: int) -> int:
@@ -323,36 +445,48 @@ def _experts(
         fields.flag("norm_topk_prob"),
     )
     step, dense = fields.whole("decoder_sparse_step", 1), fields.tokens("mlp_only_layers")
-    layers = range(min(num_layers, _MOST_LAYERS))
+    layers = range(min(num_layers, MOST_LAYERS))
     return experts, tuple(i for i in layers if i in dense or (i + 1) % step)
 
 
-def _window(fields: Fields, architecture: Architecture, max_position: int) -> int | None:
-    """How many tokens may see one another; None: any number. Raises UserError if those are fewer
-    than the model was made for."""
-    kinds = fields.get("layer_types") or ()
+def _window(
+    fields: Fields, architecture: Architecture, num_layers: int
+) -> tuple[int | None, tuple[int, ...]]:
+    """How many tokens a row of some layers sees, and these layers; None: there are none."""
+    layers = range(min(num_layers, MOST_LAYERS))
+    kinds = fields.get("layer_types")
     known = ["full_attention"]
-    if architecture.windows == "always":
+    if architecture.windows != "never":
         known.append("sliding_attention")
-    if not isinstance(kinds, Sequence) or any(kind not in known for kind in kinds):
-        raise UserError("layer_types other than full_attention are not supported")
-    used, first = architecture.windows == "always", 0
+    is_list = isinstance(kinds, Sequence) and len(kinds) == num_layers
+    if kinds is not None and not (is_list and all(kind in known for kind in kinds)):
+        raise UserError(
+            f"the model's config.json: layer_types should be a list of {num_layers} of "
+            f"{' and '.join(known)}"
+        )
+    by_layer = kinds is not None and architecture.windows in ("by layer", "in later layers")
+    if by_layer:
+        windowed = tuple(i for i in layers if kinds[i] == "sliding_attention")
+    elif architecture.windows == "in later layers":
+        windowed = tuple(layers[fields.whole("max_window_layers", 28, 0) :])
+    elif (every := architecture.full_every) is not None:
+        if architecture.reads_pattern:
+            every = fields.whole("sliding_window_pattern", every)
+        windowed = tuple(i for i in layers if (i + 1) % every)
+    else:
+        windowed = tuple(layers)
+    used = architecture.windows in ("always", "by layer")
     if architecture.windows in ("if used", "in later layers"):
         used = fields.flag("use_sliding_window")
-    if architecture.windows == "in later layers":
-        first = fields.whole("max_window_layers", 28, 0)
     is_null = fields.get("sliding_window") is None
     is_none = is_null and ("sliding_window" in fields or architecture.window is None)
-    if not used or is_none or first >= fields.whole("num_hidden_layers"):
-        return None
-    window = fields.whole("sliding_window", architecture.window)
-    if window < max_position:
-        said = ", the default of this architecture," if is_null else ""
+    if used and windowed and not is_none:
+        return fields.whole("sliding_window", architecture.window), windowed
+    if by_layer and windowed:
         raise UserError(
-            f"sliding_window {window}{said} is not supported: use a model without one "
-            "(its config.json says null), or one whose max_position_embeddings it does not limit"
+            "the model's config.json: layer_types has sliding_attention, but no window is used"
         )
-    return window
+    return None, ()
 
 
 LLAMA_3_1_8B = ModelConfig(

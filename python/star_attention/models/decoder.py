@@ -43,8 +43,11 @@ class Operators(Protocol[W]):
         """x + what each row of `inputs` gets from its experts, where tensor-parallel parts of it
         are summed up."""
 
-    def silu_mul(self, gate_up: W, reader: W) -> W:
-        """For `reader`, as in `rms_norm`."""
+    def add_normed(self, x: W, inputs: W, weight: W, norm: W) -> W:
+        """x + the rows of inputs weight^T, normalised with `norm`; parts as in `add_linear`."""
+
+    def activate(self, gate_up: W, reader: W) -> W:
+        """The activation of the gates, times the rest. For `reader`, as in `rms_norm`."""
 
     def logits(self, x: W, lm_head: W) -> W:
         """float32 x lm_head^T."""
@@ -60,6 +63,12 @@ def decode(
     Args:
         on_layer: called with each layer's index when it is done.
     """
+
+    def add(x: W, inputs: W, weight: W, bias: W | None, norm: W | None) -> W:
+        if norm is None:
+            return ops.add_linear(x, inputs, weight, bias)
+        return ops.add_normed(x, inputs, weight, norm)
+
     x = ops.embed(weights.embedding)
     last = len(weights.layers) - 1
     for index, layer in enumerate(weights.layers):
@@ -70,13 +79,13 @@ def decode(
             return qkv if layer.q_norm is None else ops.norm_heads(qkv, layer.q_norm, layer.k_norm)
 
         def finish(rows: W, attended: W, layer=layer) -> W:
-            rows = ops.add_linear(rows, attended, layer.out, layer.out_bias)
+            rows = add(rows, attended, layer.out, layer.out_bias, layer.out_norm)
             if layer.router is not None:
                 return ops.add_experts(rows, ops.rms_norm(rows, layer.post_norm), layer)
             normed = ops.rms_norm(rows, layer.post_norm, layer.gate_up)
             gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-            inner = ops.silu_mul(gate_up, layer.down)
-            return ops.add_linear(rows, inner, layer.down, layer.down_bias)
+            inner = ops.activate(gate_up, layer.down)
+            return add(rows, inner, layer.down, layer.down_bias, layer.down_norm)
 
         attended = ops.attend(index, x, project)
         if attended is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import UserError
-from star_attention.models.config import ExpertsConfig, ModelConfig
+from star_attention.models.config import MOST_LAYERS, ExpertsConfig, ModelConfig
 from star_attention.models.fields import Fields
 from star_attention.models.rope import RopeConfig, yarn_attention_factor
 
@@ -42,6 +42,9 @@ _UNKNOWN = {
 }
 
 
+_CAPS = "attn_logit_softcapping", "final_logit_softcapping"
+
+
 @dataclass(frozen=True)
 class _Architecture:
     """What llama.cpp computes for an architecture.
@@ -50,6 +53,15 @@ class _Architecture:
         qkv_bias: the file must have it; otherwise biases are those that it has.
         is_fused: Q, K and V are one tensor, gate and up another.
         is_partial: heads may be rotated in part.
+        has_window: `attention.sliding_window` counts.
+        window: what it is if the file does not say.
+        full_every: every so many layers have none; None: all have one.
+        is_gemma: as in Hugging Face's `Architecture`.
+        score_cap, logit_cap: without `attn_logit_softcapping`, `final_logit_softcapping`; 0: none.
+        window_theta: of the rotary embedding of layers with a window, if the file does not say;
+            None: it is that of the others.
+        scaled_by_width: so many layers have scores scaled by the root of the hidden size over the
+            heads, instead of a head's size.
     """
 
     qkv_bias: bool = False
@@ -57,14 +69,39 @@ class _Architecture:
     has_experts: bool = False
     is_fused: bool = False
     is_partial: bool = False
+    has_window: bool = False
+    window: int = 0
+    full_every: int | None = None
+    is_gemma: bool = False
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    window_theta: float | None = None
+    scaled_by_width: int | None = None
 
 
 ARCHITECTURES = {
-    "llama": _Architecture(),
+    "llama": _Architecture(has_window=True),
     "qwen2": _Architecture(qkv_bias=True),
     "qwen3": _Architecture(qk_norm=True),
     "qwen3moe": _Architecture(qk_norm=True, has_experts=True),
-    "phi3": _Architecture(is_fused=True, is_partial=True),
+    "phi3": _Architecture(is_fused=True, is_partial=True, has_window=True),
+    "gemma2": _Architecture(
+        has_window=True,
+        window=4096,
+        full_every=2,
+        is_gemma=True,
+        score_cap=50.0,
+        logit_cap=30.0,
+        scaled_by_width=46,
+    ),
+    "gemma3": _Architecture(
+        qk_norm=True,
+        has_window=True,
+        full_every=6,
+        is_gemma=True,
+        window_theta=10000.0,
+        scaled_by_width=62,
+    ),
 }
 
 
@@ -94,12 +131,16 @@ def read_config(
         return f"{name}.{field}"
 
     refused = _UNKNOWN if architecture.has_experts else {"expert_count": 0, **_UNKNOWN}
+    if architecture.is_gemma:
+        refused = {field: neutral for field, neutral in refused.items() if field not in _CAPS}
+        refused["attention.sliding_window_pattern"] = architecture.full_every
     for field, neutral in refused.items():
         if header.get(key(field)) not in (None, 0, neutral):
             raise UserError(f"{path}: {key(field)} is {header.get(key(field))!r}: not supported")
     max_position = header.whole(key("context_length"))
-    window = header.whole(key("attention.sliding_window"), 0, 0)
-    if 0 < window < max_position:
+    window = header.whole(key("attention.sliding_window"), architecture.window, 0)
+    limits = 0 < window < max_position
+    if limits and not architecture.has_window:
         raise UserError(f"{path}: attention.sliding_window {window} is not supported")
     num_q_heads = header.whole(key("attention.head_count"))
     hidden_size = header.whole(key("embedding_length"))
@@ -118,8 +159,17 @@ def read_config(
         counts = (header.whole(key(field)) for field in ("expert_count", "expert_used_count"))
         inner = header.whole(key("expert_feed_forward_length"))
         experts = ExpertsConfig(*counts, inner, normalises=True)
+    num_layers = header.whole(key("block_count"))
+    options: dict[str, Any] = {}
+    if architecture.is_gemma:
+        by_width = num_layers == architecture.scaled_by_width
+        size = hidden_size // num_q_heads if by_width else head_dim
+        options = _gemma(header, name, architecture, size)
+    if architecture.window_theta is not None:
+        theta = header.number(key("rope.freq_base_swa"), architecture.window_theta)
+        options["window_rope"] = RopeConfig(theta)
     return ModelConfig(
-        num_layers=header.whole(key("block_count")),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=header.whole(key("feed_forward_length")),
         num_q_heads=num_q_heads,
@@ -137,8 +187,34 @@ def read_config(
         qk_norm=architecture.qk_norm,
         is_fused=architecture.is_fused,
         experts=experts,
-        longest_text=window or None,
+        longest_text=None if limits else window or None,
+        window=window if limits else None,
+        windowed_layers=_windowed(architecture, num_layers) if limits else (),
+        **options,
     )
+
+
+def _windowed(architecture: _Architecture, num_layers: int) -> tuple[int, ...]:
+    every, layers = architecture.full_every, range(min(num_layers, MOST_LAYERS))
+    return tuple(i for i in layers if every is None or (i + 1) % every)
+
+
+def _gemma(header: Fields, prefix: str, architecture: _Architecture, size: int) -> dict[str, Any]:
+    """What its layers have besides. `size` is what scores are scaled by the root of."""
+
+    def cap(name: str, default: float) -> float | None:
+        is_capped = default or header.get(f"{prefix}.{name}")
+        return header.number(f"{prefix}.{name}", default) if is_capped else None
+
+    scores, logits = _CAPS
+    return {
+        "activation": "gelu_tanh",
+        "embedding_scale": header.whole(f"{prefix}.embedding_length") ** 0.5,
+        "score_scale": size**-0.5,
+        "score_cap": cap(scores, architecture.score_cap),
+        "logit_cap": cap(logits, architecture.logit_cap),
+        "has_output_norms": True,
+    }
 
 
 class _Rope:

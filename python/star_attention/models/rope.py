@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -90,11 +90,16 @@ class RopeDefaults:
         original_max_position: without `original_max_position_embeddings`; None: what the scaling
             says.
         aliases: other names of scalings.
+        theta: without `rope_theta`.
+        local_theta: layers with a window have an embedding of their own, this one's without
+            `rope_local_base_freq`; None: that of the others.
     """
 
     is_partial: bool = False
     original_max_position: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    theta: float = 10000.0
+    local_theta: float | None = None
 
 
 def rope_from_hf(
@@ -108,6 +113,31 @@ def rope_from_hf(
     """
     # transformers 5 writes "rope_parameters", which includes theta; 4 wrote the two fields apart.
     scaling = config.fields("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
+    if defaults.local_theta is not None and scaling.objects():
+        scaling = scaling.fields("full_attention")
+    return _read(config, scaling, defaults, head_dim, max_position)
+
+
+def window_rope_from_hf(
+    config: Fields, defaults: RopeDefaults, head_dim: int, max_position: int
+) -> RopeConfig | None:
+    """That of layers with a window, where it is another one. As `rope_from_hf`."""
+    if defaults.local_theta is None:
+        return None
+    theta = config.number("rope_local_base_freq", defaults.local_theta)
+    local = replace(defaults, theta=theta, local_theta=None)
+    unscaled = Fields({}, "the rope parameters of windows")
+    parameters = config.fields("rope_parameters")
+    scaling = parameters.fields("sliding_attention") if parameters.objects() else unscaled
+    rope, longest = _read(unscaled, scaling, local, head_dim, max_position)
+    if longest is not None:
+        raise UserError("rope scaling 'dynamic' is not supported in layers with a window")
+    return rope
+
+
+def _read(
+    config: Fields, scaling: Fields, defaults: RopeDefaults, head_dim: int, max_position: int
+) -> tuple[RopeConfig, int | None]:
     if nested := scaling.objects():
         raise UserError(f"rope parameters for {nested[0]!r} alone are not supported: use one set")
     kind = scaling.word("rope_type", scaling.word("type", "default"))
@@ -122,7 +152,7 @@ def rope_from_hf(
     )
     rotated = _rotated(config, scaling, defaults, head_dim)
     options = {
-        "theta": scaling.number("rope_theta", config.number("rope_theta", 10000.0)),
+        "theta": scaling.number("rope_theta", config.number("rope_theta", defaults.theta)),
         "rotated": None if rotated == head_dim else rotated,
     }
     if kind == "dynamic":

@@ -79,7 +79,8 @@ def open_folder(folder: Path, with_weights: bool = True) -> Checkpoint:
                     "bfloat16 or float16, or a GGUF file"
                 )
             if weight.hf.begin is None:
-                return weight.arranged(file.get_tensor(name))
+                values = file.get_tensor(name)
+                return weight.arranged(values.float() + 1 if weight.hf.less_one else values)
             return weight.arranged(rows[weight.hf.begin : weight.hf.end].view(weight.shape))
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {name} cannot be read: {reason_of(error)}") from None

@@ -26,12 +26,14 @@ class Stored:
     Attributes:
         shape: of the whole tensor.
         begin, end: the weight's rows, of the first dimension; None: the weight is all of it.
+        less_one: the file has the weight less one.
     """
 
     name: str
     shape: tuple[int, ...]
     begin: int | None = None
     end: int | None = None
+    less_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class LayerWeights(Generic[W]):
     Attributes:
         qkv: Q, K and V stacked, [(Hq + 2 Hkv) * D, hidden_size]; `qkv_bias` likewise.
         q_norm, k_norm: of each head, [D].
+        out_norm, down_norm: of what attention and the MLP give.
         gate_up: gate over up, [2 * intermediate_size, hidden_size]; `gate_up_bias` likewise. Of
             experts, one's behind the other's.
         down: of experts, likewise.
@@ -98,6 +101,8 @@ class LayerWeights(Generic[W]):
     down_bias: W | None = None
     q_norm: W | None = None
     k_norm: W | None = None
+    out_norm: W | None = None
+    down_norm: W | None = None
     router: W | None = None
 
 
@@ -160,7 +165,8 @@ def weight_table(config: ModelConfig) -> Iterator[Weight]:
     """Every weight of the model, in the order of their fields; a tied lm_head is none."""
 
     def weight(field: str, name: str, gguf: str, *shape: int, split: int | None = None) -> Weight:
-        return Weight(field, None, name, shape, Stored(name, shape), Stored(gguf, shape), split)
+        stored = Stored(name, shape, less_one=config.norms_less_one and field == "norm")
+        return Weight(field, None, name, shape, stored, Stored(gguf, shape), split)
 
     vocabulary = config.vocab_size, config.hidden_size
     yield weight("embedding", "model.embed_tokens.weight", "token_embd.weight", *vocabulary)
@@ -192,7 +198,14 @@ class _Layer:
         yield self._one("out", *_each(out, "weight"), hidden, q, split=1)
         if layer.out_bias:
             yield self._one("out_bias", *_each(out, "bias"), hidden)
-        yield self._one("post_norm", "post_attention_layernorm.weight", "ffn_norm.weight", hidden)
+        if layer.output_norms:
+            names = "post_attention_layernorm.weight", "post_attention_norm.weight"
+            yield self._one("out_norm", *names, hidden)
+        before = "pre_feedforward" if layer.output_norms else "post_attention"
+        yield self._one("post_norm", f"{before}_layernorm.weight", "ffn_norm.weight", hidden)
+        if layer.output_norms:
+            names = "post_feedforward_layernorm.weight", "post_ffw_norm.weight"
+            yield self._one("down_norm", *names, hidden)
         yield from self._mlp() if layer.experts is None else self._experts(layer.experts)
 
     def _qkv(self, kind: str, field: str, *columns: int) -> Iterator[Weight]:
@@ -259,7 +272,8 @@ class _Layer:
         self, field: str, name: str, gguf: str, *shape: int, split: int | None = None
     ) -> Weight:
         name, gguf = f"model.layers.{self._index}.{name}", f"blk.{self._index}.{gguf}"
-        hf, gguf = Stored(name, shape), Stored(gguf, shape)
+        less_one = self._config.norms_less_one and field.endswith("norm")
+        hf, gguf = Stored(name, shape, less_one=less_one), Stored(gguf, shape)
         return Weight(field, self._index, name, shape, hf, gguf, split)
 
 

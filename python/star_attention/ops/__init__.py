@@ -43,6 +43,8 @@ def paged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's query rows to the pages that it lists.
 
@@ -67,6 +69,9 @@ def paged_attention(
         other_pool: pages beside those of kv_pool, of the same shape but for their number.
         kv_scales: of `quantize_pages`, float32 [num_pages, 2, Hkv]: kv_pool has 8-bit codes. Not
             with lists of planes.
+        starts: int32 [T], ascending within a sequence: each row sees of the tokens above only those
+            from this one on. Not with lists of planes, nor `kv_scales`.
+        cap: a score x counts as cap * tanh(x / cap). Likewise, and on CPUs only.
 
     Returns:
         o [T, Hq, D] in q's dtype, and lse float32 [T, Hq], the natural log-sum-exp of the scores;
@@ -85,6 +90,8 @@ def paged_attention(
         out=out,
         other_pool=other_pool,
         kv_scales=kv_scales,
+        starts=starts,
+        cap=cap,
     )
 
 

@@ -42,6 +42,8 @@ def paged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    cap: float | None = None,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Few rows take the query kernel, which splits the cache; what fills the GPU without that, the
@@ -54,6 +56,8 @@ def paged_attention(
     Raises:
         ValueError: an argument is wrong; names it, what it is and what was expected.
     """
+    if cap is not None:
+        raise ValueError(f"cap: got {cap}, expected None: the kernels have none")
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
     if _DEBUG and page_table.dim() == 2:
         _check_lengths(kv_pool, page_table, cu_seqlens_q, kv_lens, q, max_q_len, max_kv_len)
@@ -65,6 +69,7 @@ def paged_attention(
         kv_lens,
         other_pool,
         kv_scales,
+        starts,
         o,
         lse,
         _allocator(q),

@@ -13,6 +13,9 @@ from star_attention.ops.quantized import LARGEST, QuantizedRows, RowKind, quanti
 # Up to this many rows per KV head, attending page by page without a copy beats gathering the pages.
 _MAX_ROWS_PAGE_BY_PAGE = 32
 
+# Rows that are masked together; those whose scores are in memory.
+_MASKED_ROWS, _CAPPED_ROWS = 256, 64
+
 _MEAN_ROWS = 4  # of a tile, in all heads of a group, that choose pages together
 
 
@@ -30,18 +33,20 @@ def paged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_pool: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page = kv_pool.shape[3]
     o, lse = out or (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
     o.zero_()
     lse.fill_(-torch.inf)
-    starts = cu_seqlens_q.tolist()
+    rows = cu_seqlens_q.tolist()
     if page_table.dim() == 3:
         pools = kv_pool, kv_pool[:0] if other_pool is None else other_pool
-        _attend_by_head(q, pools, page_table, starts, kv_lens.tolist(), scale, (o, lse))
+        _attend_by_head(q, pools, page_table, rows, kv_lens.tolist(), scale, (o, lse))
         return o, lse
     for sequence, kv_len in enumerate(kv_lens.tolist()):
-        begin, end = starts[sequence], starts[sequence + 1]
+        begin, end = rows[sequence], rows[sequence + 1]
         if causal:
             begin = max(begin, end - kv_len)  # earlier rows see nothing
         if begin == end or kv_len == 0:
@@ -50,6 +55,12 @@ def paged_attention(
         pages = _select(kv_pool, listed)
         if kv_scales is not None:
             pages = _values(pages, _select(kv_scales, listed)).to(q.dtype)
+        if starts is not None or cap is not None:
+            seen = q.new_zeros(len(q), dtype=torch.long) if starts is None else starts.long()
+            o[begin:end], lse[begin:end] = _attend_from(
+                q[begin:end], pages, kv_len, seen[begin:end], causal, scale, cap
+            )
+            continue
         o[begin:end], lse[begin:end] = _attend_pages(
             q[begin:end], pages, kv_len, causal and end - begin > 1, scale
         )
@@ -293,10 +304,72 @@ def _attend_pages(
     return merge_lse(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+def _attend_from(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    kv_len: int,
+    starts: torch.Tensor,
+    causal: bool,
+    scale: float,
+    cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [n, Hq, D] over contiguous k, v [Hkv, L, D]; `causal` needs L == n."""
+    """As `_attend_pages`, where row i sees no token before starts[i], and scores have a cap."""
+    num_rows, page = len(q), pages.shape[3]
+    ends = torch.full((num_rows,), kv_len)
+    if causal:
+        ends = torch.arange(kv_len - num_rows, kv_len) + 1
+    o, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    at_once = _MASKED_ROWS if cap is None else _CAPPED_ROWS
+    for begin in range(0, num_rows, at_once):
+        rows = slice(begin, begin + at_once)
+        first, last = int(starts[rows].min()), int(ends[rows].max())
+        if first >= last:
+            continue
+        base = first // page * page
+        k, v = (
+            pages[base // page : -(-last // page), kind].transpose(0, 1).flatten(1, 2)
+            for kind in range(2)
+        )
+        keys = slice(first - base, last - base)
+        index = torch.arange(first, last)
+        mask = (index >= starts[rows, None]) & (index < ends[rows, None])
+        seen = q[rows], k[:, keys], v[:, keys]
+        if cap is None:
+            o[rows], lse[rows] = _attend(*seen, False, scale, mask)
+        else:
+            o[rows], lse[rows] = _attend_capped(*seen, scale, mask, cap)
+    return o, lse
+
+
+def _attend_capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Hq, D] over contiguous k, v [Hkv, L, D], mask bool [n, L]."""
+    grouped = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3).float()  # [Hkv, group, n, D]
+    scores = (grouped @ k[:, None].float().mT).mul_(scale / cap).tanh_().mul_(cap)
+    scores.masked_fill_(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse[..., None]).exp_()
+    weights.masked_fill_((lse == -torch.inf)[..., None], 0.0)
+    o = (weights @ v[:, None].float()).permute(2, 0, 1, 3).reshape(q.shape)
+    return o.to(q.dtype), lse.permute(2, 0, 1).reshape(q.shape[:2])
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Hq, D] over contiguous k, v [Hkv, L, D]; `causal` needs L == n. With a mask, bool
+    [n, L], only over what it says."""
     num_rows, num_q_heads, head_dim = q.shape
     groups = k.shape[0]
     o, lse = _flash_attention(
@@ -305,6 +378,7 @@ def _attend(
         v[:, None].expand(-1, num_q_heads // groups, -1, -1),
         causal,
         scale,
+        mask,
     )
     return o.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(q.shape[:2])
 
@@ -326,17 +400,28 @@ def _attend_whole_pages(
 
 
 def _flash_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, n, D], k and v [B, H, L, D]. Where torch's kernel finds no largest score, since all
-    are NaN or -inf, it says o = 0, lse = 0: here NaN for the one, lse = -inf for the other."""
+    """q [B, H, n, D], k and v [B, H, L, D], mask [n, L]. Where torch's kernel finds no largest
+    score, since all are NaN or -inf, it says o = 0, lse = 0: here NaN for the one, lse = -inf for
+    the other."""
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[None, None]
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=causal, scale=scale
+        q, k, v, is_causal=causal, attn_mask=bias, scale=scale
     )
     zero = lse == 0
     if zero.any():
         for batch, head, row in (zero & (o == 0).all(dim=-1)).nonzero().tolist():
             seen = k[batch, head, : row + 1] if causal else k[batch, head]
+            if mask is not None:
+                seen = seen[mask[row]]
             scores = seen.float() @ q[batch, head, row].float() * scale
             lse[batch, head, row] = scores.logsumexp(0)
             if scores.isnan().any():

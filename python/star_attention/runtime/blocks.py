@@ -42,9 +42,9 @@ class Block:
 
 
 def block_keys(token_ids: np.ndarray, plan: Plan, is_long: bool) -> list[bytes | None]:
-    """A key for each part of a plan; equal ones have equal KV, for one model and dtype. With
-    selected pages it is one of all the text so far. In a ring, where nothing stays as it is when a
-    text grows, they have none.
+    """A key for each part of a plan; equal ones have equal KV, for one model and dtype. Where
+    blocks are chained it is one of all the text so far. In a ring, where nothing stays as it is
+    when a text grows, they have none.
 
     Args:
         token_ids: int32 [n], of the context.
@@ -57,9 +57,9 @@ def block_keys(token_ids: np.ndarray, plan: Plan, is_long: bool) -> list[bytes |
     keys: list[bytes | None] = []
     for part in plan.parts:
         block = plan.blocks[part.block]
-        if part.start == block.start and not (part.start and plan.selected_pages):
+        if part.start == block.start and not (part.start and plan.is_chained):
             before = (block.start, anchor if block.prefix else b"", *(["long"] if is_long else []))
-            if plan.selected_pages:
+            if plan.is_chained:
                 before += plan.selected_pages, plan.block_size, plan.anchor_size
             digest = hashlib.blake2b(repr(before).encode(), digest_size=32)
         digest.update(tokens[part.start : part.end])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from star_attention.engines.base import ModelEngine, PagedStep
+from star_attention.engines.base import ModelEngine, PagedStep, Window
 
 
 class PagePool:
@@ -143,3 +143,21 @@ def paged_step(
         causal=causal,
         merge=merge,
     )
+
+
+def window_of(
+    sequences: Sequence[Rows], firsts: Sequence[np.ndarray], tokens_per_block: int
+) -> Window:
+    """What the rows of `sequences` see in layers with a window.
+
+    Args:
+        firsts: of each sequence, int [rows], the first of the tokens in its pages that each row
+            sees, ascending.
+    """
+    lists, kv_lens, starts = [], [], [np.empty(0, np.int32)]
+    for rows, first in zip(sequences, firsts, strict=True):
+        skipped = int(first[0]) // tokens_per_block if len(first) else 0
+        lists.append(rows.pages[skipped : page_count(rows.kv_len, tokens_per_block)])
+        kv_lens.append(rows.kv_len - skipped * tokens_per_block)
+        starts.append((first - skipped * tokens_per_block).astype(np.int32))
+    return Window(np.array(kv_lens, np.int32), page_table(lists), np.concatenate(starts))

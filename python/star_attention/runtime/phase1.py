@@ -16,9 +16,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from star_attention.arrivals import Arrival, Arrivals
-from star_attention.engines.base import Exchange, Hop, PagedStep, PageMeans, Pages, Selection
+from star_attention.engines.base import (
+    Exchange,
+    Hop,
+    PagedStep,
+    PageMeans,
+    Pages,
+    Selection,
+    Window,
+)
 from star_attention.plan import Part, Plan
-from star_attention.runtime.pages import Rows, frame_count, page_count, page_table, paged_step
+from star_attention.runtime.pages import (
+    Rows,
+    frame_count,
+    page_count,
+    page_table,
+    paged_step,
+    window_of,
+)
 from star_attention.spans import Span, shared_in_a_pass
 
 
@@ -60,14 +75,14 @@ def _unquantized(plan: Plan, rank: int, packing: int) -> int:
     extra = int(lasting.sum()) - frames
     if not by_block:
         return extra + _missing(plan, rank)
-    together: list[tuple[int, int]] = []
-    alone: list[tuple[int, int]] = []
+    together: list[tuple[int, int, int]] = []
+    alone: list[tuple[int, int, int]] = []
     for index in sorted(reads):
         block = plan.blocks[index]
         if block.rank in (None, rank):
             pages = int((~lasting[block.start // page : page_count(block.end, page)]).sum())
             blocks = together if block.rank is None else alone
-            blocks.append((block.tokens, max(0, pages - frames_of_block[index])))
+            blocks.append((block.tokens, max(0, pages - frames_of_block[index]), 0))
     return (
         extra
         + (plan.anchor_size // page if again and reads else 0)
@@ -86,8 +101,10 @@ def _missing(plan: Plan, rank: int) -> int:
         return anchor if reads_it and not keeps_it else 0
     in_front = anchor if sees else 0
     missing = ~_kept(plan, rank)
-    together: list[tuple[int, int]] = []  # tokens that are read of a block, and pages
+    # Tokens that are read of a block, pages, and those that its windows reach in front of it.
+    together: list[tuple[int, int, int]] = []
     alone = 0
+    reach = (plan.model.window or 1) - 1
     tokens: Counter[int] = Counter()
     for part in plan.parts:
         if part.start not in plan.cached:
@@ -97,21 +114,26 @@ def _missing(plan: Plan, rank: int) -> int:
         pages = slice(max(block.start // page, in_front), page_count(block.end, page))
         count = int(missing[pages].sum())
         if block.rank is None:
-            together.append((tokens[index], count))
+            seen = slice(max((block.start - reach) // page, in_front), pages.start)
+            ahead = int(missing[seen].sum())
+            if index - 1 not in reads:
+                count, ahead = count + ahead, 0
+            together.append((tokens[index], count, ahead))
         elif block.rank == rank:
             alone += count
     return int(missing[:in_front].sum()) + _most_in_a_pass(together, plan.num_ranks) + alone
 
 
-def _most_in_a_pass(blocks: Sequence[tuple[int, int]], num_ranks: int) -> int:
-    """The most pages of consecutive blocks (tokens, pages) that may be in one pass."""
+def _most_in_a_pass(blocks: Sequence[tuple[int, int, int]], num_ranks: int) -> int:
+    """The most pages of consecutive blocks that may be in one pass: blocks' tokens, pages, and
+    pages beside these if it is the first of a pass."""
     most, first, tokens, pages = 0, 0, 0, 0
-    for last, (more_tokens, more_pages) in enumerate(blocks):
+    for last, (more_tokens, more_pages, _) in enumerate(blocks):
         tokens, pages = tokens + more_tokens, pages + more_pages
         while first < last and tokens > shared_in_a_pass(num_ranks):
             tokens, pages = tokens - blocks[first][0], pages - blocks[first][1]
             first += 1
-        most = max(most, pages)
+        most = max(most, pages + blocks[first][2])
     return most
 
 
@@ -241,7 +263,12 @@ class ContextPart:
             ]
             step = paged_step([self._rows(span) for span in own], self._page)
             selection = self._selection(spans, own)
-            step = replace(step, exchanges=tuple(exchanges), selection=selection)
+            step = replace(
+                step,
+                exchanges=tuple(exchanges),
+                selection=selection,
+                window=self._window(own),
+            )
             self._give_room_back()
             if not own and not exchanges and not selection:
                 return None
@@ -289,6 +316,14 @@ class ContextPart:
             for seen in span.sees
         ]
         return Rows(np.concatenate(lists), sum(seen.tokens for seen in span.sees), span.tokens)
+
+    def _window(self, own: Sequence[Span]) -> Window | None:
+        size = self._plan.model.window
+        if size is None:
+            return None
+        rows = [Rows(self._where, span.end, span.tokens) for span in own]
+        firsts = [np.maximum(np.arange(s.start, s.end) - (size - 1), 0) for s in own]
+        return window_of(rows, firsts, self._page)
 
     def _is_in_front(self, span: Span, start: int) -> bool:
         """Whether tokens from `start` on are an anchor that is computed again for each block."""

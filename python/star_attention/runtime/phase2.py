@@ -23,19 +23,24 @@ from star_attention.runtime.pages import (
     page_table,
     paged_step,
 )
+from star_attention.spans import Range
 
 
 @dataclass
 class CachedContext:
-    """What this rank caches of a context: `kv_len` tokens in `pages`, rotated as the model rotates
-    long texts or not. In 8 bits, `packing` pages share the memory of one, and questions have pages
-    of their own."""
+    """What this rank caches of a context: tokens at the positions `runs` in `pages`, rotated as the
+    model rotates long texts or not. In 8 bits, `packing` pages share the memory of one, and
+    questions have pages of their own."""
 
     plan: Plan
     pages: list[int]
-    kv_len: int
+    runs: tuple[Range, ...]
     is_long: bool
     packing: int = 1
+
+    @property
+    def kv_len(self) -> int:
+        return sum(run.tokens for run in self.runs)
 
 
 class CachedQuestion:
@@ -59,6 +64,7 @@ class CachedQuestion:
         self._held = frames_of(context.pages, context.packing)
         pool.share(self._held)
         self._shares_last_page = True
+        self._runs = list(context.runs)
 
     def append(
         self, tokens: int, stored: bool, page: int, copy_page: Callable[[int, int], None]
@@ -69,7 +75,24 @@ class CachedQuestion:
         if stored:
             self._grow(page_count(self._kv_len + tokens, page), page, copy_page)
             self._kv_len += tokens
+            self._store_run(Range(self.position - tokens, self.position))
         return positions, Rows(self._pages, self._kv_len, tokens, stored)
+
+    def window_starts(self, tokens: int, size: int) -> np.ndarray:
+        """Of the last `tokens` tokens, int64 [tokens], which of those that are cached here is the
+        first that each sees where it sees `size`, itself included."""
+        first = np.arange(self.position - tokens, self.position) - (size - 1)
+        seen = np.zeros(tokens, np.int64)
+        for start, end in reversed(self._runs):
+            if end <= first[0]:
+                break
+            seen += np.maximum(end - np.maximum(first, start), 0)
+        return self._kv_len - seen
+
+    def _store_run(self, run: Range) -> None:
+        if self._runs and self._runs[-1].end == run.start:
+            run = Range(self._runs.pop().start, run.end)
+        self._runs.append(run)
 
     def release(self) -> None:
         self._pool.release(self._held)

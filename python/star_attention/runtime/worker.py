@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from star_attention.runtime.pages import (
     frames_of,
     packed_pages,
     page_count,
+    window_of,
 )
 from star_attention.runtime.phase1 import ContextPart, scratch_pages
 from star_attention.runtime.phase2 import (
@@ -49,6 +50,7 @@ from star_attention.runtime.phase2 import (
     questions_step,
 )
 from star_attention.runtime.tiers import LoadState, StoreDescription, Tier, Tiers
+from star_attention.spans import Range
 
 NO_ROWS = np.empty(0, np.int32)
 
@@ -164,8 +166,8 @@ class Worker:
         if packing == 1:
             pages = [page for number in numbers for page in self._blocks[number]]
             self.pool.share(pages)
-        kv_len = sum(part.tokens for part in plan.parts_of(rank))
-        context = CachedContext(plan, pages, kv_len, order.is_long, packing)
+        runs = tuple(Range(part.start, part.end) for part in plan.parts_of(rank))
+        context = CachedContext(plan, pages, runs, order.is_long, packing)
         self._contexts[order.context] = context
         self._numbers[order.context] = numbers
         scratch = self.pool.allocate(scratch_size)
@@ -276,6 +278,10 @@ class Worker:
         if self._packing > 1 and not groups:
             groups = [1] * len(rows)
         step = grouped_step(rows, questions, groups, page) if groups else questions_step(rows, page)
+        if (size := engine.config.window) is not None:
+            pairs = zip(questions, rows, strict=True)
+            firsts = [question.window_starts(row.count, size) for question, row in pairs]
+            step = replace(step, window=window_of(rows, firsts, page))
         with interrupts.allowed():
             return engine.step(token_ids, places, step, logit_rows)
 

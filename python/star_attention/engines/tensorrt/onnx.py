@@ -136,11 +136,13 @@ def write_graph(
         fp8: of projections; they are quantised as for the torch engine, if they are not in it.
 
     Raises:
-        UserError: the model has experts, or weights in FP8 without `fp8`, or one that cannot be
-            read or quantised.
+        UserError: the model is a Gemma, or has experts, windows, or weights in FP8 without `fp8`,
+            or one that cannot be read or quantised.
     """
     if importlib.util.find_spec("onnx") is None:
         raise UserError("ONNX graphs need onnx: pip install 'star-attention-trt[trt]'")
+    checkpoint.config.check_no_gemma("by TensorRT engines: run it with --device cpu")
+    checkpoint.config.check_no_window("by TensorRT engines: run it with --device cuda or cpu")
     if checkpoint.config.experts:
         raise UserError(
             "the model has a mixture of experts, which TensorRT engines do not have: run it with "
@@ -244,7 +246,10 @@ class _Graph:
     def add_experts(self, x: str, inputs: str, layer: LayerWeights[str]) -> str:
         raise NotImplementedError("write_graph refuses models with experts")
 
-    def silu_mul(self, gate_up: str, reader: str) -> str:
+    def add_normed(self, x: str, inputs: str, weight: str, norm: str) -> str:
+        raise NotImplementedError("write_graph refuses Gemma")
+
+    def activate(self, gate_up: str, reader: str) -> str:
         return self._node(SILU_MUL, [gate_up])
 
     def logits(self, x: str, lm_head: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,7 +26,8 @@ PageIndex: TypeAlias = "slice | torch.Tensor"
 @dataclass(frozen=True)
 class PagedTables:
     """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`:
-    codes and scales of all layers, whose pages are listed instead of the pool's."""
+    codes and scales of all layers, whose pages are listed instead of the pool's. `starts`: of each
+    row, where it sees fewer tokens than its list has."""
 
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -35,6 +36,7 @@ class PagedTables:
     max_q_len: int
     max_kv_len: int
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None
+    starts: torch.Tensor | None = None
 
     @classmethod
     def on(
@@ -45,6 +47,7 @@ class PagedTables:
         kv_lens: np.ndarray,
         causal: bool = False,
         quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+        starts: np.ndarray | None = None,
     ) -> PagedTables:
         return cls(
             to_device(page_table, device),
@@ -54,6 +57,7 @@ class PagedTables:
             int(np.diff(cu_seqlens_q).max(initial=0)),
             int(kv_lens.max(initial=0)),
             quantized,
+            None if starts is None else to_device(starts, device),
         )
 
     def attend(
@@ -63,6 +67,7 @@ class PagedTables:
         pool: torch.Tensor,
         scale: float,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales = None
         if self.quantized:
@@ -79,6 +84,8 @@ class PagedTables:
             max_kv_len=self.max_kv_len,
             out=out,
             kv_scales=scales,
+            starts=self.starts,
+            cap=cap,
         )
 
 
@@ -95,6 +102,9 @@ class Attention:
         merge: outputs are merged over the ranks.
         exchanges, hops: as in `PagedStep`.
         selected: what the rows choose to see besides.
+        window: what they see, instead of `lists`, in the layers `windowed`; not with hops, nor
+            with `selected`.
+        cap: of scores, as in `ops.paged_attention`.
 
     Attributes:
         cuts: rows at which `stored` is to be told, for exchanges to begin early.
@@ -111,8 +121,12 @@ class Attention:
         exchanges: Sequence[_Exchange] = (),
         hops: Sequence[_Hop] = (),
         selected: SelectedPages | None = None,
+        window: PagedTables | None = None,
+        windowed: Collection[int] = (),
+        cap: float | None = None,
     ) -> None:
         self._lists, self._hops, self._selected = lists, hops, selected
+        self._window, self._windowed, self._cap = window, windowed, cap
         self._layer = -1
         self._comm = comm
         self._scale = scale
@@ -203,11 +217,12 @@ class Attention:
         self, q: torch.Tensor, pool: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """o in `dtype`, and lse, over what this rank sees."""
-        if len(self._lists) == 1 and not self._hops:
+        lists = (self._window,) if self._layer in self._windowed else self._lists
+        if len(lists) == 1 and not self._hops:
             out = _partials(q) if dtype != q.dtype else None
-            return self._lists[0].attend(q, self._layer, pool, self._scale, out)
-        seen = Seen(q, self._layer, self._scale)
-        lists, here = self._lists, pool
+            return lists[0].attend(q, self._layer, pool, self._scale, out, self._cap)
+        seen = Seen(q, self._layer, self._scale, self._cap)
+        here = pool
         for hop in self._hops:
             arriving = pool.new_empty(hop.num_pages, *pool.shape[1:])
             receives = [(arriving, hop.source)] if hop.num_pages else []
@@ -235,12 +250,16 @@ def attention_on(
     pool: torch.Tensor,
     peers: list[int] | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    windowed: Collection[int] = (),
+    cap: float | None = None,
 ) -> Attention:
     """The attention that `step` describes, ready on the device of the pool of all layers.
 
     Args:
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
         quantized: codes and scales of all layers, in which prefixes are.
+        windowed: layers with a window.
+        cap: of scores.
     """
     device = pool.device
     rows = len(step.slot_mapping)
@@ -259,6 +278,14 @@ def attention_on(
         step.prefix.kv_lens,
         quantized=quantized,
     )
+    window = step.window and PagedTables.on(
+        device,
+        step.window.page_table,
+        step.cu_seqlens_q,
+        step.window.kv_lens,
+        step.causal,
+        starts=step.window.starts,
+    )
     return Attention(
         [prefix, *lists] if prefix else lists,
         comm,
@@ -267,6 +294,9 @@ def attention_on(
         [_Exchange.on(device, exchange) for exchange in step.exchanges],
         [_Hop.on(device, hop, step.cu_seqlens_q) for hop in step.hops],
         selected,
+        window,
+        windowed,
+        cap,
     )
 
 
@@ -284,8 +314,8 @@ def _tables_of(step: PagedStep, sequences: slice, device: torch.device) -> Paged
 class Seen:
     """What rows q [T, Hq, D] see of several lists of pages."""
 
-    def __init__(self, q: torch.Tensor, layer: int, scale: float) -> None:
-        self._q, self._layer, self._scale = q, layer, scale
+    def __init__(self, q: torch.Tensor, layer: int, scale: float, cap: float | None = None) -> None:
+        self._q, self._layer, self._scale, self._cap = q, layer, scale, cap
         self._o, self._lse = _partials(q, 2)  # of the lists so far, and of the last one
         self._lists = 0
 
@@ -295,7 +325,7 @@ class Seen:
                 self._merge_into_first()
             this = min(self._lists, 1)
             out = self._o[this], self._lse[this]
-            tables.attend(self._q, self._layer, pool, self._scale, out)
+            tables.attend(self._q, self._layer, pool, self._scale, out, self._cap)
             self._lists += 1
 
     def merged(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,11 +75,11 @@ class TorchEngine:
         kinds = (each.kind for each in every if isinstance(each, QuantizedRows))
         self.quantization = next(kinds, None)
         self._device = embedding.device
-        self._scale = config.head_dim**-0.5
+        self._scale = config.attention_scale
         on_gpu = self._device.type == "cuda"
         self.has_selection = not on_gpu or tokens_per_block == ops.CUDA_SELECTED_PAGE
         # On a GPU it is there before memory is divided up, and no graph is lost to its growth.
-        self._rotary = self._make_rotary(config.max_position if on_gpu else 0)
+        self._make_rotary(config.max_position if on_gpu else 0)
         self.kv_dtype = kv_dtype
         self.kv_packing = 1 if kv_dtype == "auto" else embedding.itemsize
         self._pool = KvPool(
@@ -106,6 +106,8 @@ class TorchEngine:
                 max_pages,
                 tokens_per_block,
                 self._quantized,
+                config.window,
+                config.windowed_layers,
             )
 
     @property
@@ -131,8 +133,8 @@ class TorchEngine:
             rows = -(-positions // _POSITIONS) * _POSITIONS
             if positions <= self.config.max_position < rows:
                 rows = self.config.max_position
-            self._rotary = None  # never two tables at a time
-            self._rotary = self._make_rotary(rows)
+            self._rotary = self._window_rotary = None  # never two tables at a time
+            self._make_rotary(rows)
             if self._graphs:
                 self._graphs.clear()
 
@@ -189,7 +191,8 @@ class TorchEngine:
         self.finish_copies()
         if self._graphs:
             self._graphs.clear()
-        self._graphs = self._peers = self._pool = self._weights = self._rotary = None
+        self._graphs = self._peers = self._pool = self._weights = None
+        self._rotary = self._window_rotary = None
         for comm in (self._comm, self._group):
             comm.close()
         if self._device.type == "cuda":
@@ -217,7 +220,14 @@ class TorchEngine:
                 return logits
             peers = self._peers and self._peers.addresses
             attend = attention_on(
-                attention, self._comm, self._scale, self._pool.data, peers, self._quantized
+                attention,
+                self._comm,
+                self._scale,
+                self._pool.data,
+                peers,
+                self._quantized,
+                self.config.windowed_layers,
+                self.config.score_cap,
             )
             self._reads_peers |= attend.reads_peers
             inputs = self._to_device(token_ids, positions, attention.slot_mapping, logit_rows)
@@ -247,7 +257,14 @@ class TorchEngine:
         is_captured: bool = False,
     ) -> torch.Tensor:
         operators = TorchOperators(
-            self._part, inputs, self._pool.data, self._rotary, attention, self._group, is_captured
+            self._part,
+            inputs,
+            self._pool.data,
+            self._rotary,
+            attention,
+            self._group,
+            is_captured,
+            self._window_rotary,
         )
         logits = decode(operators, self._weights, on_layer)
         if logits is None:
@@ -272,9 +289,13 @@ class TorchEngine:
         self.wait_seconds += sum(attend.wait_seconds for attend in self._under_way[:over])
         del self._under_way[:over]
 
-    def _make_rotary(self, positions: int) -> torch.Tensor:
+    def _make_rotary(self, positions: int) -> None:
         config = self.config
-        return rotary_table(config.rope, config.head_dim, positions, self._device)
+        tables = [
+            rope and rotary_table(rope, config.head_dim, positions, self._device)
+            for rope in (config.rope, config.window_rope)
+        ]
+        self._rotary, self._window_rotary = tables
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class DecodeGraphs:
     Args:
         forward: what is captured.
         max_pages, tokens_per_block: of the KV pool, whose address is fixed.
-        quantized: as in `attention_on`.
+        quantized, windowed: as in `attention_on`.
+        window: tokens that rows of these layers see; None: there are none.
 
     Attributes:
         replays: steps that were replays so far.
@@ -43,8 +44,14 @@ class DecodeGraphs:
         max_pages: int,
         tokens_per_block: int,
         quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+        window: int | None = None,
+        windowed: Collection[int] = (),
     ) -> None:
         self._quantized = quantized
+        self._windowed = windowed
+        # Pages that a row sees of a window, which may begin and end within one.
+        pages = 0 if window is None else -(-window // tokens_per_block) + 1
+        self._window_width = min(pages, max_pages)
         self._prefix_width = quantized[0].shape[1] if quantized else max_pages
         self._forward = forward
         self._comm = comm
@@ -80,7 +87,8 @@ class DecodeGraphs:
         return logits[: len(token_ids)]
 
     def _make(self, count: int, lists: int, merge: bool) -> _DecodeGraph:
-        inputs = _DecodeInputs(count, lists, self._width, self._prefix_width, self._device)
+        widths = self._width, self._prefix_width, self._window_width
+        inputs = _DecodeInputs(count, lists, *widths, self._device)
         max_kv_len = self._width * self._tokens_per_block
         starts = torch.arange(count + 1, dtype=torch.int32, device=self._device)
         tables = [PagedTables(inputs.page_table, starts, inputs.kv_lens, False, 1, max_kv_len)]
@@ -88,38 +96,62 @@ class DecodeGraphs:
             most = self._prefix_width * self._tokens_per_block
             prefix = PagedTables(*inputs.prefix, False, count, most, self._quantized)
             tables.insert(0, prefix)
+        window = None
+        if self._window_width:
+            table, kv_lens, first = inputs.window
+            most = self._window_width * self._tokens_per_block
+            window = PagedTables(table, starts, kv_lens, False, 1, most, starts=first)
 
         def run() -> torch.Tensor:
-            attention = Attention(tables, self._comm, self._scale, merge)
+            attention = Attention(
+                tables,
+                self._comm,
+                self._scale,
+                merge,
+                window=window,
+                windowed=self._windowed,
+            )
             return self._forward(inputs.tokens, attention)
 
         return _DecodeGraph(inputs, run, self._comm.traffic)
 
 
 class _DecodeInputs:
-    """A token for each of `count` sequences, and `lists` of pages that some have in front, in one
-    piece of host and one of device memory.
+    """A token for each of `count` sequences, `lists` of pages that some have in front, and what
+    they see of windows, in one piece of host and one of device memory. Widths are in pages.
 
     Attributes:
         tokens, kv_lens, page_table: on the device.
         prefix: page_table, cu_seqlens_q and kv_lens of the lists.
+        window: page_table, kv_lens and starts.
     """
 
     def __init__(
-        self, count: int, lists: int, width: int, prefix_width: int, device: torch.device
+        self,
+        count: int,
+        lists: int,
+        width: int,
+        prefix_width: int,
+        window_width: int,
+        device: torch.device,
     ) -> None:
         sizes = [count] * 4 + [count * width, lists + 1, lists, lists * prefix_width]
+        sizes += [count, count, count * window_width]
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
         self._device = self._host.to(device, copy=True)
-        *columns, table, starts, lens, pages = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
+        *columns, table, starts, lens, pages, window_lens, window_starts, window_pages = np.split(
+            self._host.numpy(), np.cumsum(sizes)[:-1]
+        )
         self._columns, self._table = columns, table.reshape(count, width)
         self._starts, self._lens, self._pages = starts, lens, pages.reshape(lists, prefix_width)
+        self._window = window_lens, window_starts, window_pages.reshape(count, window_width)
         token_ids, positions, slots, self.kv_lens, table, *prefix = self._device.split(sizes)
         self.tokens = PassInputs(token_ids, positions, slots, None)
         self.page_table = table.view(count, width)
-        starts, lens, pages = prefix
+        starts, lens, pages, window_lens, window_starts, window_pages = prefix
         self.prefix = pages.view(lists, prefix_width), starts, lens
+        self.window = window_pages.view(count, window_width), window_lens, window_starts
 
     def fill(self, token_ids: np.ndarray, positions: np.ndarray, step: PagedStep) -> None:
         """Rows beyond the sequences store nothing and see nothing."""
@@ -129,6 +161,11 @@ class _DecodeInputs:
             column[:count] = given
             column[count:] = beyond
         self._table[:count, : step.page_table.shape[1]] = step.page_table
+        if step.window:
+            lens, starts, pages = self._window
+            lens[:count], lens[count:] = step.window.kv_lens, 0
+            starts[:count], starts[count:] = step.window.starts, 0
+            pages[:count, : step.window.page_table.shape[1]] = step.window.page_table
         if step.prefix:
             lists, width = step.prefix.page_table.shape
             self._pages[:lists, :width] = step.prefix.page_table

@@ -50,6 +50,7 @@ class TorchOperators:
         part: what this GPU computes of the model.
         pool: KV pages of all layers, [num_layers, num_pages, 2, Hkv, tokens_per_block, D].
         rotary: `rotary_table` of enough positions.
+        window_rotary: of layers with a window, where it is another one.
         attention: of this pass.
         group: the ranks that have the other parts of the model.
         is_captured: the pass becomes a CUDA graph, so the host must not look at its values.
@@ -64,7 +65,9 @@ class TorchOperators:
         attention: Attention,
         group: Communicator,
         is_captured: bool = False,
+        window_rotary: torch.Tensor | None = None,
     ) -> None:
+        self._window_rotary = window_rotary
         self._part = part
         self._inputs = inputs
         self._pool = pool
@@ -77,6 +80,8 @@ class TorchOperators:
 
     def embed(self, embedding: torch.Tensor) -> torch.Tensor:
         x = F.embedding(self._inputs.token_ids, embedding)
+        if self._part.embedding_scale != 1:
+            x *= torch.tensor(self._part.embedding_scale, dtype=x.dtype)  # rounded to it
         self._q = x.new_empty(len(x), self._part.num_q_heads, self._part.head_dim)
         return x
 
@@ -84,11 +89,14 @@ class TorchOperators:
         self, layer: int, x: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor | None:
         inputs, pool, attention = self._inputs, self._pool[layer], self._attention
+        rotary = self._rotary
+        if self._window_rotary is not None and layer in self._part.windowed_layers:
+            rotary = self._window_rotary
         attention.begin(pool)
         for chunk in _chunks(x, attention.cuts):
             qkv = project(x[chunk])
             positions, slots = inputs.positions[chunk], inputs.slots[chunk]
-            ops.rope_append(qkv, positions, self._rotary, pool, slots, self._q[chunk])
+            ops.rope_append(qkv, positions, rotary, pool, slots, self._q[chunk])
             del qkv  # before the next chunk's is made
             attention.stored(pool, chunk.stop)
         if layer == self._part.num_layers - 1 and not self._wants_logits:
@@ -137,15 +145,22 @@ class TorchOperators:
         weight: Rows,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """In x, which the group's first rank adds, and the bias. Attention's output is quantised
-        here: its kernels see a row's heads one by one, and no largest element of them."""
-        if isinstance(inputs, torch.Tensor) and (kind := ops.kind_of_rows(len(inputs), weight)):
-            inputs = ops.quantize_rows(inputs, kind)
+        """In x, which the group's first rank adds, and the bias."""
+        inputs = _for(weight, inputs)
         is_first = self._group.rank == 0
         if bias is not None and is_first:
             x += bias
         ops.linear(inputs, weight, x if is_first else None, out=x)
         self._group.all_reduce(x, stream_of(x.device))
+        return x
+
+    def add_normed(
+        self, x: torch.Tensor, inputs: Rows, weight: Rows, norm: torch.Tensor
+    ) -> torch.Tensor:
+        """In x."""
+        product = ops.linear(_for(weight, inputs), weight)
+        self._group.all_reduce(product, stream_of(x.device))
+        x += self.rms_norm(product, norm)
         return x
 
     def add_experts(
@@ -158,17 +173,32 @@ class TorchOperators:
         self._group.all_reduce(x, stream_of(x.device))
         return x
 
-    def silu_mul(self, gate_up: torch.Tensor, reader: Rows) -> Rows:
-        return ops.silu_mul(gate_up, kind=ops.kind_of_rows(len(gate_up), reader))
+    def activate(self, gate_up: torch.Tensor, reader: Rows) -> Rows:
+        kind = ops.kind_of_rows(len(gate_up), reader)
+        if self._part.activation == "silu":
+            return ops.silu_mul(gate_up, kind=kind)
+        gate, up = gate_up.chunk(2, dim=-1)
+        product = F.gelu(gate, approximate="tanh").mul_(up)
+        return ops.quantize_rows(product, kind) if kind else product
 
     def logits(self, x: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
         """Every rank of the group has a part of the vocabulary."""
         own = ops.linear(x, lm_head)
+        if (cap := self._part.logit_cap) is not None:
+            own = own.div_(cap).tanh_().mul_(cap)
         if self._group.size == 1:
             return own.float()
         parts = own.new_empty(self._group.size, *own.shape)
         self._group.all_gather(own, parts, stream_of(own.device))
         return parts.transpose(0, 1).flatten(1).float()
+
+
+def _for(weight: Rows, inputs: Rows) -> Rows:
+    """As `weight` wants them. Attention's output is quantised here: its kernels see a row's heads
+    one by one, and no largest element of them."""
+    if isinstance(inputs, torch.Tensor) and (kind := ops.kind_of_rows(len(inputs), weight)):
+        return ops.quantize_rows(inputs, kind)
+    return inputs
 
 
 def _chunks(x: torch.Tensor, cuts: tuple[int, ...] = ()) -> tuple[slice, ...]:
