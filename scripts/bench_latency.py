@@ -575,7 +575,7 @@ def plot_breakdown(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     left = np.zeros(len(rows))
     for part in PARTS:
         if not part.startswith("transfers"):
-            seconds = np.array([row["breakdown"][part] for row in rows])
+            seconds = np.array([row["breakdown"].get(part, 0.0) for row in rows])
             ax.barh(names, seconds, left=left, label=part)
             left += seconds
     ax.plot([row["phase1_s"] for row in rows], names, "k|", ms=18, label="wall time")

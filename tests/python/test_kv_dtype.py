@@ -12,6 +12,7 @@ from helpers import forced_logits
 from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
+from star_attention.engines.loader import dummy_engine
 from star_attention.engines.options import EngineOptions
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
@@ -265,6 +266,10 @@ def test_refusals():
         StarConfig(kv_dtype="fp4")
     with pytest.raises(UserError, match="--kv-dtype is 'fp4'"):
         EngineOptions(kv_dtype="fp4")
+    with_bias = replace(TINY, qkv_bias=True)
+    with pytest.raises(UserError, match="--kv-dtype is fp8, but the model adds a bias to its keys"):
+        dummy_engine(with_bias, SingleProcess(), PAGE, EngineOptions(kv_dtype="fp8"))
+    dummy_engine(with_bias, SingleProcess(), PAGE, EngineOptions(kv_dtype="int8"))
 
 
 def test_reading_that_is_given_up():

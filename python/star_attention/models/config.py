@@ -335,6 +335,18 @@ class ModelConfig:
                 f"the model's sliding window of {self.window} tokens is not supported {where}"
             )
 
+    def check_kv_dtype(self, kv_dtype: str) -> None:
+        """Raises UserError if the model's KV cannot be kept so."""
+        if kv_dtype == "auto":
+            return
+        self.check_no_gemma(f"with --kv-dtype {kv_dtype}: use auto")
+        self.check_no_window(f"with --kv-dtype {kv_dtype}: use auto")
+        if kv_dtype == "fp8" and self.qkv_bias:
+            raise UserError(
+                "--kv-dtype is fp8, but the model adds a bias to its keys, whose largest values "
+                "FP8 rounds by more than the others differ: use int8, or auto"
+            )
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads a Hugging Face `config.json`. Raises UserError for what is not supported."""

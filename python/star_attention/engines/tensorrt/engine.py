@@ -594,6 +594,7 @@ def load_trt_engine(folder: Path, comm: Communicator, options: EngineOptions) ->
 
     from star_attention.distributed.gpu import GpuCommunicator
 
+    config.model.check_kv_dtype(options.kv_dtype)
     device = local_device(comm)
     cupy.cuda.Device(device).use()
     ranks_here = 1

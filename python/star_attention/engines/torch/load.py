@@ -49,9 +49,7 @@ def load_torch_engine(
     share_cores(world)
     group = world.split(world.rank // options.tp) if options.tp > 1 else None
     on_gpu = options.device == "cuda"
-    if options.kv_dtype != "auto":
-        config.check_no_gemma(f"with --kv-dtype {options.kv_dtype}: use auto")
-        config.check_no_window(f"with --kv-dtype {options.kv_dtype}: use auto")
+    config.check_kv_dtype(options.kv_dtype)
     if on_gpu:
         device = _take_gpu(world)
         agree(world, lambda: check_gpu_model(config))
