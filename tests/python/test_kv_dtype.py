@@ -12,13 +12,14 @@ from helpers import forced_logits
 from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import SingleProcess
-from star_attention.engines.loader import dummy_engine
 from star_attention.engines.options import EngineOptions
+from star_attention.engines.torch import engine as engine_module
 from star_attention.engines.torch.engine import TorchEngine
 from star_attention.errors import UserError
 from star_attention.models.config import ModelConfig
 from star_attention.models.loading import random_weights
 from star_attention.models.rope import RopeConfig
+from star_attention.models.rotary import key_centers, rotary_table
 from star_attention.plan import make_plan
 from star_attention.runtime.leader import Leader, lead_together
 from star_attention.runtime.pages import frame_count
@@ -130,6 +131,50 @@ def test_logits_are_near_those_of_whole_pages(config, kv_dtype):
     for size, budget in ((1, 24), (2, None), (3, 24)):
         shared, _ = logits_of(size, config, kv_dtype, budget)
         np.testing.assert_allclose(shared, alone, atol=2e-3)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_keys_with_a_bias_that_hardly_turns(kv_dtype, monkeypatch):
+    """As those of Qwen2: hundreds of times as large as what else there is of a key."""
+    config = replace(TINY, qkv_bias=True, rope=RopeConfig(theta=1e9))
+    weights = random_weights(config, torch.float32, torch.device("cpu"))
+    torch.manual_seed(0)
+    q, kv = (heads * config.head_dim for heads in (config.num_q_heads, config.num_kv_heads))
+    slow = torch.arange(kv) % (config.head_dim // 2) == config.head_dim // 2 - 1
+    for layer in weights.layers:
+        layer.qkv_bias[:] = 0
+        layer.qkv_bias[q : q + kv] = 300 * torch.randn(kv) * slow
+        layer.qkv_bias[:q] = 0.1
+
+    def logits(kv_dtype):
+        engine = TorchEngine(config, weights, SingleProcess(), PAGE, kv_dtype=kv_dtype)
+        leader, _ = lead_together(engine, SingleProcess())
+        context = leader.encode(TOKENS, StarConfig(32, 16, tokens_per_block=PAGE))
+        return forced_logits(leader, context, TOKENS[:5], TOKENS[5:11])
+
+    whole = logits("auto")
+    lost = np.linalg.norm(logits(kv_dtype) - whole)
+    assert 0 < lost < 0.05 * np.linalg.norm(whole)
+    monkeypatch.setattr(engine_module, "key_centers", lambda *_: None)
+    assert np.linalg.norm(logits(kv_dtype) - whole) > 3 * lost
+
+
+def test_centers_of_keys():
+    """Of all positions' rotated biases, the mean."""
+    config = replace(TINY, qkv_bias=True, max_position=100)
+    weights = random_weights(config, torch.float32, torch.device("cpu"))
+    for layer in weights.layers:
+        layer.qkv_bias[:] = torch.randn(len(layer.qkv_bias))
+    rotary = rotary_table(config.rope, config.head_dim, 100, torch.device("cpu"))
+    centers = key_centers(config, weights)
+    for layer, found in zip(weights.layers, centers, strict=True):
+        qkv = layer.qkv_bias.expand(100, -1).contiguous()
+        pool = torch.empty(1, 2, config.num_kv_heads, 100, config.head_dim)
+        places = torch.arange(100, dtype=torch.int32)
+        q = torch.empty(100, config.num_q_heads, config.head_dim)
+        ops.rope_append(qkv, places, rotary, pool, places, q)
+        torch.testing.assert_close(found, pool[0, 0].mean(1))
+    assert key_centers(replace(config, qkv_bias=False), weights) is None
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -266,10 +311,6 @@ def test_refusals():
         StarConfig(kv_dtype="fp4")
     with pytest.raises(UserError, match="--kv-dtype is 'fp4'"):
         EngineOptions(kv_dtype="fp4")
-    with_bias = replace(TINY, qkv_bias=True)
-    with pytest.raises(UserError, match="--kv-dtype is fp8, but the model adds a bias to its keys"):
-        dummy_engine(with_bias, SingleProcess(), PAGE, EngineOptions(kv_dtype="fp8"))
-    dummy_engine(with_bias, SingleProcess(), PAGE, EngineOptions(kv_dtype="int8"))
 
 
 def test_reading_that_is_given_up():

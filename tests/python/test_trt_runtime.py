@@ -359,6 +359,17 @@ def test_no_exchanges_where_ranks_share_a_gpu(engine):
         engine.step(NONE, NONE, step_of(exchanges=(Exchange(0, (), ()),)), NONE)
 
 
+def test_fp8_contexts_of_keys_with_a_bias_are_refused(tmp_path, monkeypatch):
+    for name in ("require_cupy", "load_tensorrt", "load_plugins"):
+        monkeypatch.setattr(trt_engine, name, lambda *_: None)
+    model, limits = SimpleNamespace(qkv_bias=True), SimpleNamespace(cp_size=None)
+    config = SimpleNamespace(weights_sha256="", tensorrt="", limits=limits, model=model)
+    monkeypatch.setattr(trt_engine, "read_engine_config", lambda folder: config)
+    options = EngineOptions("cuda", kv_dtype="fp8")
+    with pytest.raises(UserError, match="--kv-dtype is fp8, but the model adds a bias to its keys"):
+        trt_engine.load_trt_engine(tmp_path, SingleProcess(), options)
+
+
 def test_more_than_the_engine_was_built_for(engine):
     leader, _ = lead_together(engine, SingleProcess())
     with pytest.raises(UserError, match="no ring attention: use --attention star or dense"):

@@ -227,6 +227,7 @@ class ModelEngine(Protocol):
         dtype: `float32`, `float16` or `bfloat16`: of weights, activations and KV.
         quantization: `fp8` or `int8`: of projections, which compute in it instead; or None.
         kv_dtype: `auto`, or what `quantize_pages` makes of KV: `fp8` or `int8`.
+        kept_dtype: says what `read_layer` copies, for who keeps it.
         kv_packing: pages in 8 bits that share the memory of one; 1: there are none.
         has_exchanges, has_hops, has_prefix, has_selection: whether a step can have them.
         wait_seconds: how long steps have stood still so far for what other ranks send.
@@ -239,6 +240,7 @@ class ModelEngine(Protocol):
     dtype: str
     quantization: str | None
     kv_dtype: str
+    kept_dtype: str
     kv_packing: int
     limits: Limits
     has_exchanges: bool

@@ -341,11 +341,6 @@ class ModelConfig:
             return
         self.check_no_gemma(f"with --kv-dtype {kv_dtype}: use auto")
         self.check_no_window(f"with --kv-dtype {kv_dtype}: use auto")
-        if kv_dtype == "fp8" and self.qkv_bias:
-            raise UserError(
-                "--kv-dtype is fp8, but the model adds a bias to its keys, whose largest values "
-                "FP8 rounds by more than the others differ: use int8, or auto"
-            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:

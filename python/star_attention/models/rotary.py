@@ -6,7 +6,9 @@ import math
 
 import torch
 
+from star_attention.models.config import ModelConfig
 from star_attention.models.rope import RopeConfig
+from star_attention.models.weights import ModelWeights
 
 _AT_ONCE = 65536  # positions whose angles are in memory together
 
@@ -76,3 +78,21 @@ def _kept_by_yarn(rope: RopeConfig, size: int) -> torch.Tensor:
     low, high = max(low, 0), min(high, size - 1)
     ramp = (torch.arange(size // 2).float() - low) / (high - low or 1e-3)
     return 1 - ramp.clamp(0, 1)
+
+
+def key_centers(part: ModelConfig, weights: ModelWeights) -> torch.Tensor | None:
+    """float32 [num_layers, Hkv, D]: what keys have of their bias on average, over all positions. Of
+    a model whose keys have none, or are normalised behind it, None.
+
+    A bias may be hundreds of times as large as what else keys are made of (Qwen2), where it hardly
+    turns with the position. Softmax does not depend on what all keys have in common.
+    """
+    if not part.qkv_bias or part.qk_norm:
+        return None
+    q, kv = (heads * part.head_dim for heads in (part.num_q_heads, part.num_kv_heads))
+    biases = torch.stack([layer.qkv_bias[q : q + kv].float() for layer in weights.layers])
+    biases = biases.view(part.num_layers, part.num_kv_heads, 2, part.head_dim // 2)
+    table = rotary_table(part.rope, part.head_dim, part.max_position, biases.device)
+    cosines, sines = table.mean(0).view(2, -1)
+    first, second = biases.unbind(2)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1)

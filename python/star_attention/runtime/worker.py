@@ -320,7 +320,7 @@ class Worker:
         description = StoreDescription(
             model=order.model,
             fingerprint=order.fingerprint,
-            dtype=engine.dtype if self._packing == 1 else f"{engine.dtype} in {engine.kv_dtype}",
+            dtype=engine.kept_dtype,
             num_layers=config.num_layers,
             num_kv_heads=config.shard(tp).num_kv_heads,
             head_dim=config.head_dim,

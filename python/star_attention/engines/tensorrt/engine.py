@@ -91,6 +91,7 @@ class TensorRtEngine:
         self.quantization = config.quantization
         self.kv_dtype = kv_dtype
         self.kv_packing = 1 if kv_dtype == "auto" else 2
+        self.kept_dtype = self.dtype if kv_dtype == "auto" else f"{self.dtype} in {kv_dtype}"
         self.has_exchanges = comm.size == 1 or comm.nccl is not None
         self.wait_seconds = 0.0
         self.graph_steps = 0
@@ -590,11 +591,15 @@ def load_trt_engine(folder: Path, comm: Communicator, options: EngineOptions) ->
             f"the engine was built for --cp_size {ranks}, there are {comm.size} ranks: use "
             f"mpirun -n {ranks}, or build it without --cp_size"
         )
+    if options.kv_dtype == "fp8" and config.model.qkv_bias:
+        raise UserError(
+            "--kv-dtype is fp8, but the model adds a bias to its keys, whose largest values FP8 "
+            "rounds by more than the others differ: use int8, or auto"
+        )
     import cupy
 
     from star_attention.distributed.gpu import GpuCommunicator
 
-    config.model.check_kv_dtype(options.kv_dtype)
     device = local_device(comm)
     cupy.cuda.Device(device).use()
     ranks_here = 1

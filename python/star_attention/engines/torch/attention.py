@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,11 +23,25 @@ _MERGE_ROWS = 4096  # of partials that are merged at a time
 PageIndex: TypeAlias = "slice | torch.Tensor"
 
 
+class QuantizedKv(NamedTuple):
+    """KV in 8 bits.
+
+    Attributes:
+        codes, scales: of all layers; see `ops.quantize_pages`.
+        centers: float32 [num_layers, Hkv, D], what was taken off the keys of each KV head before;
+            None: nothing.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    centers: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PagedTables:
-    """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`:
-    codes and scales of all layers, whose pages are listed instead of the pool's. `starts`: of each
-    row, where it sees fewer tokens than its list has."""
+    """What `ops.paged_attention` needs besides q and the pool, on the device. `quantized`: whose
+    pages are listed instead of the pool's. `starts`: of each row, where it sees fewer tokens than
+    its list has."""
 
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -35,7 +49,7 @@ class PagedTables:
     causal: bool
     max_q_len: int
     max_kv_len: int
-    quantized: tuple[torch.Tensor, torch.Tensor] | None = None
+    quantized: QuantizedKv | None = None
     starts: torch.Tensor | None = None
 
     @classmethod
@@ -46,7 +60,7 @@ class PagedTables:
         cu_seqlens_q: np.ndarray,
         kv_lens: np.ndarray,
         causal: bool = False,
-        quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+        quantized: QuantizedKv | None = None,
         starts: np.ndarray | None = None,
     ) -> PagedTables:
         return cls(
@@ -71,8 +85,8 @@ class PagedTables:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales = None
         if self.quantized:
-            pool, scales = (each[layer] for each in self.quantized)
-        return ops.paged_attention(
+            pool, scales = self.quantized.codes[layer], self.quantized.scales[layer]
+        o, lse = ops.paged_attention(
             q,
             pool,
             self.page_table,
@@ -87,6 +101,11 @@ class PagedTables:
             starts=self.starts,
             cap=cap,
         )
+        if self.quantized and self.quantized.centers is not None:
+            groups = q.unflatten(1, (pool.shape[2], -1)).float()
+            centers = self.quantized.centers[layer, :, None]
+            lse += scale * (groups * centers).sum(-1).flatten(1)  # all scores lack as much
+        return o, lse
 
 
 class Attention:
@@ -249,7 +268,7 @@ def attention_on(
     scale: float,
     pool: torch.Tensor,
     peers: list[int] | None = None,
-    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    quantized: QuantizedKv | None = None,
     windowed: Collection[int] = (),
     cap: float | None = None,
 ) -> Attention:
@@ -257,7 +276,7 @@ def attention_on(
 
     Args:
         peers: addresses of all ranks' pools, as mapped here; None: out of reach.
-        quantized: codes and scales of all layers, in which prefixes are.
+        quantized: in which prefixes are.
         windowed: layers with a window.
         cap: of scores.
     """

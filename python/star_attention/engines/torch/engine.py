@@ -14,14 +14,19 @@ from star_attention import ops
 from star_attention.distributed import Communicator, SingleProcess
 from star_attention.engines.base import Limits, PagedStep, is_decode_step
 from star_attention.engines.page_copies import split_kept
-from star_attention.engines.torch.attention import Attention, attention_on, to_device
+from star_attention.engines.torch.attention import (
+    Attention,
+    QuantizedKv,
+    attention_on,
+    to_device,
+)
 from star_attention.engines.torch.graphs import DecodeGraphs
 from star_attention.engines.torch.kv_pool import KvPool
 from star_attention.engines.torch.operators import PassInputs, Rows, TorchOperators
 from star_attention.engines.torch.page_copies import TorchPageCopies
 from star_attention.models.config import ModelConfig
 from star_attention.models.decoder import decode
-from star_attention.models.rotary import rotary_table
+from star_attention.models.rotary import key_centers, rotary_table
 from star_attention.models.weights import ModelWeights
 from star_attention.ops.quantized import QuantizedRows
 
@@ -89,6 +94,7 @@ class TorchEngine:
             self._device,
             max_pages,
             None if kv_dtype == "auto" else kv_dtype,
+            None if kv_dtype == "auto" else key_centers(self._part, weights),
         )
         self._peers = comm.map_peers(self._pool.data) if on_gpu and comm.size > 1 else None
         self._copies = TorchPageCopies(self._device, self.kv_packing)
@@ -139,8 +145,17 @@ class TorchEngine:
                 self._graphs.clear()
 
     @property
-    def _quantized(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self._pool.codes, self._pool.scales) if self.kv_packing > 1 else None
+    def kept_dtype(self) -> str:
+        if self.kv_packing == 1:
+            return self.dtype
+        centred = "" if self._pool.centers is None else ", centred keys"
+        return f"{self.dtype} in {self.kv_dtype}{centred}"
+
+    @property
+    def _quantized(self) -> QuantizedKv | None:
+        if self.kv_packing == 1:
+            return None
+        return QuantizedKv(self._pool.codes, self._pool.scales, self._pool.centers)
 
     @property
     def kept_page_bytes(self) -> int:
@@ -151,13 +166,11 @@ class TorchEngine:
     def quantize_pages(self, pages: np.ndarray, tokens: np.ndarray) -> None:
         listed = pages.tolist()
         self._copies.before(listed, listed)
-        device_arrays = (to_device(array, self._device) for array in (pages, tokens))
-        ops.quantize_pages(self._pool.data, self._pool.codes, self._pool.scales, *device_arrays)
+        self._pool.quantize(*(to_device(array, self._device) for array in (pages, tokens)))
 
     def dequantize_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self._copies.before((sources // self.kv_packing).tolist(), targets.tolist())
-        device_arrays = (to_device(array, self._device) for array in (sources, targets))
-        ops.dequantize_pages(self._pool.data, self._pool.codes, self._pool.scales, *device_arrays)
+        self._pool.dequantize(*(to_device(array, self._device) for array in (sources, targets)))
 
     def copy_page(self, source: int, target: int) -> None:
         self._copies.before([source], [target])
@@ -175,7 +188,7 @@ class TorchEngine:
         """A layer of what is kept of contexts, and where it is in `host`."""
         if self.kv_packing == 1:
             return [(self._pool.data[layer], host)]
-        pools = [each[layer] for each in self._quantized]
+        pools = self._pool.codes[layer], self._pool.scales[layer]
         return list(zip(pools, split_kept(host, pools[0][0].nbytes), strict=True))
 
     def finish_copies(self) -> None:

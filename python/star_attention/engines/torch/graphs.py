@@ -10,7 +10,7 @@ import torch
 
 from star_attention.distributed import Communicator, Traffic
 from star_attention.engines.base import PagedStep, padded_count
-from star_attention.engines.torch.attention import Attention, PagedTables
+from star_attention.engines.torch.attention import Attention, PagedTables, QuantizedKv
 from star_attention.engines.torch.operators import PassInputs
 
 # A forward pass over inputs that stay where they are: logits.
@@ -43,7 +43,7 @@ class DecodeGraphs:
         device: torch.device,
         max_pages: int,
         tokens_per_block: int,
-        quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+        quantized: QuantizedKv | None = None,
         window: int | None = None,
         windowed: Collection[int] = (),
     ) -> None:
@@ -52,7 +52,7 @@ class DecodeGraphs:
         # Pages that a row sees of a window, which may begin and end within one.
         pages = 0 if window is None else -(-window // tokens_per_block) + 1
         self._window_width = min(pages, max_pages)
-        self._prefix_width = quantized[0].shape[1] if quantized else max_pages
+        self._prefix_width = quantized.codes.shape[1] if quantized else max_pages
         self._forward = forward
         self._comm = comm
         self._scale = scale

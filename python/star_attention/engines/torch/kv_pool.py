@@ -8,6 +8,7 @@ from star_attention import ops
 from star_attention.models.config import ModelConfig
 
 _GROWTH = 1.5
+_PAGES_AT_ONCE = 256  # that are copied
 
 
 class KvPool:
@@ -19,10 +20,11 @@ class KvPool:
         tokens_per_block: tokens a page holds.
         fixed: pages; None: it starts empty and grows.
         kv_dtype: `fp8` or `int8`: pages may be quantised; None: not.
+        centers: of keys that are; see `key_centers`.
 
     Attributes:
         data: [num_layers, num_pages, 2, Hkv, tokens_per_block, D], not initialised.
-        codes, scales: of quantised pages; see `ops.quantize_pages`.
+        codes, scales, centers: of quantised pages; see `QuantizedKv`.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class KvPool:
         device: torch.device,
         fixed: int | None,
         kv_dtype: str | None = None,
+        centers: torch.Tensor | None = None,
     ) -> None:
         self._part = part
         self._tokens_per_block = tokens_per_block
         self._fixed = fixed
         self._kv_dtype = kv_dtype
+        self.centers = centers
         self.data = torch.empty(self._shape(fixed or 0), dtype=dtype, device=device)
         self.codes = self.scales = None
         self._add_codes()
@@ -65,6 +69,23 @@ class KvPool:
             if self.scales is not None:
                 scales[:, : self.scales.shape[1]] = self.scales
             self.scales = scales
+
+    def quantize(self, pages: torch.Tensor, tokens: torch.Tensor) -> None:
+        """As `ops.quantize_pages`."""
+        self._add_to_keys(pages, -1)
+        ops.quantize_pages(self.data, self.codes, self.scales, pages, tokens)
+
+    def dequantize(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """As `ops.dequantize_pages`."""
+        ops.dequantize_pages(self.data, self.codes, self.scales, sources, targets)
+        self._add_to_keys(targets, 1)
+
+    def _add_to_keys(self, pages: torch.Tensor, times: int) -> None:
+        if self.centers is None:
+            return
+        for some in pages.long().split(_PAGES_AT_ONCE):
+            for keys, centers in zip(self.data[:, :, 0], self.centers, strict=True):
+                keys[some] = (keys[some].float() + times * centers[:, None]).to(keys.dtype)
 
     def copy_page(self, source: int, target: int) -> None:
         self.data[:, target] = self.data[:, source]
