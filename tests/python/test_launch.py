@@ -10,15 +10,16 @@ FRAME = b"-" * 74 + b"\n"
 
 
 @pytest.mark.parametrize("size", [1, 3, 50, 10_000])
-def test_messages_are_told_from_what_ranks_print(size):
+@pytest.mark.parametrize("begin", [b"one\n--\n 10 %\r", b"one\nis at"])
+def test_messages_are_told_from_what_ranks_print(begin, size):
     """However the stream is cut into pieces."""
-    data = b"one\n--\n 10 %\r" + FRAME + b"prterun noticed\n--- that\n" + FRAME + b"two\nthree"
+    data = begin + FRAME + b"prterun noticed\n--- that\n" + FRAME + b"two\nthree"
     read, write = os.pipe()
     messages, text = [], b""
     with os.fdopen(read, "rb") as source:
         split = _split_messages(source)
-        for begin in range(0, len(data), size):
-            os.write(write, data[begin : begin + size])
+        for piece in range(0, len(data), size):
+            os.write(write, data[piece : piece + size])
         os.close(write)
         for is_message, part in split:
             if is_message:
@@ -26,7 +27,7 @@ def test_messages_are_told_from_what_ranks_print(size):
             else:
                 text += part
     assert messages == [b"prterun noticed\n--- that\n"]
-    assert text == b"one\n--\n 10 %\rtwo\nthree"
+    assert text == begin + b"two\nthree"
 
 
 def test_exit_codes():

@@ -209,6 +209,9 @@ def _split_messages(source: IO[bytes]) -> Iterator[tuple[bool, bytes]]:
             may_be_frame = message is not None or _FRAME.startswith(line[: len(_FRAME)])
             if may_be_frame and not line.endswith((b"\r", b"\n")):
                 continue  # wait for the rest of the line
+            if message is None and (begin := line.find(_FRAME)) > 0:  # behind a line without end
+                yield False, line[:begin]
+                line = line[begin:]
             if line.startswith(_FRAME):
                 if message is not None:
                     yield True, message
