@@ -7,12 +7,12 @@
 #include <memory>
 #include <tuple>
 
+#include "bindings/quantized_pages.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "star_attention/builder.h"
 #include "star_attention/plugin.h"
-#include "star_attention/quantize_pages.h"
 #include "star_attention/session.h"
 
 namespace star_attention {
@@ -86,26 +86,10 @@ void with_quantized_pages(Function function, py::object kv_pool_, py::object sca
                           const std::string& kv_dtype, uintptr_t stream) {
   const TensorView kv_pool("kv_pool", kv_pool_), scales("scales", scales_), pages("pages", pages_),
       others("others", others_);
-  kv_pool.rank(6).shape({-1, -1, 2, -1, -1, -1}).contiguous();
-  const int64_t layers = kv_pool.size(0), num_pages = kv_pool.size(1), heads = kv_pool.size(3);
-  scales.dtype({kFloat32}).shape({layers, 2 * num_pages, 2, heads}).contiguous();
-  pages.dtype({kInt32}).rank(1).contiguous();
-  others.dtype({kInt32}).shape({pages.size(0)}).contiguous();
+  QuantizePagesParams p = quantize_pages_params(kv_pool, scales, pages, others);
   require(dtype == "float16" || dtype == "bfloat16", "dtype", dtype, "float16 or bfloat16");
-
-  QuantizePagesParams p{};
   p.dtype = dtype == "float16" ? DType::kFloat16 : DType::kBFloat16;
   p.kv_dtype = code_dtype(kv_dtype);
-  p.num_layers = to_int(layers, "kv_pool.shape[0]");
-  p.num_kv_heads = to_int(heads, "kv_pool.shape[3]");
-  p.head_dim = to_int(kv_pool.size(5), "kv_pool.shape[5]");
-  p.tokens_per_block = to_int(kv_pool.size(4), "kv_pool.shape[4]");
-  p.num_pages = num_pages;
-  p.kv_pool = kv_pool.data();
-  p.scales = static_cast<float*>(scales.data());
-  p.pages = static_cast<const int32_t*>(pages.data());
-  p.others = static_cast<const int32_t*>(others.data());
-  p.count = to_int(pages.size(0), "pages.shape[0]");
   const DeviceGuard guard(kv_pool.device());
   function(p, to_stream(stream));
 }

@@ -221,10 +221,12 @@ struct Consumer {
   __device__ __forceinline__ void mask(float (&s)[kTokens / 2], const Rows& rows, int tile) const {
     const int first = tile * kTokens;
     if (__builtin_expect(first + kTokens > rows.warp_limit(), false)) {
-      mask_scores(s, {rows.limit(row) - first, rows.limit(row + 8) - first});
+      mask_scores(s, {rows.limit(row) - first, rows.limit(row + 8) - first},
+                  [](int token, int limit) { return token >= limit; });
     }
     if (__builtin_expect(first < rows.last_start(), false)) {
-      mask_scores_before(s, {rows.start(row) - first, rows.start(row + 8) - first});
+      mask_scores(s, {rows.start(row) - first, rows.start(row + 8) - first},
+                  [](int token, int start) { return token < start; });
     }
   }
 

@@ -100,32 +100,19 @@ __device__ __forceinline__ void multiply_pv(float (&o)[kCount], const uint32_t (
   wgmma_commit();
 }
 
-// Row r of the thread sees the first `limits[r]` tokens of the tile.
-__device__ __forceinline__ void mask_scores(float (&s)[kTokens / 2], const int (&limits)[2]) {
+// Masks the tile's tokens that hides(token, bounds[r]) says of the thread's row r; what it says
+// depends on their distance.
+template <typename Hides>
+__device__ __forceinline__ void mask_scores(float (&s)[kTokens / 2], const int (&bounds)[2],
+                                            Hides hides) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int limit = limits[r] - threadIdx.x % 4 * 2;
+    const int bound = bounds[r] - threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (i * 8 + e >= limit) s[i * 4 + 2 * r + e] = -kInfinity;
-      }
-    }
-  }
-}
-
-// Row r of the thread sees none before `starts[r]` of the tile.
-__device__ __forceinline__ void mask_scores_before(float (&s)[kTokens / 2],
-                                                   const int (&starts)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int start = starts[r] - threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (i * 8 + e < start) s[i * 4 + 2 * r + e] = -kInfinity;
+        if (hides(i * 8 + e, bound)) s[i * 4 + 2 * r + e] = -kInfinity;
       }
     }
   }

@@ -8,13 +8,13 @@
 #include <limits>
 
 #include "bindings/comm.h"
+#include "bindings/quantized_pages.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "star_attention/layers.h"
 #include "star_attention/merge.h"
 #include "star_attention/paged_attention.h"
-#include "star_attention/quantize_pages.h"
 #include "star_attention/rope.h"
 #include "star_attention/selection.h"
 
@@ -161,29 +161,13 @@ void with_quantized_pages(Function function, py::object kv_pool_, py::object cod
                           uintptr_t stream) {
   const TensorView kv_pool("kv_pool", kv_pool_), codes("codes", codes_), scales("scales", scales_),
       pages("pages", pages_), others("others", others_);
-  kv_pool.dtype({kFloat16, kBFloat16}).rank(6).contiguous();
-  kv_pool.shape({-1, -1, 2, -1, -1, -1});
-  const int64_t layers = kv_pool.size(0), num_pages = kv_pool.size(1), heads = kv_pool.size(3);
+  kv_pool.dtype({kFloat16, kBFloat16});
+  QuantizePagesParams p = quantize_pages_params(kv_pool, scales, pages, others);
   codes.dtype({kUInt8, kInt8}).contiguous();
-  codes.shape({layers, 2 * num_pages, 2, heads, kv_pool.size(4), kv_pool.size(5)});
+  codes.shape({p.num_layers, 2 * p.num_pages, 2, p.num_kv_heads, p.tokens_per_block, p.head_dim});
   require(codes.data() == kv_pool.data(), "codes", "memory of its own", "that of kv_pool");
-  scales.dtype({kFloat32}).shape({layers, 2 * num_pages, 2, heads}).contiguous();
-  pages.dtype({kInt32}).rank(1).contiguous();
-  others.dtype({kInt32}).shape({pages.size(0)}).contiguous();
-
-  QuantizePagesParams p{};
   p.dtype = dtype_of(kv_pool);
   p.kv_dtype = code_dtype_of(codes);
-  p.num_layers = to_int(layers, "kv_pool.shape[0]");
-  p.num_kv_heads = to_int(heads, "kv_pool.shape[3]");
-  p.head_dim = to_int(kv_pool.size(5), "kv_pool.shape[5]");
-  p.tokens_per_block = to_int(kv_pool.size(4), "kv_pool.shape[4]");
-  p.num_pages = num_pages;
-  p.kv_pool = kv_pool.data();
-  p.scales = static_cast<float*>(scales.data());
-  p.pages = static_cast<const int32_t*>(pages.data());
-  p.others = static_cast<const int32_t*>(others.data());
-  p.count = to_int(pages.size(0), "pages.shape[0]");
   const DeviceScope scope(kv_pool, {&codes, &scales, &pages, &others});
   function(p, reinterpret_cast<cudaStream_t>(stream));
 }

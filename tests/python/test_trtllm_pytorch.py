@@ -343,8 +343,8 @@ OURS = {
         "modules",
     ),
     *("new_empty", "shape", "size", "tolist", "Dup", "rank", "exchange", "merge", "wait"),
-    *("block_size", "cached", "causal", "context", "context_rows", "cu_seqlens_q", "fetch", "keep"),
-    *("kv_lens", "merged", "offsets", "on_pages", "page_table", "pages", "receives", "sends"),
+    *("block_size", "cached", "context", "context_rows", "fetch", "keep"),
+    *("merged", "offsets", "on_pages", "pages", "receives", "sends"),
     *("rows_per_sequence", "scratch_pages", "scratch_slots", "tail", "tail_rows"),
 }
 

@@ -289,7 +289,7 @@ def attention_on(
     if step.selection:
         selected = SelectedPages(step.selection, step.cu_seqlens_q, pool, comm, peers)
         parts = [part.sequences for part in selected.parts]
-    lists = [_tables_of(step, sequences, device) for sequences in parts]
+    lists = [tables_of(step, device, sequences) for sequences in parts]
     prefix = step.prefix and PagedTables.on(
         device,
         step.prefix.page_table,
@@ -319,7 +319,9 @@ def attention_on(
     )
 
 
-def _tables_of(step: PagedStep, sequences: slice, device: torch.device) -> PagedTables:
+def tables_of(step: PagedStep, device: torch.device, sequences: slice | None = None) -> PagedTables:
+    """What a step's own pages are for consecutive sequences of it, or for all."""
+    sequences = sequences or slice(0, len(step.kv_lens))
     starts = step.cu_seqlens_q[sequences.start : sequences.stop + 1]
     return PagedTables.on(
         device,

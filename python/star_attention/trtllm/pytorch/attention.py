@@ -21,12 +21,11 @@ from star_attention import ops
 from star_attention.config import StarConfig
 from star_attention.distributed import Communicator
 from star_attention.distributed.base import Addressed, Done, Request
-from star_attention.engines.base import PagedStep
 from star_attention.engines.torch.attention import (
-    PagedTables,
     Seen,
     merge_over_ranks,
     stream_of,
+    tables_of,
     to_device,
 )
 from star_attention.errors import UserError
@@ -89,9 +88,9 @@ class StarAttentionMetadata(AttentionMetadata):
         self._scratch_pages = step.scratch_pages
         self._context_rows = to_device(step.context_rows, device)
         self._tail_rows = to_device(step.tail_rows, device)
-        self._context = _tables(step.context, device)
-        self._tail = _tables(step.tail, device)
-        self._cached = _tables(step.cached, device)
+        self._context = step.context and tables_of(step.context, device)
+        self._tail = step.tail and tables_of(step.tail, device)
+        self._cached = step.cached and tables_of(step.cached, device)
         self._fetch = step.fetch and _MovesOnDevice(step.fetch, self.page, device)
         self._keep = _MovesOnDevice(step.keep, self.page, device)
         self._scratch: torch.Tensor | None = None
@@ -229,12 +228,6 @@ def _batch(
             )
         batch.append(Scheduled(cached, new, np.array(pages) * pages_between, is_prompt))
     return batch
-
-
-def _tables(step: PagedStep | None, device: torch.device) -> PagedTables | None:
-    if step is None:
-        return None
-    return PagedTables.on(device, step.page_table, step.cu_seqlens_q, step.kv_lens, step.causal)
 
 
 @dataclass(frozen=True)
